@@ -1,0 +1,62 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+INSTALL := $(PIP) --build-constraint constraints.txt
+# One thread a worker: two workers on two cores would otherwise fight over them.
+SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs test-search test-jax clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+demo: .venv/.installed-demo  ## fine-tune a real model with a learned projection
+	$(BIN)/python -m benchmarks.demo
+
+test: .venv/.installed-test  ## everything that must pass before a commit
+	$(PYTEST)
+	$(MAKE) check
+
+check: .venv/.installed-test docs  ## style, types, doctests, documentation
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(SINGLE) $(BIN)/python -m pytest --doctest-modules ipa_core
+
+bench: .venv/.installed-bench  ## the quick benchmarks
+	$(BIN)/python -m benchmarks --quick
+
+docs: .venv/.installed-test  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+test-search: .venv/.installed-test  ## search longer, from a fresh seed, for counterexamples
+	$(PYTEST) --hypothesis-profile=search tests/core
+
+test-jax: .venv/.installed-jax  ## the core tests with JAX among the array libraries
+	$(PYTEST) tests/core
+
+clean:  ## remove what the other targets made
+	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+.venv/.installed-pip: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) pip
+	touch $@
+
+.venv/.installed-demo: .venv/.installed-pip pyproject.toml
+	$(INSTALL) --editable '.[hf,plot]'
+	touch $@
+
+.venv/.installed-test: .venv/.installed-pip pyproject.toml
+	$(INSTALL) --group dev --editable '.[hf,plot]'
+	touch $@
+
+.venv/.installed-bench: .venv/.installed-pip pyproject.toml
+	$(INSTALL) --group bench --editable '.[hf,plot]'
+	touch $@
+
+.venv/.installed-jax: .venv/.installed-test
+	$(INSTALL) --editable '.[jax]'
+	touch $@

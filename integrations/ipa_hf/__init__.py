@@ -1,0 +1,1 @@
+"""What is particular to transformers and PEFT."""

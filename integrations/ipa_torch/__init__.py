@@ -1,0 +1,1 @@
+"""Projections learned from the activations of any torch model, placed into its layers."""

@@ -1,0 +1,108 @@
+"""The only module that knows array libraries: namespaces, dtypes, devices, host transfer."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import array_api_compat
+import numpy as np
+
+from ipa_core.errors import ArrayTypeError
+
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+Device: TypeAlias = Any
+DType: TypeAlias = Any
+
+
+def namespace(*arrays: Array) -> Namespace:
+    """Return the array-API namespace that all ``arrays`` share."""
+    for array in arrays:
+        if not is_array(array):
+            raise ArrayTypeError(
+                f"expected an array of an array-API library, got {type(array).__name__}; "
+                "convert it first, for example with numpy.asarray"
+            )
+    try:
+        return array_api_compat.array_namespace(*arrays)
+    except TypeError as error:
+        kinds = ", ".join(sorted({type(array).__module__.split(".")[0] for array in arrays}))
+        raise ArrayTypeError(f"expected arrays of one library, got {kinds}") from error
+
+
+def as_namespace(library: ModuleType | Namespace) -> Namespace:
+    """Return the array-API namespace of a library given as a module (``torch``, ``numpy``)."""
+    name = library.__name__
+    if name in ("numpy", "torch", "cupy"):
+        return array_api_compat.array_namespace(library.zeros(0))
+    return library
+
+
+def is_array(value: object) -> bool:
+    return bool(array_api_compat.is_array_api_obj(value))
+
+
+def is_floating(xp: Namespace, array: Array) -> bool:
+    return bool(xp.isdtype(array.dtype, "real floating"))
+
+
+def device(array: Array) -> Device:
+    return array_api_compat.device(array)
+
+
+def describe(array: Array) -> str:
+    """Return library, dtype and device in words."""
+    return f"{type(array).__module__.split('.')[0]} {array.dtype} on {device(array)}"
+
+
+def detached(array: Array) -> Array:
+    """Return ``array`` outside any autograd graph."""
+    return array.detach() if array_api_compat.is_torch_array(array) else array
+
+
+def state_dtype(xp: Namespace, array: Array) -> DType:
+    """Return the dtype of a learner's state: the input's, but float32 at least."""
+    return xp.float64 if array.dtype == xp.float64 else xp.float32
+
+
+def wide_dtype(xp: Namespace, on: Device) -> DType:
+    """Return float64 where library and device have it, else float32 (JAX by default, MPS)."""
+    available = xp.__array_namespace_info__().dtypes(device=on, kind="real floating")
+    return available.get("float64", xp.float32)
+
+
+def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
+    return xp.astype(array, dtype, copy=False)
+
+
+def to_numpy(array: Array) -> Any:
+    """Return a NumPy copy or view of ``array``, from whatever device it is on."""
+    if array_api_compat.is_torch_array(array):
+        return array.detach().cpu().numpy()
+    if array_api_compat.is_cupy_array(array):
+        return array.get()
+    return np.from_dlpack(array) if not array_api_compat.is_numpy_array(array) else array
+
+
+def from_numpy(xp: Namespace, array: Any, on: Device, dtype: DType) -> Array:
+    """Return a copy of a NumPy ``array`` in library ``xp`` on device ``on``."""
+    return cast(xp, xp.asarray(np.array(array), device=on), dtype)
+
+
+def convert(array: Array, xp: Namespace, on: Device | None, dtype: DType | None) -> Array:
+    """Return ``array`` in library ``xp``, by way of the host."""
+    host = np.array(to_numpy(array))
+    moved = xp.asarray(host, device=on)
+    return moved if dtype is None else cast(xp, moved, dtype)
+
+
+def random_signs(shape: tuple[int, ...], seed: int, stream: int) -> Any:
+    """Draw +1 / -1 on the host, so that every library and every worker draws the same."""
+    generator = np.random.default_rng([seed, stream])
+    return generator.choice(np.array([-1.0, 1.0]), size=shape)
+
+
+def random_normal(shape: tuple[int, ...], seed: int, stream: int) -> Any:
+    """Draw standard normal numbers on the host, the same for every library."""
+    return np.random.default_rng([seed, stream]).standard_normal(shape)

@@ -1,0 +1,58 @@
+"""A block of activation rows with their weights and squared lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ipa_core._array import Array, Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows ``x`` (n, features), ``weights`` (n,) or None for ones, ``squares`` |x_i|^2 (n,)."""
+
+    x: Array
+    weights: Array | None
+    squares: Array
+
+    @property
+    def count(self) -> int:
+        return int(self.x.shape[0])
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Return rows ``start`` to ``stop`` as views."""
+        weights = None if self.weights is None else self.weights[start:stop]
+        return Rows(self.x[start:stop, :], weights, self.squares[start:stop])
+
+    def own(self, xp: Namespace) -> Rows:
+        """Return a copy that no later change of the caller's array can reach."""
+        return Rows(xp.asarray(self.x, copy=True), self.weights, self.squares)
+
+    def weigh(self, values: Array) -> Array:
+        """Multiply each row of ``values`` (n, ...) by the row's weight."""
+        if self.weights is None:
+            return values
+        return values * (self.weights if values.ndim == 1 else self.weights[:, None])
+
+    def scaled(self, xp: Namespace) -> Array:
+        """Return the rows times the roots of their weights: what an unweighted rule may take."""
+        return self.x if self.weights is None else self.x * xp.sqrt(self.weights)[:, None]
+
+    def total_weight(self, xp: Namespace) -> float:
+        return float(self.count) if self.weights is None else float(xp.sum(self.weights))
+
+    def energy(self, xp: Namespace) -> float:
+        """Return the weighted sum of the squared lengths."""
+        return float(xp.sum(self.weigh(self.squares)))
+
+
+def join(xp: Namespace, parts: tuple[Rows, ...]) -> Rows:
+    """Stack blocks of rows into one."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = None
+    if any(part.weights is not None for part in parts):
+        weights = xp.concat(
+            [xp.ones_like(p.squares) if p.weights is None else p.weights for p in parts]
+        )
+    return Rows(xp.concat([p.x for p in parts]), weights, xp.concat([p.squares for p in parts]))

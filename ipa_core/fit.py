@@ -1,0 +1,81 @@
+"""The one call: from a stream of activations to a projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ipa_core.errors import IPAError, StreamError, with_context
+from ipa_core.learner import Learner
+from ipa_core.projector import Projector
+from ipa_core.randomized_svd import RandomizedSVD
+from ipa_core.streams import ActivationStream, iterate
+
+
+def fit_projector(
+    activation_stream: ActivationStream,
+    rank: int,
+    *,
+    learner: Callable[[int], Learner] = RandomizedSVD,
+) -> Projector:
+    r"""Learn the projection of ``rank`` directions from which the activations are best rebuilt.
+
+    .. math:: \min_{P P^\top = I_r} \sum_i w_i \|x_i - P^\top P x_i\|^2
+
+    Parameters
+    ----------
+    activation_stream : array, iterable of batches, or path
+        An array (..., features); an iterable of batches or of pairs (batch, weights), for example
+        a list, a generator or a torch ``DataLoader``; a ``.npy`` or ``.safetensors`` file or a
+        folder of them. See `ipa_core.streams`.
+    rank : int
+        Number of directions, between 1 and the number of features.
+    learner : callable, default `RandomizedSVD`
+        Makes the learner from the rank: a `Learner` class, or ``functools.partial`` of one with
+        its settings.
+
+    Returns
+    -------
+    Projector
+        In the library, on the device and in the dtype (float32 at least) of the batches.
+
+    Raises
+    ------
+    StreamError
+        If this is no activation stream, or can be read once only and the learner needs more.
+    EmptyStreamError
+        If the stream yields no row of positive weight.
+    ArrayTypeError, ShapeError, RankError, WeightError, NonFiniteError
+        If a batch is unfit; the message has its number.
+
+    Notes
+    -----
+    Cost for n rows of d features with the default learner: time O(4 (2r + 8) n d) operations,
+    memory O(4 (2r + 8) d) numbers and one batch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> stream = (rng.standard_normal((64, 100)) / np.arange(1, 101) for _ in range(20))
+    >>> fit_projector(stream, rank=8)
+    Projector(rank=8, features=100, captured=0.932, samples=1280, numpy float64 on cpu)
+    """
+    pupil = learner(rank)
+    if pupil.passes > 1 and iter_is_one_shot(activation_stream):
+        raise StreamError(
+            f"expected a stream that can be read {pupil.passes} times, as {type(pupil).__name__} "
+            f"asks for, got a one-shot {type(activation_stream).__name__}; "
+            "pass a list, an array, a path or a DataLoader, or ask for one pass"
+        )
+    for _ in range(pupil.passes):
+        for number, (batch, weights) in enumerate(iterate(activation_stream)):
+            try:
+                pupil.update(batch, weights)
+            except IPAError as error:
+                raise with_context(error, f"batch {number}") from error
+    return pupil.finalize()
+
+
+def iter_is_one_shot(stream: object) -> bool:
+    """Return whether a second ``iter`` would go on where the first one stopped."""
+    return hasattr(stream, "__next__")

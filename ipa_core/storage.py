@@ -1,0 +1,209 @@
+"""Projectors and learner states on disk: safetensors with a version and a digest, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+
+from ipa_core import _array
+from ipa_core._array import Array, Device
+from ipa_core.errors import FileFormatError
+from ipa_core.projector import Projector
+
+FORMAT_VERSION = 1
+_PROJECTORS, _STATE = "ipa-projectors", "ipa-learner-state"
+
+
+def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLike[str]) -> None:
+    """Write a projector, or a mapping from layer names to projectors, to a safetensors file.
+
+    A projector that several names share is written once. The file appears whole or not at all.
+
+    Parameters
+    ----------
+    projectors : Projector or mapping of str to Projector
+        In any library, on any device.
+    path : path-like
+        The file; its folder must exist.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from ipa_core import fit_projector, load, save
+    >>> projector = fit_projector(np.eye(3), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save({"q": projector, "k": projector}, f"{folder}/p.safetensors")
+    ...     again = load(f"{folder}/p.safetensors")
+    >>> again["q"] is again["k"]
+    True
+    """
+    single = isinstance(projectors, Projector)
+    named = {"": projectors} if isinstance(projectors, Projector) else dict(projectors)
+    owners: dict[int, str] = {}
+    tensors: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
+    for name, projector in named.items():
+        owner = owners.setdefault(id(projector), name)
+        if owner != name:
+            entries[name] = {"same_as": owner}
+            continue
+        entries[name] = {"total_energy": projector.total_energy, "samples": projector.samples}
+        for part in ("components", "mean", "energies"):
+            tensors[f"{name}/{part}"] = getattr(projector, part)
+    _write(path, _PROJECTORS, {"single": single, "projectors": entries}, tensors)
+
+
+def load(
+    path: str | os.PathLike[str], *, library: ModuleType = np, device: Device | None = None
+) -> Any:
+    """Read what `save` wrote: a `Projector`, or a dict from names to projectors.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+    library, device : optional
+        Where the arrays shall live; default NumPy.
+
+    Raises
+    ------
+    FileFormatError
+        If the file is not one of `save`'s, is damaged, or was written by a newer version.
+    OSError
+        If it cannot be read.
+    """
+    content, tensors = _read(path, _PROJECTORS)
+    own = {
+        name: _projector(name, entry, tensors, path).to(library, device=device)
+        for name, entry in content["projectors"].items()
+        if "same_as" not in entry
+    }
+    named = {name: own[entry.get("same_as", name)] for name, entry in content["projectors"].items()}
+    return named[""] if content["single"] else named
+
+
+def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a learner's `state_dict` to a safetensors file, whole or not at all."""
+    tensors = {key: value for key, value in state.items() if _array.is_array(value)}
+    plain = {key: value for key, value in state.items() if key not in tensors}
+    _write(path, _STATE, plain, tensors)
+
+
+def load_state(
+    path: str | os.PathLike[str], *, library: ModuleType = np, device: Device | None = None
+) -> dict[str, Any]:
+    """Read a learner's state, in any library, for `Learner.load_state_dict`.
+
+    Raises
+    ------
+    FileFormatError
+        If the file is not one of `save_state`'s, is damaged, or was written by a newer version.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, torch
+    >>> from ipa_core import IncrementalPCA, load_state, save_state
+    >>> learner = IncrementalPCA(rank=2).update(np.ones((5, 3), dtype=np.float32))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state(learner.state_dict(), f"{folder}/state.safetensors")
+    ...     state = load_state(f"{folder}/state.safetensors", library=torch)
+    >>> IncrementalPCA(rank=2).load_state_dict(state)
+    <IncrementalPCA(rank=2, center=False, seed=0): 5 rows of 3 features>
+    """
+    plain, tensors = _read(path, _STATE)
+    xp = _array.as_namespace(library)
+    return plain | {key: _array.convert(value, xp, device, None) for key, value in tensors.items()}
+
+
+def _projector(
+    name: str, entry: Mapping[str, Any], tensors: Mapping[str, Any], path: str | os.PathLike[str]
+) -> Projector:
+    try:
+        projector = Projector(
+            tensors[f"{name}/components"],
+            tensors[f"{name}/mean"],
+            tensors[f"{name}/energies"],
+            float(entry["total_energy"]),
+            int(entry["samples"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"{path}: expected a whole projector {name!r}, got {error}"
+        ) from error
+    rank, features = projector.components.shape
+    if projector.mean.shape != (features,) or projector.energies.shape != (rank,):
+        raise FileFormatError(f"{path}: expected shapes that fit in projector {name!r}")
+    return projector
+
+
+def _write(
+    path: str | os.PathLike[str],
+    kind: str,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Array],
+) -> None:
+    arrays = {key: np.ascontiguousarray(_array.to_numpy(value)) for key, value in tensors.items()}
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    header = {
+        "format": kind,
+        "format_version": str(FORMAT_VERSION),
+        "content": text,
+        "sha256": _digest(kind, text, arrays),
+    }
+    _replace(Path(path), to_bytes(arrays, metadata=header))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path`` in one step: a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {key: file.get_tensor(key) for key in file.keys()}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileFormatError(f"{path}: expected a safetensors file, got {error}") from error
+    if header.get("format") != kind:
+        raise FileFormatError(f"{path}: expected format {kind!r}, got {header.get('format')!r}")
+    if header.get("format_version") != str(FORMAT_VERSION):
+        raise FileFormatError(
+            f"{path}: expected format version {FORMAT_VERSION}, got "
+            f"{header.get('format_version')!r}; update ipa-projectors"
+        )
+    text = header.get("content", "")
+    if header.get("sha256") != _digest(kind, text, arrays):
+        raise FileFormatError(f"{path}: expected contents that fit their digest; file is damaged")
+    return json.loads(text), arrays
+
+
+def _digest(kind: str, text: str, arrays: Mapping[str, Any]) -> str:
+    """Hash names, dtypes, shapes and bytes, so that no changed bit passes for a projector."""
+    total = hashlib.sha256(f"{kind}\n{FORMAT_VERSION}\n{text}\n".encode())
+    for key in sorted(arrays):
+        array = np.ascontiguousarray(arrays[key])
+        total.update(f"{key}\n{array.dtype}\n{array.shape}\n".encode())
+        total.update(array.data if array.size else b"")
+    return total.hexdigest()

@@ -1,0 +1,12 @@
+"""How Hypothesis searches: the same examples everywhere by default, new ones on request."""
+
+from hypothesis import HealthCheck, settings
+
+# A shared machine makes any deadline a coin toss.
+settings.register_profile(
+    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "search", deadline=None, derandomize=False, max_examples=1000, print_blob=True
+)
+settings.load_profile("default")

@@ -1,0 +1,87 @@
+"""What is shipped, and which package may import which."""
+
+import ast
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "ipa_core": ROOT / "ipa_core",
+    "ipa_torch": ROOT / "integrations" / "ipa_torch",
+    "ipa_timm": ROOT / "integrations" / "ipa_timm",
+    "ipa_hf": ROOT / "integrations" / "ipa_hf",
+}
+MAY_IMPORT = {
+    "ipa_core": {"ipa_core"},
+    "ipa_torch": {"ipa_core", "ipa_torch"},
+    "ipa_timm": {"ipa_core", "ipa_torch", "ipa_timm"},
+    "ipa_hf": {"ipa_core", "ipa_torch", "ipa_hf"},
+}
+
+
+def build(kind: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Unpack the wheel where the checkout is out of sight."""
+    target = tmp_path_factory.mktemp("site-packages")
+    with zipfile.ZipFile(build("wheel", tmp_path_factory.mktemp("dist"))) as wheel:
+        wheel.extractall(target)
+    return target
+
+
+def test_wheel_holds_exactly_the_four_packages(installed):
+    names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert names == set(PACKAGES)
+    assert all((installed / name / "py.typed").is_file() for name in names)
+    assert not list(installed.rglob("__pycache__"))
+
+
+def test_installed_core_imports_without_the_checkout_and_without_torch(installed):
+    program = f"""
+import sys
+sys.path.insert(0, {str(installed)!r})
+import ipa_core
+ours = {{name: module for name, module in sys.modules.items() if name.startswith("ipa_")}}
+assert all(module.__file__.startswith({str(installed)!r}) for module in ours.values()), ours
+assert "torch" not in sys.modules
+from importlib.metadata import version
+print(version("ipa-projectors"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program], cwd=installed, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (info,) = installed.glob("*.dist-info")
+    assert info.name == f"ipa_projectors-{done.stdout.strip()}.dist-info"
+
+
+def test_sdist_holds_sources_only(tmp_path):
+    with tarfile.open(build("sdist", tmp_path)) as sdist:
+        names = [Path(name).relative_to(Path(name).parts[0]) for name in sdist.getnames()]
+    parts = {part for name in names for part in name.parts}
+    assert {"ipa_core", "integrations", "tests", "pyproject.toml", "LICENSE"} <= parts
+    assert not {part for part in parts if part == "__pycache__" or part.endswith((".pyc", "cache"))}
+    assert not {name.parts[0] for name in names} & {".venv", "dist", "site"}
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_imports_run_one_way(package):
+    imported = set()
+    for path in PACKAGES[package].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.partition(".")[0])
+    assert imported & set(PACKAGES) <= MAY_IMPORT[package]
