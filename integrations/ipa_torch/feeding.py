@@ -1,0 +1,41 @@
+"""How a batch gets into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+Forward: TypeAlias = Callable[[nn.Module, Any], object]
+
+
+def feed(model: nn.Module, batch: Any) -> None:
+    """Call a model: a mapping gives keywords, a tuple or list positions, all else one argument."""
+    batch = on_device(batch, device_of(model))
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return the device of the first parameter or buffer; None if there is none."""
+    for tensors in (model.parameters(), model.buffers()):
+        if (first := next(tensors, None)) is not None:
+            return first.device
+    return None
+
+
+def on_device(batch: Any, device: torch.device | None) -> Any:
+    """Return a batch with its tensors on ``device``, whatever they are nested in."""
+    if isinstance(batch, torch.Tensor):
+        return batch if device is None else batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: on_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [on_device(value, device) for value in batch]
+    return batch

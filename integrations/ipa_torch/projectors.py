@@ -1,0 +1,155 @@
+"""What was learned for the layers of a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+
+import ipa_core
+from ipa_core import Projector
+from ipa_core.errors import FileFormatError
+from ipa_torch.errors import LayerError
+
+
+class Projectors(Mapping[str, Projector]):
+    """A read-only mapping from layer names to projectors, as `fit_projectors` returns it.
+
+    Layers that always saw the same inputs have the identical `Projector`.
+
+    Parameters
+    ----------
+    projectors : mapping of str to Projector
+        In the model's order of layers.
+    missing : mapping of str to str, optional
+        Layers that were asked for and not learned, and why.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    >>> projectors = fit_projectors(model, [torch.ones(8, 4)], rank=1, progress=False)
+    >>> projectors
+    Projectors(2 layers, 2 projectors)
+    >>> projectors["0"].features
+    4
+    """
+
+    def __init__(
+        self, projectors: Mapping[str, Projector], *, missing: Mapping[str, str] | None = None
+    ) -> None:
+        self._projectors = dict(projectors)
+        self.missing: Mapping[str, str] = dict(missing or {})
+
+    def __getitem__(self, name: str) -> Projector:
+        try:
+            return self._projectors[name]
+        except KeyError:
+            reason = self.missing.get(name, "it was no target")
+            raise KeyError(f"expected a layer that was learned, got {name!r}: {reason}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._projectors)
+
+    def __len__(self) -> int:
+        return len(self._projectors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._projectors
+
+    def __repr__(self) -> str:
+        left_out = f", {len(self.missing)} layers missing" if self.missing else ""
+        return f"Projectors({len(self)} layers, {len(self.shared)} projectors{left_out})"
+
+    @property
+    def shared(self) -> list[tuple[str, ...]]:
+        """Names of the layers that have one projector in common, group by group, lone ones too."""
+        groups: dict[int, list[str]] = {}
+        for name, projector in self._projectors.items():
+            groups.setdefault(id(projector), []).append(name)
+        return [tuple(names) for names in groups.values()]
+
+    def summary(self) -> str:
+        """Return a table: layers that share, rank, features, captured share of energy, samples."""
+        rows = [("rank", "features", "captured", "samples", "layers")]
+        for names in self.shared:
+            p = self._projectors[names[0]]
+            captured = f"{100 * p.captured():.1f} %"
+            rows.append((str(p.rank), str(p.features), captured, f"{p.samples:,}", together(names)))
+        rows += [("-", "-", "-", "-", f"{name}: {why}") for name, why in self.missing.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                (*(cell.rjust(width) for cell, width in zip(row[:4], widths, strict=False)), row[4])
+            )
+            for row in rows
+        )
+
+    def truncate(self, rank: int | Mapping[str, int]) -> Projectors:
+        """Return projectors of a smaller rank, or of each layer's own; sharing is kept. No cost.
+
+        Raises
+        ------
+        RankError
+            If a rank is larger than the one learned.
+        LayerError
+            If a mapping leaves out a layer.
+        """
+        made: dict[tuple[int, int], Projector] = {}
+        smaller = {}
+        for name, projector in self._projectors.items():
+            own = rank_for(name, rank)
+            key = (id(projector), own)
+            if key not in made:
+                made[key] = projector.truncate(own)
+            smaller[name] = made[key]
+        return Projectors(smaller, missing=self.missing)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all projectors to one safetensors file, a shared one once."""
+        ipa_core.save(self._projectors, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None
+    ) -> Projectors:
+        """Read what `save` wrote, as torch tensors.
+
+        Raises
+        ------
+        FileFormatError
+            If the file holds something else, is damaged, or was written by a newer version.
+        """
+        loaded = ipa_core.load(path, library=torch, device=device)
+        if not isinstance(loaded, dict):
+            raise FileFormatError(
+                f"{path}: expected projectors of named layers, got a single one; "
+                "read it with ipa_core.load"
+            )
+        return cls(loaded)
+
+
+def rank_for(name: str, rank: int | Mapping[str, int]) -> int:
+    """Return the rank of a layer, where all have one or each has its own."""
+    if not isinstance(rank, Mapping):
+        return rank
+    if name not in rank:
+        raise LayerError(f"expected a rank for layer {name!r}, got none; add it to the mapping")
+    return rank[name]
+
+
+def together(names: tuple[str, ...]) -> str:
+    """Return names with their common beginning written once: ``a.{q, k}``.
+
+    Examples
+    --------
+    >>> together(("block.0.q", "block.0.k"))
+    'block.0.{q, k}'
+    """
+    if len(names) == 1:
+        return names[0]
+    common = os.path.commonprefix(names)
+    prefix = common[: common.rfind(".") + 1]
+    return f"{prefix}{{{', '.join(name.removeprefix(prefix) for name in names)}}}"

@@ -1,0 +1,31 @@
+"""Running a model without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients, then leave all as it was.
+
+    Training flags (module by module) and the random states of host and CUDA devices are restored
+    whatever happens. A compiled model runs eagerly: compiled code does not see new hooks.
+    """
+    flags = {module: module.training for module in model.modules()}
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in flags.items():
+                module.training = training
