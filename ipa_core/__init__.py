@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from ipa_core.autoencoder import ReconstructionAutoencoder
 from ipa_core.covariance import ExactCovariance
 from ipa_core.errors import (
     ArrayTypeError,
@@ -17,10 +18,13 @@ from ipa_core.errors import (
     WeightError,
 )
 from ipa_core.fit import fit_projector
+from ipa_core.hebbian import HebbianRule
 from ipa_core.incremental_pca import IncrementalPCA
 from ipa_core.learner import Guarantee, Learner
 from ipa_core.projector import Projector
+from ipa_core.quality import effective_rank, excess_error, principal_angles, rank_for
 from ipa_core.randomized_svd import RandomizedSVD
+from ipa_core.ranks import allocate_ranks
 from ipa_core.storage import load, load_state, save, save_state
 
 __version__ = _version("ipa-projectors")
@@ -31,6 +35,7 @@ __all__ = [
     "ExactCovariance",
     "FileFormatError",
     "Guarantee",
+    "HebbianRule",
     "IPAError",
     "IncrementalPCA",
     "Learner",
@@ -39,13 +44,19 @@ __all__ = [
     "Projector",
     "RandomizedSVD",
     "RankError",
+    "ReconstructionAutoencoder",
     "SettingError",
     "ShapeError",
     "StreamError",
     "WeightError",
+    "allocate_ranks",
+    "effective_rank",
+    "excess_error",
     "fit_projector",
     "load",
     "load_state",
+    "principal_angles",
+    "rank_for",
     "save",
     "save_state",
 ]

@@ -72,6 +72,11 @@ def wide_dtype(xp: Namespace, on: Device) -> DType:
     return available.get("float64", xp.float32)
 
 
+def wide_sum(xp: Namespace, array: Array) -> float:
+    """Return the sum of all entries, accumulated in float64 where there is one."""
+    return float(xp.sum(array, dtype=wide_dtype(xp, device(array))))
+
+
 def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
     return xp.astype(array, dtype, copy=False)
 

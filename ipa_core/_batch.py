@@ -74,7 +74,7 @@ def _flat(batch: Array, weights: Array, template: Array) -> Array:
 def _drop_absent(xp: Namespace, x: Array, weights: Array) -> tuple[Array, Array | None]:
     if x.shape[0] == 0:
         return x, None
-    if not (bool(xp.all(weights >= 0)) and math.isfinite(float(xp.sum(weights)))):
+    if not (bool(xp.all(weights >= 0)) and math.isfinite(_array.wide_sum(xp, weights))):
         raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")
     present = weights > 0
     if not bool(xp.all(present)):
@@ -86,7 +86,7 @@ def _drop_absent(xp: Namespace, x: Array, weights: Array) -> tuple[Array, Array 
 def _check_range(xp: Namespace, rows: Rows) -> None:
     """Refuse rows that are not finite, or whose squares over- or underflow the dtype."""
     dtype = rows.x.dtype
-    energy = float(xp.sum(rows.squares))
+    energy = _array.wide_sum(xp, rows.squares)
     if not (math.isfinite(energy) and math.isfinite(rows.energy(xp))):
         bad = int(xp.count_nonzero(~xp.all(xp.isfinite(rows.x), axis=1)))
         if bad:

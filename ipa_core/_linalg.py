@@ -57,7 +57,8 @@ def principal_rows(xp: Namespace, factor: Array, rank: int) -> tuple[Array, Arra
             (rank - rows.shape[0], rows.shape[1]), dtype=rows.dtype, device=device(rows)
         )
         rows = xp.concat([rows, missing])
-    return fixed_basis(xp, rows), xp.vecdot(rows, rows)
+    wide = cast(xp, rows, wide_dtype(xp, device(rows)))
+    return fixed_basis(xp, rows), xp.vecdot(wide, wide)
 
 
 def fixed_basis(xp: Namespace, rows: Array) -> Array:
@@ -76,16 +77,20 @@ def fixed_basis(xp: Namespace, rows: Array) -> Array:
 def nystrom_rows(xp: Namespace, basis: Array, image: Array) -> Array:
     """Return F with F^T F = Y (O^T Y)^-1 Y^T for the basis O and the image Y = C O, both (d, k).
 
+    O may be any multiple of an orthonormal basis, if Y = C O holds: the multiple cancels.
+
     The core O^T Y is scaled by its diagonal and inverted in float64 where there is one, below
     rounding cut off: it is the first thing to break when one direction outweighs the rest.
     """
     wide = wide_dtype(xp, device(basis))
     core = cast(xp, basis, wide).T @ cast(xp, image, wide)
     diagonal = xp.linalg.diagonal(core)
-    scale = inverse_root(xp, diagonal, 0.0)
+    eps = float(xp.finfo(basis.dtype).eps)
+    # Rounding leaves eps times the largest energy in a column of Y. Where a column carries less
+    # than that, dividing by it would blow the rounding up.
+    scale = inverse_root(xp, diagonal, eps * xp.max(diagonal))
     values, vectors = top_eigh(xp, scale[:, None] * core * scale, core.shape[0])
-    noise = core.shape[0] * float(xp.finfo(basis.dtype).eps)
-    root = (scale[:, None] * vectors) * inverse_root(xp, values, noise)
+    root = (scale[:, None] * vectors) * inverse_root(xp, values, core.shape[0] * eps)
     return (image @ cast(xp, root, image.dtype)).T
 
 

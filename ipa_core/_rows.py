@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from ipa_core._array import Array, Namespace
+from ipa_core._array import Array, Namespace, wide_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,19 @@ class Rows:
         return self.x if self.weights is None else self.x * xp.sqrt(self.weights)[:, None]
 
     def total_weight(self, xp: Namespace) -> float:
-        return float(self.count) if self.weights is None else float(xp.sum(self.weights))
+        return float(self.count) if self.weights is None else wide_sum(xp, self.weights)
 
     def energy(self, xp: Namespace) -> float:
         """Return the weighted sum of the squared lengths."""
-        return float(xp.sum(self.weigh(self.squares)))
+        return wide_sum(xp, self.weigh(self.squares))
+
+    def unit(self, xp: Namespace) -> float:
+        """Return the power of two nearest to the root mean square entry; 1 for all zeros.
+
+        Dividing by it is exact and keeps products of two rows within the range of the dtype.
+        """
+        mean_square = wide_sum(xp, self.squares) / (self.count * self.x.shape[1])
+        return 2.0 ** round(math.log2(mean_square) / 2) if mean_square > 0.0 else 1.0
 
 
 def join(xp: Namespace, parts: tuple[Rows, ...]) -> Rows:

@@ -9,6 +9,7 @@ from ipa_core._array import Array, Namespace
 from ipa_core._linalg import top_eigh
 from ipa_core._rows import Rows
 from ipa_core.learner import Guarantee, Learner
+from ipa_core.projector import Projector
 
 
 class ExactCovariance(Learner):
@@ -40,6 +41,17 @@ class ExactCovariance(Learner):
     _block_rows = 2048
 
     _moment: Array = None
+
+    def residual(self, projector: Projector) -> float:
+        """Return the mean of |x - P^T P x|^2 over all rows seen, for any projector's P.
+
+        The rows are taken as they were given (about the mean with ``center=True``).
+        """
+        xp, seen = self._xp, self._flushed()
+        moment = seen._moment
+        basis = _array.cast(xp, projector.components, moment.dtype)
+        kept = xp.linalg.trace(basis @ moment @ basis.T)
+        return max(0.0, float(xp.linalg.trace(moment) - kept)) / seen._weight
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         product = rows.x.T @ rows.weigh(rows.x)

@@ -8,7 +8,7 @@ from ipa_core.errors import IPAError, StreamError, with_context
 from ipa_core.learner import Learner
 from ipa_core.projector import Projector
 from ipa_core.randomized_svd import RandomizedSVD
-from ipa_core.streams import ActivationStream, iterate
+from ipa_core.streams import ActivationStream, is_one_shot, iterate
 
 
 def fit_projector(
@@ -61,7 +61,7 @@ def fit_projector(
     Projector(rank=8, features=100, captured=0.932, samples=1280, numpy float64 on cpu)
     """
     pupil = learner(rank)
-    if pupil.passes > 1 and iter_is_one_shot(activation_stream):
+    if pupil.passes > 1 and is_one_shot(activation_stream):
         raise StreamError(
             f"expected a stream that can be read {pupil.passes} times, as {type(pupil).__name__} "
             f"asks for, got a one-shot {type(activation_stream).__name__}; "
@@ -74,8 +74,3 @@ def fit_projector(
             except IPAError as error:
                 raise with_context(error, f"batch {number}") from error
     return pupil.finalize()
-
-
-def iter_is_one_shot(stream: object) -> bool:
-    """Return whether a second ``iter`` would go on where the first one stopped."""
-    return hasattr(stream, "__next__")

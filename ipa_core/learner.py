@@ -106,6 +106,10 @@ class Learner(ABC):
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         """Fold a block of rows into the summary, by rebinding attributes."""
 
+    def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
+        """Fold in the one row that stands for the distance of two means."""
+        self._absorb_rows(xp, shift)
+
     @abstractmethod
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         """Fold the summary of another learner, which has nothing pending, into this one's."""
@@ -169,9 +173,9 @@ class Learner(ABC):
         xp = self._xp
         merged, right = self._flushed(), other._flushed()
         if merged._mean is not None:
-            row = merged._move_mean(xp, right._mean, right._weight)
-            merged._energy += float(xp.vecdot(row, row))
-            merged._absorb_rows(xp, Rows(row[None, :], None, xp.vecdot(row, row)[None]))
+            shift = merged._move_mean(xp, right._mean, right._weight)
+            merged._energy += shift.energy(xp)
+            merged._absorb_shift(xp, shift)
         merged._absorb_summary(xp, right)
         merged.samples += right.samples
         merged._weight += right._weight
@@ -334,20 +338,20 @@ class Learner(ABC):
         x = x - offset
         wide = _array.wide_dtype(xp, _array.device(x))
         mean = _array.cast(xp, pilot, wide) + _array.cast(xp, offset, wide)
+        centered = Rows(x, rows.weights, xp.vecdot(x, x))
         if self._mean is None:
             self._mean = mean
-            return Rows(x, rows.weights, xp.vecdot(x, x))
-        row = self._move_mean(xp, mean, weight)
-        square = xp.vecdot(row, row)[None]
-        return join(xp, (Rows(x, rows.weights, xp.vecdot(x, x)), Rows(row[None, :], None, square)))
+            return centered
+        return join(xp, (centered, self._move_mean(xp, mean, weight)))
 
-    def _move_mean(self, xp: Namespace, mean: Array, weight: float) -> Array:
+    def _move_mean(self, xp: Namespace, mean: Array, weight: float) -> Rows:
         """Take another group's mean into the running one; return the row that stands for it."""
         total = self._weight + weight
         difference = mean - self._mean
         self._mean = self._mean + difference * (weight / total)
         row = difference * math.sqrt(self._weight * weight / total)
-        return _array.cast(xp, row, self._template.dtype)
+        x = _array.cast(xp, row, self._template.dtype)[None, :]
+        return Rows(x, None, xp.vecdot(x, x))
 
     def _check_mergeable(self, other: Self) -> None:
         if type(other) is not type(self):

@@ -74,6 +74,7 @@ class RandomizedSVD(Learner):
         *Learner._numbers,
         "_segments",
         "_segment_rows",
+        "_unit",
         "_missed",
         "_watched",
     )
@@ -87,8 +88,9 @@ class RandomizedSVD(Learner):
             raise SettingError(f"expected oversample of at least 0, got {oversample}")
         self.oversample: int = rank + 8 if oversample is None else oversample
         self._factor: Array = None  # F, closed segments
-        self._basis: Array = None  # O, open segment
-        self._image: Array = None  # Y, open segment
+        self._basis: Array = None  # O / unit, open segment
+        self._image: Array = None  # Y / unit, open segment
+        self._unit = 1.0
         self._segments = 0
         self._segment_rows = 0
         self._missed = 0.0
@@ -131,12 +133,13 @@ class RandomizedSVD(Learner):
 
     def _segment_limit(self) -> int:
         doublings = min(self._segments, 16)
-        return self._width * min(_FIRST_SEGMENT * 2**doublings, _LONGEST_SEGMENT)
+        return self._width * min(_FIRST_SEGMENT << doublings, _LONGEST_SEGMENT)
 
     def _is_novel(self, xp: Namespace, rows: Rows, seen: Array) -> bool:
         """Compare the energy that the basis misses with what it missed so far."""
         energy = rows.energy(xp)
-        missed = max(0.0, energy - float(xp.sum(rows.weigh(xp.vecdot(seen, seen)))))
+        kept = _array.wide_sum(xp, rows.weigh(xp.vecdot(seen, seen))) * self._unit**2
+        missed = max(0.0, energy - kept)
         rounding = 100 * float(xp.finfo(rows.x.dtype).eps)
         usual = self._missed / self._watched if self._watched else 1.0
         if missed > (_NOVEL * usual + rounding) * energy:
@@ -155,9 +158,10 @@ class RandomizedSVD(Learner):
             _array.device(rows.x),
             rows.x.dtype,
         )
-        tests = orthonormal_columns(xp, (signs @ rows.weigh(rows.x)).T)
+        self._unit = rows.unit(xp)
+        tests = orthonormal_columns(xp, (signs @ rows.weigh(rows.x)).T) / self._unit
         probes = rows.x.T @ rows.weigh(rows.x @ tests)
-        self._basis = orthonormal_columns(xp, xp.concat([kept.T, probes], axis=1))
+        self._basis = orthonormal_columns(xp, xp.concat([kept.T, probes], axis=1)) / self._unit
         self._image = xp.zeros_like(self._basis)
         self._segment_rows = 0
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from os import PathLike
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from ipa_core._array import Array, is_array
-from ipa_core.errors import StreamError
+from ipa_core.errors import FileFormatError, MissingDependencyError, StreamError
 
 Batch: TypeAlias = "Array | tuple[Array, Array]"
 ActivationStream: TypeAlias = "Array | Iterable[Batch] | str | PathLike[str]"
@@ -18,10 +23,20 @@ _ROWS_AT_A_TIME = 8192
 def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     """Yield (batch, weights or None) from anything that counts as an activation stream.
 
+    Parameters
+    ----------
+    stream : array, iterable or path
+        An array of shape (..., features), memory-mapped or not, of the array API or with
+        ``__dlpack__``; an iterable (list, generator, ``DataLoader``) of such arrays or of pairs
+        (batch, weights); a ``.npy`` file, a ``.safetensors`` file (each tensor a batch), or a
+        folder of them, read in the order of their names, 8,192 rows at a time.
+
     Raises
     ------
     StreamError
-        If the object, or an item of it, is none.
+        If the object, or an item of it, is none of these.
+    FileFormatError
+        If a file is damaged or of another kind.
 
     Examples
     --------
@@ -29,16 +44,44 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     >>> [batch.shape for batch, _ in iterate([np.ones((2, 3)), (np.ones((1, 3)), np.ones(1))])]
     [(2, 3), (1, 3)]
     """
-    if is_array(stream):
-        yield from _cut(stream)
-        return
-    if not isinstance(stream, Iterable):
+    if isinstance(stream, (str, PathLike)):
+        for file in _files(Path(stream)):
+            yield from _read(file)
+    elif _is_arraylike(stream):
+        yield from _cut(_as_array(stream))
+    elif isinstance(stream, Iterable):
+        for number, item in enumerate(stream):
+            yield _pair(item, number)
+    else:
         raise StreamError(
             "expected an array, an iterable of batches or a path as activation stream, "
             f"got {type(stream).__name__}"
         )
-    for number, item in enumerate(stream):
-        yield _pair(item, number)
+
+
+def is_one_shot(stream: object) -> bool:
+    """Return whether a second ``iter`` would go on where the first one stopped."""
+    return hasattr(stream, "__next__")
+
+
+def _is_arraylike(value: object) -> bool:
+    return is_array(value) or hasattr(value, "__dlpack__")
+
+
+def _as_array(value: Any) -> Array:
+    return value if is_array(value) else np.from_dlpack(value)
+
+
+def _pair(item: Batch, number: int) -> tuple[Array, Array | None]:
+    if _is_arraylike(item):
+        return _as_array(item), None
+    if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and all(map(_is_arraylike, item)):
+        batch, *weights = map(_as_array, item)
+        return batch, weights[0] if weights else None
+    raise StreamError(
+        f"expected batch {number} to be an array or a pair (batch, weights), "
+        f"got {type(item).__name__}"
+    )
 
 
 def _cut(array: Array) -> Iterator[tuple[Array, None]]:
@@ -50,12 +93,56 @@ def _cut(array: Array) -> Iterator[tuple[Array, None]]:
         yield array[start : start + _ROWS_AT_A_TIME, ...], None
 
 
-def _pair(item: Batch, number: int) -> tuple[Array, Array | None]:
-    if is_array(item):
-        return item, None
-    if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and all(map(is_array, item)):
-        return (item[0], item[1] if len(item) == 2 else None)
-    raise StreamError(
-        f"expected batch {number} to be an array or a pair (batch, weights), "
-        f"got {type(item).__name__}"
-    )
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".safetensors"))
+    if not found:
+        raise StreamError(f"expected .npy or .safetensors files in the folder {path}, got none")
+    return found
+
+
+def _read(file: Path) -> Iterator[tuple[Array, None]]:
+    if file.suffix == ".npy":
+        yield from _read_npy(file)
+    elif file.suffix == ".safetensors":
+        yield from _read_safetensors(file)
+    else:
+        raise StreamError(
+            f"expected a .npy or .safetensors file or a folder of them, got {file}; "
+            "save the activations with numpy.save or safetensors"
+        )
+
+
+def _read_npy(file: Path) -> Iterator[tuple[Array, None]]:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise FileFormatError(f"{file}: expected a .npy file of numbers, got {error}") from error
+    yield from _cut(array)
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[Array, None]]:
+    try:
+        with safe_open(file, framework=_framework(file)) as tensors:
+            for key in sorted(tensors.keys()):
+                rows = tensors.get_slice(key)
+                for start in range(0, rows.get_shape()[0], _ROWS_AT_A_TIME):
+                    batch = rows[start : start + _ROWS_AT_A_TIME]
+                    # bfloat16 comes as a torch tensor; the stream is NumPy whatever the dtype.
+                    yield (batch.float().numpy() if hasattr(batch, "numpy") else batch), None
+    except SafetensorError as error:
+        raise FileFormatError(f"{file}: expected a safetensors file, got {error}") from error
+
+
+def _framework(file: Path) -> str:
+    """Return the library that can read the file's dtypes: NumPy knows no bfloat16."""
+    with safe_open(file, framework="numpy") as tensors:
+        if all(tensors.get_slice(key).get_dtype() != "BF16" for key in tensors.keys()):
+            return "numpy"
+    if find_spec("torch") is None:
+        raise MissingDependencyError(
+            f"{file}: expected torch to be installed, which reads bfloat16; "
+            "run pip install 'ipa-projectors[torch]'"
+        )
+    return "pt"

@@ -4,7 +4,11 @@ from hypothesis import HealthCheck, settings
 
 # A shared machine makes any deadline a coin toss.
 settings.register_profile(
-    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
     "search", deadline=None, derandomize=False, max_examples=1000, print_blob=True

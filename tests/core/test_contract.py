@@ -1,0 +1,50 @@
+"""Every law, for every learner, about the origin and the mean, on every array library."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.core import contract
+from tests.core.spectra import streams
+
+dtypes = st.sampled_from(["float32", "float64"])
+
+LAWS = [
+    contract.law_optimality,
+    contract.law_partition,
+    contract.law_merge,
+    contract.law_neutral,
+    contract.law_purity,
+    contract.law_absence,
+    contract.law_weights,
+    contract.law_equivariance,
+    contract.law_library,
+    contract.law_continuation,
+]
+
+
+@pytest.fixture(scope="session", params=LAWS, ids=lambda law: law.__name__)
+def law(request):
+    """Every law."""
+    return request.param
+
+
+@given(stream=streams(), dtype=dtypes)
+def test_law(xp, factory, law, stream, dtype):
+    law(xp, factory, stream, dtype)
+
+
+@given(stream=streams(), dtype=dtypes)
+def test_resume(xp, factory, tmp_path_factory, stream, dtype):
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    contract.law_resume(xp, factory, stream, dtype, path)
+
+
+@given(stream=streams(full_rank=True, offset=False))
+@settings(max_examples=10)
+def test_statistical_law(xp, factory, stream):
+    # Where the spectrum is steeper, the Hebbian rule is worse than it declares, as its docs say.
+    gentle = replace(stream, rows=20_000, decay=min(stream.decay, 1.5))
+    contract.law_statistical(xp, factory, gentle, "float32")
