@@ -1,0 +1,256 @@
+"""Putting learned projections into the LoRA adapters of a PEFT model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Unpack
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from ipa_core import Projector
+from ipa_core.errors import RankError, SettingError, ShapeError
+from ipa_hf.fitting import FitOptions, learn
+from ipa_hf.freezing import freeze_projections
+from ipa_hf.layers import adapted_layers, lora_config, matrices, takes_projection
+from ipa_hf.record import AdapterRecord, LayerRecord, attach
+from ipa_hf.scaling import Scaling, factor
+from ipa_torch import LayerError
+
+OnMissing = Literal["raise", "warn"]
+
+
+def get_ipa_model(
+    model: torch.nn.Module,
+    config: LoraConfig,
+    data: Iterable[Any] | Mapping[str, Projector],
+    *,
+    adapter_name: str = "default",
+    trainable: bool = False,
+    scaling: Scaling = "energy",
+    on_missing: OnMissing = "raise",
+    **options: Unpack[FitOptions],
+) -> PeftModel:
+    r"""Return a PEFT model whose LoRA adapters start from projections of the layers' inputs.
+
+    Each adapted layer computes :math:`z = W x + \tfrac{\alpha}{r} B (s P) x` with P learned from
+    its inputs x, B = 0 at first, and a scalar s, all of it in an ordinary LoRA adapter. Call it
+    before the optimizer is made.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A transformers model, or any module that `peft.get_peft_model` takes. As there, adapters
+        are injected in place; no weight of the model changes.
+    config : LoraConfig
+        Any form of ``target_modules``, ``rank_pattern``, ``modules_to_save``, ``use_rslora``,
+        ``use_dora`` ... It is not changed.
+    data : iterable of batches, or mapping of str to Projector
+        What the model is run on, a ``DataLoader`` for example; or projectors by the layers' names
+        in ``model``, as `ipa_torch.fit_projectors` returns them.
+    adapter_name, trainable, scaling, on_missing, **options
+        As for `initialize`.
+
+    Returns
+    -------
+    PeftModel
+        An ordinary one: ``save_pretrained``, trainers and ``merge_and_unload`` work as ever.
+
+    Raises
+    ------
+    IPAError
+        As `initialize` does; the model is then as it was before.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from peft import LoraConfig
+    >>> from transformers import BertConfig, BertModel
+    >>> size = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> bert = BertModel(BertConfig(vocab_size=16, **size))
+    >>> batches = [{"input_ids": torch.arange(12).reshape(3, 4)}] * 2
+    >>> config = LoraConfig(r=2, target_modules=["query", "value"])
+    >>> model = get_ipa_model(bert, config, batches, progress=False)
+    >>> [name for name, p in model.named_parameters() if p.requires_grad and "query" in name]
+    ['base_model.model.encoder.layer.0.attention.self.query.lora_B.default.weight']
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name)
+    try:
+        return initialize(
+            peft_model,
+            data,
+            adapter_name=adapter_name,
+            trainable=trainable,
+            scaling=scaling,
+            on_missing=on_missing,
+            **options,
+        )
+    except BaseException:
+        peft_model.unload()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def initialize(
+    peft_model: PeftModel,
+    data: Iterable[Any] | Mapping[str, Projector],
+    *,
+    adapter_name: str = "default",
+    trainable: bool = False,
+    scaling: Scaling = "energy",
+    on_missing: OnMissing = "raise",
+    **options: Unpack[FitOptions],
+) -> PeftModel:
+    r"""Set ``lora_A`` to a multiple of P and ``lora_B`` to zero in a fresh LoRA adapter.
+
+    Parameters
+    ----------
+    peft_model : PeftModel
+        With a LoRA adapter that has not been trained; other adapters may have been. Changed in
+        place.
+    data : iterable of batches, or mapping of str to Projector
+        What the model is run on, with all adapters switched off; or projectors by the layers'
+        names in the base model. One of larger rank than its layer is truncated.
+    adapter_name : str, default "default"
+        The adapter.
+    trainable : bool, default False
+        Train A along with B. Otherwise A is held fixed through whatever PEFT does, half of the
+        parameters.
+    scaling : "energy" or float, default "energy"
+        ``"energy"``: A = s P with the energy that LoRA's random A would have on these inputs, so
+        that alpha means what it means for LoRA. A number: the layer computes
+        :math:`W x + \lambda B P x` with exactly that lambda.
+    on_missing : {"raise", "warn"}, default "raise"
+        What to do about adapted layers without a projection: those that never ran, and those that
+        are not linear. ``"warn"`` leaves them as LoRA began them.
+    **options
+        Passed to `ipa_torch.fit_projectors` where ``data`` is batches: ``learner``,
+        ``row_weights``, ``forward``, ``progress``.
+
+    Returns
+    -------
+    PeftModel
+        The same model; its outputs are those of the base model until B is trained.
+
+    Raises
+    ------
+    SettingError
+        If the adapter is trained, merged, not LoRA, or begins in a way that changes base weights.
+    LayerError
+        If a layer gets no projection.
+    RankError, ShapeError
+        If a projector does not fit its layer; the message names it.
+    IPAError
+        Whatever learning raises, with the layer's name.
+
+    Notes
+    -----
+    Cost: one forward pass for each batch, and the learner's; see `ipa_torch.fit_projectors`.
+    """
+    config = lora_config(peft_model, adapter_name)
+    layers = adapted_layers(peft_model, adapter_name)
+    _check_fresh(config, layers, adapter_name)
+    linear = {name: x for name, x in layers.items() if takes_projection(x, adapter_name)}
+    if isinstance(data, Mapping):
+        if options:
+            raise SettingError(f"expected no {sorted(options)} beside projectors that are learned")
+        projectors: Mapping[str, Projector] = data
+    else:
+        ranks = {name: int(layer.r[adapter_name]) for name, layer in linear.items()}
+        projectors = learn(peft_model, ranks, data, options)
+    fitting = {
+        name: _fitting(name, layer, projectors[name], adapter_name)
+        for name, layer in linear.items()
+        if name in projectors
+    }
+    factors = {
+        name: factor(projector, scaling, linear[name].scaling[adapter_name])
+        for name, projector in fitting.items()
+    }
+    _report_missing(layers, linear, fitting, getattr(projectors, "missing", {}), on_missing)
+    for name, projector in fitting.items():
+        _write(linear[name], projector, factors[name], adapter_name)
+    record = AdapterRecord(
+        frozen=not trainable,
+        scaling=scaling,
+        layers={
+            name: LayerRecord(p.rank, factors[name], p.captured(), p.samples)
+            for name, p in fitting.items()
+        },
+    )
+    attach(peft_model, adapter_name, record)
+    return peft_model if trainable else freeze_projections(peft_model, adapter_name, layers=fitting)
+
+
+def _check_fresh(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    if config.init_lora_weights not in (True, "gaussian"):
+        raise SettingError(
+            "expected a LoraConfig with init_lora_weights=True, whose B is zero and whose base "
+            f"weights are left alone, got {config.init_lora_weights!r}"
+        )
+    for name, layer in layers.items():
+        if layer.merged:
+            raise SettingError(
+                f"layer {name!r}: expected a model without merged adapters, got "
+                f"{layer.merged_adapters} merged; call unmerge_adapter() first"
+            )
+        if adapter_name in layer.lora_B and matrices(layer, adapter_name)[1].any():
+            raise SettingError(
+                f"layer {name!r}: expected a fresh adapter, whose B is zero, got a trained one; "
+                "add another adapter and initialize that one"
+            )
+
+
+def _fitting(name: str, layer: LoraLayer, projector: Projector, adapter_name: str) -> Projector:
+    rank, features = matrices(layer, adapter_name)[0].shape
+    if projector.features != features:
+        raise ShapeError(
+            f"layer {name!r}: expected a projector of {features} features, got "
+            f"{projector.features}; was it learned from the input of this layer?"
+        )
+    if projector.rank < rank:
+        raise RankError(
+            f"layer {name!r}: expected a projector of rank {rank} or more, got {projector.rank}; "
+            "learn a larger one, or lower r or rank_pattern"
+        )
+    return projector.truncate(rank)
+
+
+def _report_missing(
+    layers: Mapping[str, LoraLayer],
+    linear: Mapping[str, LoraLayer],
+    fitting: Mapping[str, Projector],
+    reasons: Mapping[str, str],
+    on_missing: OnMissing,
+) -> None:
+    missing = {
+        name: reasons.get(name, "no projector has its name")
+        if name in linear
+        else f"{type(layer.get_base_layer()).__name__} layers take no projection"
+        for name, layer in layers.items()
+        if name not in fitting
+    }
+    if not missing:
+        return
+    shown = "; ".join(f"layer {name!r}: {missing[name]}" for name in missing)
+    if on_missing == "raise":
+        raise LayerError(
+            f"expected a projection for every adapted layer, got none for {len(missing)} of "
+            f"{len(layers)} ({shown}); take them out of target_modules, or pass "
+            "on_missing='warn' to leave them as LoRA begins them"
+        )
+    warnings.warn(f"{len(missing)} layers begin as in LoRA ({shown})", stacklevel=3)
+
+
+def _write(layer: LoraLayer, projector: Projector, factor: float, adapter_name: str) -> None:
+    weight, _ = matrices(layer, adapter_name)
+    rows = projector.to(torch, device=weight.device).components
+    # Written here and not through `set_peft_model_state_dict`: that one wants the whole adapter,
+    # heads included, and passes over names that it does not know.
+    with torch.no_grad():
+        weight.copy_(factor * rows)

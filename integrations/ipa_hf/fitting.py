@@ -1,0 +1,37 @@
+"""Learning from the inputs that the adapted layers of a PEFT model see without their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypedDict
+
+import torch
+from peft import PeftModel
+
+from ipa_core import Learner
+from ipa_hf.layers import base_model_only
+from ipa_torch import Projectors, fit_projectors
+
+
+class FitOptions(TypedDict, total=False):
+    """What is passed on to `ipa_torch.fit_projectors`, which says what each means."""
+
+    learner: Callable[[int], Learner]
+    row_weights: Callable[[Any], Any] | None
+    forward: Callable[[torch.nn.Module, Any], object]
+    progress: bool
+
+
+def learn(
+    peft_model: PeftModel, ranks: Mapping[str, int], batches: Iterable[Any], options: FitOptions
+) -> Projectors:
+    """Return projectors of the adapted layers with these names in the base model."""
+    with base_model_only(peft_model):
+        return fit_projectors(
+            peft_model.get_base_model(),
+            batches,
+            ranks,
+            targets=lambda name, module: name in ranks,
+            on_missing="ignore",
+            **options,
+        )

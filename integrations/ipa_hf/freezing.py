@@ -1,0 +1,77 @@
+"""Holding learned projections fixed, through everything PEFT does to trainable flags."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from peft import PeftModel
+
+from ipa_core.errors import SettingError
+from ipa_hf.layers import adapted_layers, lora_config, matrices, takes_projection
+
+
+def freeze_projections(
+    peft_model: PeftModel,
+    adapter_name: str = "default",
+    *,
+    layers: Collection[str] | None = None,
+) -> PeftModel:
+    """Hold the A of a LoRA adapter fixed, so that only B is trained.
+
+    The flags survive ``set_adapter``, ``disable_adapter``, ``delete_adapter`` of others and
+    ``load_adapter``; PEFT does not save them. `ipa_hf.load` restores them; after PEFT's own
+    ``from_pretrained(..., is_trainable=True)`` call this function. Call it before the optimizer is
+    made.
+
+    Parameters
+    ----------
+    peft_model : PeftModel
+        Changed in place.
+    adapter_name : str, default "default"
+        The adapter.
+    layers : collection of str, optional
+        Names of layers in the base model; all adapted linear layers by default.
+
+    Returns
+    -------
+    PeftModel
+        The same model.
+
+    Raises
+    ------
+    SettingError
+        If there is no such LoRA adapter, or it has no such layer.
+
+    Examples
+    --------
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import BertConfig, BertModel
+    >>> size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> bert = BertModel(BertConfig(vocab_size=16, **size))
+    >>> model = get_peft_model(bert, LoraConfig(r=2, target_modules=["query"]))
+    >>> model.get_nb_trainable_parameters()[0], 2 * 8 + 8 * 2
+    (32, 32)
+    >>> freeze_projections(model).get_nb_trainable_parameters()[0]
+    16
+    """
+    lora_config(peft_model, adapter_name)
+    found = {
+        name: layer
+        for name, layer in adapted_layers(peft_model, adapter_name).items()
+        if takes_projection(layer, adapter_name)
+    }
+    wanted = found if layers is None else layers
+    for name in wanted:
+        if name not in found:
+            raise SettingError(
+                f"layer {name!r}: expected a linear layer with the adapter {adapter_name!r}, "
+                "got none of this name"
+            )
+        layer = found[name]
+        # PEFT's own list of weights that no switch of adapters makes trainable again. Rebound, as
+        # the empty default belongs to the class.
+        held = dict(layer.frozen_peft_weight_names)
+        held[adapter_name] = tuple({*held.get(adapter_name, ()), "lora_A"})
+        layer.frozen_peft_weight_names = held
+        matrices(layer, adapter_name)[0].requires_grad_(False)
+    return peft_model

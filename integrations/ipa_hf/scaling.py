@@ -1,0 +1,64 @@
+"""The scalar of each layer that is folded into A, so that alpha stays one number for the model."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+from ipa_core import Projector, SettingError
+
+Scaling = Literal["energy"] | float
+
+# Entries of LoRA's A are uniform in +- 1/sqrt(d), of variance 1/(3 d).
+_LORA_VARIANCE = 1 / 3
+
+
+def factor(projector: Projector, scaling: Scaling, layer_scaling: float) -> float:
+    r"""Return the s of A = s P.
+
+    Parameters
+    ----------
+    projector : Projector
+        Its P, and the second moments of what it was learned from.
+    scaling : "energy" or float
+        ``"energy"``: :math:`s = \sqrt{\tfrac{1}{3} \tfrac{r}{d} E\|x\|^2 / E\|Px\|^2}`, with
+        which A x has the energy that LoRA's own random A would give it; alpha keeps its meaning.
+        A number: the layer computes :math:`W x + \lambda B P x` with exactly that lambda, whatever
+        alpha is.
+    layer_scaling : float
+        What PEFT multiplies B A x by: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Raises
+    ------
+    SettingError
+        If ``scaling`` is neither ``"energy"`` nor a positive finite number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import fit_projector
+    >>> isotropic = fit_projector(np.eye(4), rank=2)
+    >>> round(factor(isotropic, "energy", layer_scaling=1.0), 4) == round((1 / 3) ** 0.5, 4)
+    True
+    >>> factor(isotropic, 0.25, layer_scaling=2.0)
+    0.125
+    """
+    if scaling == "energy":
+        return _energy_factor(projector)
+    if isinstance(scaling, str | bool) or not (math.isfinite(scaling) and scaling > 0):
+        raise SettingError(
+            f"expected scaling 'energy' or a positive finite number, got {scaling!r}"
+        )
+    return float(scaling) / layer_scaling
+
+
+def _energy_factor(projector: Projector) -> float:
+    host = projector.to(torch, device="cpu", dtype=torch.float64)
+    # The map is applied to x itself, so the moments are about the origin: add the mean's share.
+    total = host.total_energy + float(host.mean.square().sum())
+    kept = float(host.energies.sum() + (host.components @ host.mean).square().sum())
+    share = host.rank / host.features
+    # Where P sees nothing (all-zero inputs), take the value of data that favours no direction.
+    return math.sqrt(_LORA_VARIANCE * (share * total / kept if kept > 0 else 1.0))

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from . import models
+
+
+def pytest_configure(config):
+    # PEFT asks transformers for a property that transformers has renamed.
+    config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing:FutureWarning")
+    # PEFT looks for the base model's configuration; a random model has none on disk.
+    config.addinivalue_line("filterwarnings", "ignore:Could not find a config file:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["bert", "llama", "gpt2"])
+def family(request):
+    """Give a tiny random model's name; `models.make` builds it."""
+    return request.param
+
+
+@pytest.fixture
+def llama():
+    return models.make("llama")
+
+
+@pytest.fixture
+def batches():
+    return models.text_batches()
