@@ -34,7 +34,7 @@ def truncate_rows(xp: Namespace, rows: Array, keep: int) -> Array:
     if count <= features:
         _, vectors = top_eigh(xp, gram(xp, rows), keep)
         return cast(xp, vectors, rows.dtype).T @ rows
-    values, vectors = top_eigh(xp, gram(xp, rows.T), keep)
+    values, vectors = top_eigh(xp, gram(xp, rows.T), min(keep, features))
     return cast(xp, (vectors * xp.sqrt(values)).T, rows.dtype)
 
 
@@ -71,7 +71,7 @@ def fixed_basis(xp: Namespace, rows: Array) -> Array:
     basis = orthonormal_columns(xp, (wide * scale[:, None]).T).T
     peak = xp.argmax(xp.abs(basis), axis=1)
     values = xp.take_along_axis(basis, peak[:, None], axis=1)
-    return cast(xp, basis * xp.where(values < 0, -1.0, 1.0), rows.dtype)
+    return cast(xp, basis * (1.0 - 2.0 * cast(xp, values < 0, basis.dtype)), rows.dtype)
 
 
 def nystrom_rows(xp: Namespace, basis: Array, image: Array) -> Array:

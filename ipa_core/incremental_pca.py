@@ -14,7 +14,7 @@ class IncrementalPCA(Learner):
     r"""Merge-and-truncate PCA: stack what is kept on what is new, keep the leading directions.
 
     With F the kept factor (2r rows, :math:`F^\top F \approx \sum_i w_i x_i x_i^\top`) and X the
-    next 8r rows,
+    next 8r rows (64 at least),
 
     .. math:: F \leftarrow \text{leading } 2r \text{ rows of } \Lambda^{1/2} V^\top, \qquad
               F^\top F + X^\top W X = V \Lambda V^\top .
@@ -47,7 +47,8 @@ class IncrementalPCA(Learner):
 
     @property
     def _block_rows(self) -> int:
-        return 8 * self.rank
+        # Below 64 rows the decompositions cost more in calls than in arithmetic.
+        return max(64, 8 * self.rank)
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         self._stack(xp, rows.scaled(xp))

@@ -150,8 +150,9 @@ class RandomizedSVD(Learner):
 
     def _open(self, xp: Namespace, rows: Rows) -> None:
         """Choose the basis: the leading rows of F, and probes of the block about to come."""
-        kept = self._factor[: self._width - max(1, self._width // 4), :]
-        shape = (self._width - kept.shape[0], rows.count)
+        count = min(self._factor.shape[0], self._width - max(1, self._width // 4))
+        kept = self._factor[:count, :]
+        shape = (self._width - count, rows.count)
         signs = _array.from_numpy(
             xp,
             _array.random_signs(shape, self.seed, self._segments),

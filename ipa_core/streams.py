@@ -90,7 +90,7 @@ def _cut(array: Array) -> Iterator[tuple[Array, None]]:
         yield array, None
         return
     for start in range(0, array.shape[0], _ROWS_AT_A_TIME):
-        yield array[start : start + _ROWS_AT_A_TIME, ...], None
+        yield array[start : min(start + _ROWS_AT_A_TIME, array.shape[0]), ...], None
 
 
 def _files(path: Path) -> list[Path]:

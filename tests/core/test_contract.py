@@ -1,11 +1,13 @@
 """Every law, for every learner, about the origin and the mean, on every array library."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ipa_core import HebbianRule, ReconstructionAutoencoder
 from tests.core import contract
 from tests.core.spectra import streams
 
@@ -42,9 +44,11 @@ def test_resume(xp, factory, tmp_path_factory, stream, dtype):
     contract.law_resume(xp, factory, stream, dtype, path)
 
 
+@pytest.mark.parametrize("rule", [HebbianRule, ReconstructionAutoencoder])
+@pytest.mark.parametrize("center", [False, True])
 @given(stream=streams(full_rank=True, offset=False))
 @settings(max_examples=10)
-def test_statistical_law(xp, factory, stream):
+def test_statistical_law(xp, center, rule, stream):
     # Where the spectrum is steeper, the Hebbian rule is worse than it declares, as its docs say.
     gentle = replace(stream, rows=20_000, decay=min(stream.decay, 1.5))
-    contract.law_statistical(xp, factory, gentle, "float32")
+    contract.law_statistical(xp, partial(rule, center=center), gentle, "float32")
