@@ -3,11 +3,11 @@ from functools import partial
 
 import pytest
 import torch
-from ipa_core import ExactCovariance, RankError, SettingError, ShapeError
-from ipa_torch import LayerError, fit_projectors
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import ipa_hf
+from ipa_core import ExactCovariance, RankError, SettingError, ShapeError
+from ipa_torch import LayerError, fit_projectors
 
 from .models import (
     TARGETS,
