@@ -1,0 +1,154 @@
+"""What breaks PEFT's own data-driven initialisation (EVA) must work here, or fail with its name."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from torch import nn
+
+import ipa_hf
+from ipa_core import EmptyStreamError, ExactCovariance, NonFiniteError, RankError
+from ipa_torch import LayerError
+
+from .models import config, make, outputs, text_batches
+
+
+def learned(model, lora, batches, **options):
+    """Return the A of each layer, and check that it is finite and of full rank."""
+    model = ipa_hf.get_ipa_model(model, lora, batches, progress=False, **options)
+    found = {
+        name: module.lora_A["default"].weight
+        for name, module in model.get_base_model().named_modules()
+        if "default" in getattr(module, "lora_A", {})
+    }
+    for a in found.values():
+        assert torch.linalg.matrix_rank(a) == a.shape[0]
+    return found
+
+
+class Net(nn.Module):
+    """A model of no library."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.convolution = nn.Conv2d(1, 2, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second(hidden.transpose(0, 1))  # not contiguous
+
+
+def rows(count=4):
+    return [torch.randn(5, 6, 8) for _ in range(count)]
+
+
+@pytest.mark.parametrize("padding", [9, 10])
+def test_fewer_valid_tokens_than_the_rank(llama, padding):
+    learned(llama, config(), text_batches(count=8, size=1, padding=padding) + text_batches())
+
+
+def test_a_first_batch_smaller_than_the_rank(llama):
+    learned(llama, config(), text_batches(count=1, size=1, length=2, padding=0) + text_batches())
+
+
+def test_nan_names_the_layer(llama, batches):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"layer 'model\.layers\.1\.mlp\.down_proj'"):
+        learned(llama, config(), batches)
+
+
+def test_rank_above_the_features_names_the_layer(llama, batches):
+    with pytest.raises(RankError, match=r"layer 'model\.layers\.0\.self_attn\.q_proj'"):
+        learned(llama, config(r=17), batches)
+
+
+def test_vision_with_the_defaults():
+    vit = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+        )
+    )
+    images = [{"pixel_values": torch.randn(3, 3, 16, 16)} for _ in range(3)]
+    found = learned(vit, LoraConfig(r=4, target_modules="all-linear"), images)
+    assert len(found) > 2
+
+
+def test_inputs_that_are_not_contiguous():
+    lora = LoraConfig(r=2, target_modules=["first", "second"])
+    assert learned(Net(), lora, rows()).keys() == {"first", "second"}
+
+
+def test_a_target_that_is_never_called():
+    lora = LoraConfig(r=2, target_modules=["first", "unused"])
+    with pytest.raises(LayerError, match=r"'unused': its forward never ran.*target_modules"):
+        learned(Net(), lora, rows())
+
+
+def test_a_convolution_is_refused_by_name():
+    lora = LoraConfig(r=2, target_modules=["first", "convolution"])
+    with pytest.raises(LayerError, match=r"'convolution': Conv2d layers take no projection"):
+        learned(Net(), lora, rows())
+
+
+def test_a_loader_without_a_length(llama, batches):
+    learned(llama, config(), iter(batches))
+
+
+def test_an_empty_loader(llama):
+    with pytest.raises(EmptyStreamError, match="batch"):
+        learned(llama, config(), [])
+
+
+def test_callers_batches_stay_whole(llama, batches):
+    before = [{name: value.clone() for name, value in batch.items()} for batch in batches]
+    learned(llama, config(), batches)
+    for batch, copy in zip(batches, before, strict=True):
+        assert batch.keys() == copy.keys()
+        assert all(torch.equal(batch[name], copy[name]) for name in batch)
+
+
+def test_experts_see_flat_rows():
+    mixtral = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        )
+    )
+    found = learned(mixtral, config(target_modules=["q_proj", "v_proj"]), text_batches())
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_does_not_count(side):
+    whole = text_batches(count=2, size=6, length=8, padding=0)
+    padded = [dict(batch) for batch in whole]
+    for batch in padded:
+        for name, filler in (("input_ids", 0), ("attention_mask", 0)):
+            empty = torch.full((6, 5), filler)
+            parts = [batch[name], empty] if side == "right" else [empty, batch[name]]
+            batch[name] = torch.cat(parts, dim=1)
+        # Positions as generation computes them for a left-padded batch.
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    options = {"learner": ExactCovariance}
+    expected = learned(make("llama"), config(), whole, **options)
+    for name, a in learned(make("llama"), config(), padded, **options).items():
+        torch.testing.assert_close(a, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_base_outputs_after_learning_twice(llama, batches):
+    expected = outputs(make("llama"), batches[0])
+    model = ipa_hf.get_ipa_model(llama, config(), batches, progress=False)
+    ipa_hf.initialize(model, batches, progress=False)
+    torch.testing.assert_close(outputs(model, batches[0]), expected)
