@@ -1,0 +1,163 @@
+"""Learners that are wrong on purpose: the contract suite must tell."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ipa_core import ExactCovariance, HebbianRule, IncrementalPCA, IPAError, RandomizedSVD
+from ipa_core._array import cast, wide_dtype
+from ipa_core._rows import Rows
+from ipa_core.learner import Learner
+from tests.core import contract
+from tests.core.spectra import Stream
+
+STREAM = Stream(
+    features=12,
+    rank=3,
+    rows=7000,
+    decay=0.7,
+    scale=1.0,
+    offset=1.0,
+    effective=12,
+    seed=3,
+    cuts=(0.2, 0.2, 0.55),
+)
+LAWS = [
+    contract.law_optimality,
+    contract.law_partition,
+    contract.law_merge,
+    contract.law_neutral,
+    contract.law_purity,
+    contract.law_absence,
+    contract.law_weights,
+    contract.law_equivariance,
+    contract.law_continuation,
+]
+
+
+class WrongSign(HebbianRule):
+    """Inflates where the rule deflates."""
+
+    def _step(self, xp, rows, weight, size):
+        unit = self._normalized(xp)
+        seen = rows.x @ (unit.T / self._unit)
+        target = (seen.T @ rows.x / self._unit + xp.tril(seen.T @ seen, k=-1) @ unit) / weight
+        self._directions = (1.0 - size) * self._directions + size * target
+
+
+class WrongFactor(ExactCovariance):
+    """Takes every block after the first for half of what it is."""
+
+    def _add(self, moment):
+        self._moment = moment if self._moment is None else self._moment + moment / 2
+
+
+class NoMeanCorrection(ExactCovariance):
+    """Centres each block about its own mean and forgets that the means differ."""
+
+    def _move_mean(self, xp, mean, weight):
+        shift = super()._move_mean(xp, mean, weight)
+        return Rows(0 * shift.x, None, 0 * shift.squares)
+
+
+class SquaredWeights(ExactCovariance):
+    """Lets each weight enter twice."""
+
+    def _absorb_rows(self, xp, rows):
+        x = rows.weigh(rows.x)
+        self._add(cast(xp, x.T @ x, wide_dtype(xp, x.device)))
+
+
+class PaddingCounted(ExactCovariance):
+    """Looks at rows of weight zero."""
+
+    def _bind(self, batch, weights):
+        return super()._bind(batch, None)
+
+
+class ForgetsOther(IncrementalPCA):
+    """Counts the other learner's rows but not what they hold."""
+
+    def _absorb_summary(self, xp, other):
+        pass
+
+
+class WritesInPlace(RandomizedSVD):
+    """Adds to the image where it should rebind."""
+
+    def _absorb_rows(self, xp, rows):
+        if self._image is not None:
+            self._image *= 1.5
+        super()._absorb_rows(xp, rows)
+
+
+class ScaleBlind(HebbianRule):
+    """Steps by a fixed amount, whatever the scale of the data."""
+
+    def _step(self, xp, rows, weight, size):
+        super()._step(xp, Rows(rows.x * self._unit, rows.weights, rows.squares), weight, size)
+
+
+class NoBlocks(IncrementalPCA):
+    """Absorbs batches as they are cut, keeping no more than the rank."""
+
+    def _take(self, rows):
+        self.samples += rows.count
+        if rows.count:
+            self._absorb_block(self._xp, rows)
+
+    def _stack(self, xp, rows):
+        super()._stack(xp, rows)
+        self._factor = self._factor[: self.rank, :]
+
+
+class LosesPending(ExactCovariance):
+    """Drops the rows that wait for a full block."""
+
+    def _flushed(self):
+        done = super()._flushed()
+        return self if self._moment is not None else done
+
+
+def broken(factory):
+    """Return the names of the laws that a factory breaks."""
+    names = []
+    for law in LAWS:
+        try:
+            law(np, factory, STREAM, "float64")
+        except (AssertionError, IPAError):
+            names.append(law.__name__)
+    return names
+
+
+@pytest.mark.parametrize("learner", [ExactCovariance, HebbianRule, IncrementalPCA, RandomizedSVD])
+@pytest.mark.parametrize("center", [False, True])
+def test_right_learners_break_no_law(learner, center):
+    assert broken(lambda rank: learner(rank, center=center)) == []
+
+
+@pytest.mark.parametrize(
+    ("mutant", "center", "law"),
+    [
+        (WrongFactor, False, "law_optimality"),
+        (NoMeanCorrection, True, "law_optimality"),
+        (SquaredWeights, False, "law_weights"),
+        (PaddingCounted, False, "law_absence"),
+        (ForgetsOther, False, "law_merge"),
+        (WritesInPlace, False, "law_purity"),
+        (ScaleBlind, False, "law_equivariance"),
+        (NoBlocks, False, "law_partition"),
+        (LosesPending, False, "law_optimality"),
+    ],
+)
+def test_mutant_is_caught(mutant, center, law):
+    assert issubclass(mutant, Learner)
+    assert law in broken(lambda rank: mutant(rank, center=center))
+
+
+def test_wrong_sign_is_caught():
+    stream = replace(STREAM, rows=20_000, decay=1.0, offset=0.0)
+    contract.law_statistical(np, HebbianRule, stream, "float64")
+    with pytest.raises(AssertionError):
+        contract.law_statistical(np, WrongSign, stream, "float64")
