@@ -10,10 +10,40 @@ except ModuleNotFoundError as error:
         f"ipa_torch needs {error.name}; install it with: pip install 'ipa-projectors[torch]'"
     ) from error
 
+from ipa_torch.adapted import Adapted
+from ipa_torch.adapters import (
+    adapters_of,
+    attach,
+    detach,
+    disabled,
+    merge,
+    set_adapter,
+    unmerge,
+)
 from ipa_torch.errors import LayerError
 from ipa_torch.fit import fit_projectors
+from ipa_torch.projection import Projection, energy_scale
 from ipa_torch.projectors import Projectors
+from ipa_torch.saving import adapter_state_dict, load_adapter_state_dict
 from ipa_torch.targets import select_layers
 from ipa_torch.weighting import attention_mask
 
-__all__ = ["LayerError", "Projectors", "attention_mask", "fit_projectors", "select_layers"]
+__all__ = [
+    "Adapted",
+    "LayerError",
+    "Projection",
+    "Projectors",
+    "adapter_state_dict",
+    "adapters_of",
+    "attach",
+    "attention_mask",
+    "detach",
+    "disabled",
+    "energy_scale",
+    "fit_projectors",
+    "load_adapter_state_dict",
+    "merge",
+    "select_layers",
+    "set_adapter",
+    "unmerge",
+]

@@ -31,6 +31,7 @@ def fit_projectors(
     learner: Callable[[int], Learner] = RandomizedSVD,
     row_weights: RowWeights | None = attention_mask,
     forward: Forward | None = None,
+    max_patches: int | None = 8192,
     on_missing: OnMissing = "warn",
     progress: bool = True,
 ) -> Projectors:
@@ -63,6 +64,9 @@ def fit_projectors(
     forward : callable, optional
         ``forward(model, batch)`` runs the model. By default a mapping is passed as keywords, a
         tuple or list by position, anything else as the one argument, on the model's device.
+    max_patches : int or None, default 8192
+        Places of a convolution to take patches at, in each batch: a random choice, spread evenly.
+        None takes all of them.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
         What to do about layers whose forward never ran; the others are returned.
     progress : bool, default True
@@ -104,7 +108,7 @@ def fit_projectors(
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = select_layers(model, targets)
     ranks = {name: rank_for(name, rank) for name in layers}
-    listener = Listener(layers, ranks, learner, RowFilter(model, row_weights))
+    listener = Listener(layers, ranks, learner, RowFilter(model, row_weights), max_patches)
     run = feed if forward is None else forward
     with undisturbed(model), listener, _bar(progress) as bar:
         seen = 0

@@ -35,8 +35,3 @@ def _in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> list[Any]:
         return list(kwargs.values())
     own = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
     return [kwargs[name] for name in (*own, *(name for name in kwargs if name not in own))]
-
-
-def rows_of(activation: torch.Tensor) -> torch.Tensor:
-    """Return an activation (..., features) as rows (n, features), a view where that can be."""
-    return activation.detach().reshape(-1, activation.shape[-1])

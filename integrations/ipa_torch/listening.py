@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -13,13 +13,16 @@ from torch import nn
 
 from ipa_core import Learner, Projector
 from ipa_core.errors import IPAError, with_context
+from ipa_torch.bypass import WeightWatch
 from ipa_torch.identity import Identities
-from ipa_torch.inputs import input_of, rows_of
+from ipa_torch.inputs import input_of
 from ipa_torch.projectors import Projectors
+from ipa_torch.reading import Reading, Rows, reading_of
 from ipa_torch.sharing import Histories
 from ipa_torch.weighting import RowFilter
 
 NEVER_RAN = "its forward never ran"
+BYPASSED = "its weight is used without calling it, which no hook and no adapter can see"
 NO_ROWS = "it saw no row of positive weight"
 
 
@@ -32,13 +35,17 @@ class Listener:
         ranks: Mapping[str, int],
         learner: Callable[[int], Learner],
         row_filter: RowFilter,
+        max_patches: int | None,
     ) -> None:
         self._layers = layers
+        self._readings = {name: _reading(name, module) for name, module in layers.items()}
+        self._max_patches = max_patches
         self._filter = row_filter
         self._histories = Histories(ranks, learner)
         self._identities = Identities()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._ran: set[str] = set()
+        self._watch = WeightWatch(layers)
         self.rows = 0
 
     @property
@@ -68,8 +75,10 @@ class Listener:
         """Enclose the forward pass of one batch."""
         weighted = self._filter.start(batch)
         self.rows = 0
+        watch = nullcontext() if len(self._ran) == len(self._layers) else self._watch
         try:
-            yield
+            with watch:
+                yield
         finally:
             self._histories.end_batch()
             self._identities.clear()
@@ -82,7 +91,7 @@ class Listener:
         learned, missing = {}, {}
         for name, node in self._histories.at.items():
             if name not in self._ran:
-                missing[name] = NEVER_RAN
+                missing[name] = BYPASSED if name in self._watch.used else NEVER_RAN
             elif node.learner.samples == 0:
                 missing[name] = NO_ROWS
             else:
@@ -102,16 +111,25 @@ class Listener:
     ) -> None:
         try:
             activation = input_of(module, args, kwargs)
-            event = self._identities.number(activation)
+            reading = self._readings[name]
+            event = self._identities.number(activation), reading
             self._ran.add(name)
             # Learning stays out of the model's autocast: products in half lose the small core.
             with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
-                self._histories.see(name, event, partial(self._rows, activation))
+                self._histories.see(name, event, partial(self._rows, activation, reading))
         except IPAError as error:
             raise with_context(error, f"layer {name!r}") from error
 
-    def _rows(self, activation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = rows_of(activation)
+    def _rows(self, activation: torch.Tensor, reading: Reading) -> Rows:
+        chosen = self._filter(activation, reading.leading(activation))
+        rows, weights = reading.rows(activation.detach(), chosen, self._max_patches)
         if not self.rows:
             self.rows = int(rows.shape[0])
-        return self._filter(activation, tuple(activation.shape[:-1]), rows)
+        return rows, weights
+
+
+def _reading(name: str, module: nn.Module) -> Reading:
+    try:
+        return reading_of(module)
+    except IPAError as error:
+        raise with_context(error, f"layer {name!r}") from error

@@ -23,9 +23,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        fast = torch.backends.mha.get_fastpath_enabled()
         try:
+            # The fused kernel of nn.TransformerEncoderLayer reads weights past the layers.
+            torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for module, training in flags.items():
                 module.training = training

@@ -11,6 +11,7 @@ from torch import nn
 
 from ipa_core.errors import ShapeError
 from ipa_torch.identity import Key, storage_of
+from ipa_torch.reading import Chosen
 
 Weights: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None"
 RowWeights: TypeAlias = Callable[[Any], Weights]
@@ -59,18 +60,14 @@ class Selection:
         ones = bool((flat.to(torch.float32) == present).all())
         kept_weights = flat if self._index is None else flat.index_select(0, self._index)
         self._weights = None if ones else kept_weights
-        self._moved: dict[torch.device, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self._moved: dict[torch.device, Chosen] = {}
 
     def fits(self, leading: tuple[int, ...]) -> bool:
         """Return whether an activation with these leading axes has the rows of the mask."""
         return leading == self.shape or leading == (math.prod(self.shape),)
 
-    def of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the rows (n, features) that count, and their weights unless all are one."""
-        index, weights = self._on(rows.device)
-        return (rows if index is None else rows.index_select(0, index)), weights
-
-    def _on(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def on(self, device: torch.device) -> Chosen:
+        """Return the places that count, None for all, and their weights, None for ones."""
         if device not in self._moved:
             self._moved[device] = (
                 None if self._index is None else self._index.to(device),
@@ -108,14 +105,12 @@ class RowFilter:
             return []
         return [self._encoder.register_forward_hook(self._encoder_ends)]
 
-    def __call__(
-        self, activation: torch.Tensor, leading: tuple[int, ...], rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return those of the ``rows`` (n, features) of an activation that count."""
+    def __call__(self, activation: torch.Tensor, leading: tuple[int, ...]) -> Chosen:
+        """Return the places of an activation that count, and their weights."""
         selection = self._second if self._is_decoders(activation) else self._first
         if selection is None or not selection.fits(leading):
-            return rows, None
-        return selection.of(rows)
+            return None, None
+        return selection.on(activation.device)
 
     def _is_decoders(self, activation: torch.Tensor) -> bool:
         return self._done and storage_of(activation) != self._output

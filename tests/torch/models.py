@@ -8,9 +8,9 @@ from torch.nn import functional as F
 class Attention(nn.Module):
     """Self-attention as one writes it by hand, with calls by keyword."""
 
-    def __init__(self, width=12, heads=2):
+    def __init__(self, width=12, heads=2, keywords=True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.keywords = heads, keywords
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
 
@@ -18,7 +18,11 @@ class Attention(nn.Module):
         def split(y):
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        q, k, v = split(self.q(input=x)), split(self.k(input=x)), split(self.v(input=x))
+        if self.keywords:
+            q, k, v = self.q(input=x), self.k(input=x), self.v(input=x)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = split(q), split(k), split(v)
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(input=mixed.transpose(1, 2).flatten(2))
@@ -27,10 +31,10 @@ class Attention(nn.Module):
 class Transformer(nn.Module):
     """Two blocks over token numbers; a padding mask is honoured exactly."""
 
-    def __init__(self, width=12, blocks=2, vocabulary=20):
+    def __init__(self, width=12, blocks=2, vocabulary=20, keywords=True):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
-        self.attention = nn.ModuleList(Attention(width) for _ in range(blocks))
+        self.attention = nn.ModuleList(Attention(width, keywords=keywords) for _ in range(blocks))
         self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(blocks))
         self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(blocks))
 
@@ -73,3 +77,68 @@ def angle(first, second):
     a, b = first.components.double(), second.components.double()
     outside = b - b @ a.T @ a
     return float(torch.linalg.svdvals(outside).max().clamp(max=1).asin())
+
+
+class Convolutions(nn.Module):
+    """Grouped, strided, dilated and padded convolutions in one and two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.strided = nn.Conv2d(3, 8, (3, 2), stride=(2, 1), padding=(1, 0))
+        self.grouped = nn.Conv2d(8, 12, 3, groups=4, dilation=(1, 2), padding="same")
+        self.reflected = nn.Conv2d(12, 6, 3, padding=(2, 1), padding_mode="reflect")
+        self.line = nn.Conv1d(6, 4, 3, stride=2, padding=1, padding_mode="circular", groups=2)
+
+    def forward(self, x):
+        x = F.relu(self.strided(x))
+        x = F.relu(self.grouped(x))
+        x = F.relu(self.reflected(x))
+        return self.line(x.flatten(2))
+
+
+class LSTMTagger(nn.Module):
+    """An LSTM with a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+class Tied(nn.Module):
+    """An output layer that has the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(10, 6), nn.Linear(6, 6), nn.Linear(6, 10)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.hidden(self.embed(ids))))
+
+
+class Bypassed(nn.Module):
+    """A layer that is read past: its weight is used and its forward is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(F.linear(x, self.qkv.weight))
+
+
+class Experts(nn.Module):
+    """Two experts; rows go to the second one only where their first entry is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x):
+        x = self.gate(x)
+        y = self.experts[0](x)
+        large = x[x[:, 0] > 0.5]
+        return y.sum() + (self.experts[1](large).sum() if large.shape[0] else 0)

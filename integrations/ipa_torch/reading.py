@@ -1,0 +1,181 @@
+"""How a layer reads its input: as rows that one matrix multiplies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ipa_torch.errors import LayerError
+
+Chosen: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
+Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Reading(Protocol):
+    """The view of a layer as y = M x for every row x of its input, with M of (outputs, features).
+
+    Equal readings of one tensor give equal rows; a reading can be hashed.
+    """
+
+    def leading(self, activation: torch.Tensor) -> tuple[int, ...]:
+        """Return the axes that number the places of an activation."""
+
+    def rows(self, activation: torch.Tensor, chosen: Chosen, limit: int | None) -> Rows:
+        """Return the rows (n, features) at the chosen places, or everywhere, and their weights.
+
+        At most ``limit`` patches are taken.
+        """
+
+    def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix (rank, features) to every row, in the layout of the layer's output."""
+
+    def lift(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix (outputs, rank) to what `project` gave, to the layer's output."""
+
+    def weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return a matrix (outputs, features) in the layout of the layer's weight ``like``."""
+
+
+@dataclass(frozen=True)
+class LastAxis:
+    """Rows along the last axis, of ``nn.Linear`` and everything that is like it."""
+
+    transposed: bool = False
+
+    def leading(self, activation: torch.Tensor) -> tuple[int, ...]:
+        """Return the axes that number the places."""
+        return tuple(activation.shape[:-1])
+
+    def rows(self, activation: torch.Tensor, chosen: Chosen, limit: int | None) -> Rows:
+        """Return rows and weights, as for every `Reading`."""
+        places, weights = chosen
+        rows = activation.reshape(-1, activation.shape[-1])
+        return (rows if places is None else rows.index_select(0, places)), weights
+
+    def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix (rank, features) to every row."""
+        return F.linear(activation, projection)
+
+    def lift(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix (outputs, rank) to every place."""
+        return F.linear(projected, matrix)
+
+    def weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the matrix in the layout of the weight."""
+        return matrix.T if self.transposed else matrix
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches of a convolution; each group's part of one is a row: P is common to all groups."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding: tuple[int, ...]
+    mode: str
+
+    def leading(self, activation: torch.Tensor) -> tuple[int, ...]:
+        """Return the axes that number the places."""
+        batch = activation.shape[:1] if activation.ndim == len(self.kernel) + 2 else (1,)
+        pairs = zip(self.padding[-2::-2], self.padding[::-2], strict=True)
+        sizes = zip(activation.shape[-len(self.kernel) :], pairs, self._steps(), strict=True)
+        return (*batch, *((n + sum(p) - extent) // step + 1 for n, p, (extent, step) in sizes))
+
+    def rows(self, activation: torch.Tensor, chosen: Chosen, limit: int | None) -> Rows:
+        """Return rows and weights, as for every `Reading`."""
+        leading, axes = self.leading(activation), len(self.kernel)
+        places, weights = chosen
+        if places is None:
+            places = torch.arange(math.prod(leading), device=activation.device)
+        drawn = spread(places.shape[0], limit, activation.device)
+        if drawn is not None:
+            places = places.index_select(0, drawn)
+            weights = None if weights is None else weights.index_select(0, drawn)
+        windows = self._windows(activation if activation.ndim == axes + 2 else activation[None])
+        rows = windows[torch.unravel_index(places, leading)].flatten(2).flatten(0, 1)
+        return rows, None if weights is None else weights.repeat_interleave(self.groups)
+
+    def _windows(self, activation: torch.Tensor) -> torch.Tensor:
+        """Return a view (batch, *places, groups, channels, *kernel) of all patches."""
+        axes = len(self.kernel)
+        windows = self._padded(activation)
+        for axis, (extent, step) in enumerate(self._steps()):
+            windows = windows.unfold(2 + axis, extent, step)[..., :: self.dilation[axis]]
+        windows = windows.movedim(1, 1 + axes)
+        return torch.unflatten(windows, 1 + axes, (self.groups, -1))
+
+    def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix (rank, features) to every row."""
+        kernels = projection.reshape(projection.shape[0], -1, *self.kernel)
+        kernels = kernels.repeat(self.groups, *(1 for _ in range(kernels.ndim - 1)))
+        return _CONVOLVE[len(self.kernel)](
+            self._padded(activation),
+            kernels,
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def lift(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix (outputs, rank) to every place."""
+        points = matrix.reshape(*matrix.shape, *(1 for _ in self.kernel))
+        return _CONVOLVE[len(self.kernel)](projected, points, groups=self.groups)
+
+    def weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the matrix in the layout of the weight."""
+        return matrix.reshape(like.shape)
+
+    def _padded(self, activation: torch.Tensor) -> torch.Tensor:
+        return F.pad(activation, self.padding, mode=self.mode) if any(self.padding) else activation
+
+    def _steps(self) -> list[tuple[int, int]]:
+        extents = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+        return list(zip(extents, self.stride, strict=True))
+
+
+def reading_of(module: nn.Module) -> LastAxis | Patches:
+    """Return how a layer reads its input.
+
+    Raises
+    ------
+    LayerError
+        If the layer is no matrix acting on rows.
+    """
+    if isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        return reading_of(base)
+    if isinstance(module, Convolution):
+        padding: Any = module._reversed_padding_repeated_twice
+        return Patches(
+            kernel=tuple(module.kernel_size),
+            stride=tuple(module.stride),
+            dilation=tuple(module.dilation),
+            groups=module.groups,
+            padding=tuple(padding),
+            mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
+        )
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        raise LayerError(
+            f"expected a layer that multiplies rows of its input, got {type(module).__name__}; "
+            "leave it out of the targets"
+        )
+    return LastAxis(transposed=type(module).__name__ == "Conv1D")
+
+
+def spread(count: int, limit: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return ``limit`` of ``count`` numbers, one drawn from each of as many equal stretches.
+
+    Every number has the same chance, so means over them are unbiased. None: all are within limits.
+    """
+    if limit is None or count <= limit:
+        return None
+    drawn = torch.arange(limit, dtype=torch.float64) + torch.rand(limit, dtype=torch.float64)
+    return (drawn * (count / limit)).long().clamp(max=count - 1).to(device)
