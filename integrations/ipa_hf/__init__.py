@@ -12,7 +12,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ipa_hf.adapters import get_ipa_model, initialize
+from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
 from ipa_hf.storage import load
 
-__all__ = ["freeze_projections", "get_ipa_model", "initialize", "load"]
+__all__ = ["export_lora", "freeze_projections", "get_ipa_model", "initialize", "load"]

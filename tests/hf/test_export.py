@@ -1,0 +1,151 @@
+"""The rules by which vLLM, SGLang and llama.cpp read adapters, applied to what is exported."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+import ipa_hf
+from ipa_core import SettingError
+
+from .models import config, make, outputs, text_batches, train
+
+CASES = {
+    "plain": ("llama", {}),
+    "ranks": ("llama", {"rank_pattern": {"q_proj": 2, "down_proj": 7}}),
+    "rslora": ("llama", {"use_rslora": True, "r": 3}),
+    "rslora-ranks": ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}}),
+    "alphas": ("llama", {"alpha_pattern": {"v_proj": 3}}),
+    "fraction": ("llama", {"r": 3, "lora_alpha": 7, "rank_pattern": {"q_proj": 5}}),
+    "some-blocks": ("llama", {"layers_to_transform": [1]}),
+    "regex": ("llama", {"target_modules": r".*0\.self_attn\.(q|v)_proj"}),
+    "gpt2": ("gpt2", {"fan_in_fan_out": True}),
+}
+
+
+@pytest.fixture(params=CASES)
+def exported(request, tmp_path):
+    """Return a trained model, the folder it was exported to, and its family."""
+    family, lora = CASES[request.param]
+    batches = text_batches()
+    model = ipa_hf.get_ipa_model(make(family), config(family, **lora), batches, progress=False)
+    train(model, batches)
+    ipa_hf.export_lora(model, tmp_path)
+    return model, tmp_path, family
+
+
+def read(folder):
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    return settings, load_file(folder / "adapter_model.safetensors")
+
+
+def products(model):
+    """Return what the adapter adds to each weight, as training computed it."""
+    return {
+        name: layer.scaling["default"]
+        * layer.lora_B["default"].weight.detach()
+        @ layer.lora_A["default"].weight.detach()
+        for name, layer in model.get_base_model().named_modules()
+        if "default" in getattr(layer, "lora_A", {})
+    }
+
+
+def test_stock_peft_gives_the_same_outputs(exported):
+    model, folder, family = exported
+    batch = text_batches()[0]
+    expected = outputs(model, batch)
+    again = PeftModel.from_pretrained(make(family), folder)
+    torch.testing.assert_close(outputs(again, batch), expected, atol=1e-5, rtol=1e-5)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_alpha_over_one_rank_from_the_configuration(exported):
+    """Read as vLLM and SGLang do: global alpha / r, patterns ignored."""
+    model, folder, _ = exported
+    settings, tensors = read(folder)
+    for name, expected in products(model).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        found = settings["lora_alpha"] / settings["r"] * b @ a
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_one_alpha_over_each_tensors_own_rank(exported):
+    """Read as llama.cpp does; equal for all only if all ranks are."""
+    _, folder, _ = exported
+    settings, tensors = read(folder)
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    assert ranks == {settings["r"]}
+
+
+def test_every_tensor_has_a_known_name_and_a_partner(exported):
+    model, folder, family = exported
+    _, tensors = read(folder)
+    plain = dict(make(family).named_modules())
+    for name in tensors:
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        assert found and found[1] in plain
+        assert (
+            name.replace(f"lora_{found[2]}", "lora_B" if found[2] == "A" else "lora_A") in tensors
+        )
+
+
+def test_configuration_is_plain(exported):
+    _, folder, family = exported
+    settings, _ = read(folder)
+    assert settings.keys() == LoraConfig().to_dict().keys() - {"runtime_config"}
+    assert isinstance(settings["lora_alpha"], int)
+    assert not settings["rank_pattern"] and not settings["alpha_pattern"]
+    assert not settings["use_rslora"] and not settings["use_dora"]
+    assert settings["modules_to_save"] is None and settings["bias"] == "none"
+    assert settings["init_lora_weights"] is True and settings["inference_mode"] is True
+    assert settings["fan_in_fan_out"] == (family == "gpt2")
+    # A prefixed name is what SGLang stumbles over.
+    assert settings["target_modules"] and not any("." in x for x in settings["target_modules"])
+
+
+def test_bare_names_reach_exactly_the_layers_with_tensors(exported):
+    _, folder, family = exported
+    settings, tensors = read(folder)
+    named = {name.rpartition(".lora_")[0] for name in tensors}
+    reached = {
+        f"base_model.model.{name}"
+        for name, _ in make(family).named_modules()
+        if name.rpartition(".")[2] in settings["target_modules"]
+    }
+    assert reached == named
+
+
+def test_shared_projections_stay_shared(tmp_path):
+    """llama.cpp joins the adapters of q, k and v only where their A are equal."""
+    lora = config(alpha_pattern={"q_proj": 3})
+    model = ipa_hf.get_ipa_model(make("llama"), lora, text_batches(), scaling=0.5, progress=False)
+    ipa_hf.export_lora(model, tmp_path)
+    _, tensors = read(tmp_path)
+    k, v = (
+        tensors[f"base_model.model.model.layers.0.self_attn.{x}_proj.lora_A.weight"] for x in "kv"
+    )
+    assert torch.equal(k, v)
+
+
+def test_training_goes_on_from_an_export(exported):
+    _, folder, family = exported
+    again = ipa_hf.load(make(family), folder, is_trainable=True)
+    trainable = {name for name, p in again.named_parameters() if p.requires_grad}
+    adapted = {f"base_model.model.{name}" for name in again.peft_config["default"].record.layers}
+    assert adapted <= {name.partition(".lora_B.")[0] for name in trainable}
+    assert not any(name.partition(".lora_A.")[0] in adapted for name in trainable if "_A" in name)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+)
+def test_what_no_server_loads_is_refused(tmp_path, lora):
+    batches = text_batches()
+    model = ipa_hf.get_ipa_model(make("llama"), config(**lora), batches, progress=False)
+    with pytest.raises(SettingError, match=f"{next(iter(lora))}.*merge_and_unload"):
+        ipa_hf.export_lora(model, tmp_path)
