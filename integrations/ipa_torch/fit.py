@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from itertools import chain, repeat
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -16,10 +17,13 @@ from ipa_torch.feeding import Forward, feed
 from ipa_torch.listening import Listener
 from ipa_torch.projectors import Projectors, rank_for
 from ipa_torch.quiet import undisturbed
+from ipa_torch.sharing import Histories
+from ipa_torch.stopping import ENDED, Budget, Convergence
 from ipa_torch.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch.weighting import RowFilter, RowWeights, attention_mask
 
-OnMissing = Literal["warn", "raise", "ignore"]
+OnMissing: TypeAlias = Literal["warn", "raise", "ignore"]
+OnError: TypeAlias = Literal["raise", "return"]
 
 
 def fit_projectors(
@@ -32,7 +36,12 @@ def fit_projectors(
     row_weights: RowWeights | None = attention_mask,
     forward: Forward | None = None,
     max_patches: int | None = 8192,
+    max_rows: int | None = None,
+    max_batches: int | None = None,
+    max_seconds: float | None = None,
+    tolerance: float | None = None,
     on_missing: OnMissing = "warn",
+    on_error: OnError = "raise",
     progress: bool = True,
 ) -> Projectors:
     r"""Learn, for layers of a model, the projections from which their inputs are best rebuilt.
@@ -67,8 +76,19 @@ def fit_projectors(
     max_patches : int or None, default 8192
         Places of a convolution to take patches at, in each batch: a random choice, spread evenly.
         None takes all of them.
+    max_rows, max_batches, max_seconds : optional
+        Budgets: of rows for each layer, of batches and of seconds. What has begun is finished: they
+        are looked at after each batch.
+    tolerance : float, optional
+        A layer stops when the excess of its reconstruction error over the best possible one is
+        estimated to be at most this, on rows not yet absorbed; 1e-2, say, for one per cent. Not
+        before 12 batches. When all have stopped, no more batches are run. `Projectors.stopped` says
+        why each layer did. By default all batches are used.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
         What to do about layers whose forward never ran; the others are returned.
+    on_error : {"raise", "return"}, default "raise"
+        What to do on an exception in a forward pass, or Ctrl-C: raise it, or warn and return what
+        was learned so far. A layer with an unfit input (NaN) is then left out and the others go on.
     progress : bool, default True
         Show a bar with rows (tokens) a second, on a terminal.
 
@@ -101,30 +121,65 @@ def fit_projectors(
     >>> fit_projectors(model, batches, rank=2, progress=False)
     Projectors(2 layers, 2 projectors)
     """
-    if on_missing not in ("warn", "raise", "ignore"):
-        raise SettingError(
-            f"expected on_missing to be 'warn', 'raise' or 'ignore', got {on_missing!r}"
-        )
+    _check_choice("on_missing", on_missing, OnMissing)
+    _check_choice("on_error", on_error, OnError)
+    budget = Budget(max_rows, max_batches, max_seconds)
+    convergence = None if tolerance is None else Convergence(tolerance)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = select_layers(model, targets)
-    ranks = {name: rank_for(name, rank) for name in layers}
-    listener = Listener(layers, ranks, learner, RowFilter(model, row_weights), max_patches)
+    listener = Listener(
+        layers,
+        Histories({name: rank_for(name, rank) for name in layers}, learner, convergence),
+        RowFilter(model, row_weights),
+        max_patches=max_patches,
+        max_rows=max_rows,
+        keep_going=on_error == "return",
+    )
     run = feed if forward is None else forward
     with undisturbed(model), listener, _bar(progress) as bar:
-        seen = 0
-        for batch in _passes(batches, listener.passes):
-            with listener.batch(batch):
-                run(model, batch)
-            bar.update(listener.rows)
-            seen += 1
+        try:
+            reason = _listen(model, batches, run, listener, budget, bar)
+        except (Exception, KeyboardInterrupt) as error:
+            if on_error == "raise" or not listener.heard:
+                raise
+            reason = f"interrupted by {type(error).__name__}: {error}"
+            warnings.warn(f"learning ended early, {reason}", stacklevel=2)
+    projectors = listener.finish(reason)
+    _report(projectors, on_missing)
+    return projectors
+
+
+def _listen(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Forward,
+    listener: Listener,
+    budget: Budget,
+    bar: tqdm[Any],
+) -> str:
+    """Run the model on the batches until one reason or another to stop; return it."""
+    seen = 0
+    for batch in _passes(batches, listener.passes):
+        with listener.batch(batch):
+            run(model, batch)
+        bar.update(listener.rows)
+        seen += 1
+        if listener.done:
+            break
+        if (reason := budget.spent(seen)) is not None:
+            return reason
     if not seen:
         raise EmptyStreamError(
             "expected at least one batch, got none; "
             "check that the loader is neither empty nor used up"
         )
-    projectors = listener.finish()
-    _report(projectors, on_missing)
-    return projectors
+    return ENDED
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        listed = " or ".join(map(repr, get_args(choices)))
+        raise SettingError(f"expected {name} to be {listed}, got {value!r}")
 
 
 def _passes(batches: Iterable[Any], passes: int) -> Iterable[Any]:
@@ -133,8 +188,8 @@ def _passes(batches: Iterable[Any], passes: int) -> Iterable[Any]:
             f"expected batches that can be read {passes} times, as the learner asks for, got a "
             f"one-shot {type(batches).__name__}; pass a list or a DataLoader"
         )
-    for _ in range(passes):
-        yield from batches
+    # No generator of our own: ending early, it would close the caller's.
+    return chain.from_iterable(repeat(batches, passes))
 
 
 def _bar(progress: bool) -> tqdm[Any]:

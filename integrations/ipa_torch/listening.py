@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -32,20 +32,26 @@ class Listener:
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
-        ranks: Mapping[str, int],
-        learner: Callable[[int], Learner],
+        histories: Histories,
         row_filter: RowFilter,
+        *,
         max_patches: int | None,
+        max_rows: int | None,
+        keep_going: bool,
     ) -> None:
         self._layers = layers
         self._readings = {name: _reading(name, module) for name, module in layers.items()}
-        self._max_patches = max_patches
+        self._histories = histories
         self._filter = row_filter
-        self._histories = Histories(ranks, learner)
+        self._max_patches = max_patches
+        self._max_rows = max_rows
+        self._keep_going = keep_going
         self._identities = Identities()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._ran: set[str] = set()
+        self._handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._watch = WeightWatch(layers)
+        self._ran: set[str] = set()
+        self._stopped: dict[str, str] = {}
+        self._unfit: dict[str, str] = {}
         self.rows = 0
 
     @property
@@ -53,11 +59,21 @@ class Listener:
         """How often the learners want to read the batches."""
         return max(node.learner.passes for node in self._histories.at.values())
 
+    @property
+    def done(self) -> bool:
+        """Whether every layer that ever ran has stopped."""
+        return bool(self._ran) and self._ran <= {*self._stopped, *self._unfit}
+
+    @property
+    def heard(self) -> bool:
+        """Whether any layer has learned."""
+        return any(node.learner.samples for node in self._histories.at.values())
+
     def __enter__(self) -> Self:
-        self._handles += self._filter.watch()
+        self._filter.open()
         for name, module in self._layers.items():
             hook = partial(self._hear, name)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles[name] = module.register_forward_pre_hook(hook, with_kwargs=True)
         return self
 
     def __exit__(
@@ -66,9 +82,9 @@ class Listener:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._filter.close()
+        for name in list(self._handles):
+            self._handles.pop(name).remove()
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
@@ -84,12 +100,15 @@ class Listener:
             self._identities.clear()
         if weighted is not None:
             self.rows = weighted
+        self._stop_layers()
 
-    def finish(self) -> Projectors:
+    def finish(self, reason: str) -> Projectors:
         """Return what was learned; layers on one history get one projector."""
         made: dict[int, Projector] = {}
-        learned, missing = {}, {}
+        learned, missing = {}, dict(self._unfit)
         for name, node in self._histories.at.items():
+            if name in missing:
+                continue
             if name not in self._ran:
                 missing[name] = BYPASSED if name in self._watch.used else NEVER_RAN
             elif node.learner.samples == 0:
@@ -98,27 +117,45 @@ class Listener:
                 if id(node) not in made:
                     made[id(node)] = self._finalized(name, node.learner)
                 learned[name] = made[id(node)]
-        return Projectors(learned, missing=missing)
+        stopped = {name: self._stopped.get(name, reason) for name in learned}
+        return Projectors(learned, missing=missing, stopped=stopped)
+
+    def _stop_layers(self) -> None:
+        """Take the hooks off layers that have converged or spent their rows."""
+        for name in list(self._handles):
+            node = self._histories.at[name]
+            if node.convergence is not None and node.convergence.reached:
+                self._stop(name, f"converged, excess about {node.convergence.estimate:.1e}")
+            elif self._max_rows is not None and node.learner.samples >= self._max_rows:
+                self._stop(name, f"max_rows of {self._max_rows:,} reached")
+
+    def _stop(self, name: str, reason: str) -> None:
+        self._handles.pop(name).remove()
+        self._stopped[name] = reason
 
     def _finalized(self, name: str, learner: Learner) -> Projector:
-        try:
+        with _named(name):
             return learner.finalize()
-        except IPAError as error:
-            raise with_context(error, f"layer {name!r}") from error
 
     def _hear(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         try:
-            activation = input_of(module, args, kwargs)
-            reading = self._readings[name]
-            event = self._identities.number(activation), reading
-            self._ran.add(name)
-            # Learning stays out of the model's autocast: products in half lose the small core.
-            with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
-                self._histories.see(name, event, partial(self._rows, activation, reading))
+            with _named(name):
+                self._learn(name, input_of(module, args, kwargs))
         except IPAError as error:
-            raise with_context(error, f"layer {name!r}") from error
+            if not self._keep_going:
+                raise
+            self._handles.pop(name).remove()
+            self._unfit[name] = str(error)
+
+    def _learn(self, name: str, activation: torch.Tensor) -> None:
+        reading = self._readings[name]
+        event = self._identities.number(activation), reading
+        self._ran.add(name)
+        # Learning stays out of the model's autocast: products in half lose the small core.
+        with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
+            self._histories.see(name, event, partial(self._rows, activation, reading))
 
     def _rows(self, activation: torch.Tensor, reading: Reading) -> Rows:
         chosen = self._filter(activation, reading.leading(activation))
@@ -128,8 +165,15 @@ class Listener:
         return rows, weights
 
 
-def _reading(name: str, module: nn.Module) -> Reading:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Give errors of the core the layer's name."""
     try:
-        return reading_of(module)
+        yield
     except IPAError as error:
         raise with_context(error, f"layer {name!r}") from error
+
+
+def _reading(name: str, module: nn.Module) -> Reading:
+    with _named(name):
+        return reading_of(module)

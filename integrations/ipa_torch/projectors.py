@@ -24,6 +24,8 @@ class Projectors(Mapping[str, Projector]):
         In the model's order of layers.
     missing : mapping of str to str, optional
         Layers that were asked for and not learned, and why.
+    stopped : mapping of str to str, optional
+        Why learning stopped, layer by layer.
 
     Examples
     --------
@@ -38,10 +40,15 @@ class Projectors(Mapping[str, Projector]):
     """
 
     def __init__(
-        self, projectors: Mapping[str, Projector], *, missing: Mapping[str, str] | None = None
+        self,
+        projectors: Mapping[str, Projector],
+        *,
+        missing: Mapping[str, str] | None = None,
+        stopped: Mapping[str, str] | None = None,
     ) -> None:
         self._projectors = dict(projectors)
         self.missing: Mapping[str, str] = dict(missing or {})
+        self.stopped: Mapping[str, str] = dict(stopped or {})
 
     def __getitem__(self, name: str) -> Projector:
         try:
@@ -105,7 +112,7 @@ class Projectors(Mapping[str, Projector]):
             if key not in made:
                 made[key] = projector.truncate(own)
             smaller[name] = made[key]
-        return Projectors(smaller, missing=self.missing)
+        return Projectors(smaller, missing=self.missing, stopped=self.stopped)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all projectors to one safetensors file, a shared one once."""

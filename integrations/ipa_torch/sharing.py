@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeAlias
-
-import torch
 
 from ipa_core import Learner
-
-Rows: TypeAlias = Callable[[], "tuple[torch.Tensor, torch.Tensor | None]"]
+from ipa_torch.reading import Rows
+from ipa_torch.stopping import Convergence
 
 
 class Node:
     """A history of inputs: what was learned from it, and how it went on in this batch."""
 
-    __slots__ = ("learner", "next")
+    __slots__ = ("convergence", "learner", "next")
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: Learner, convergence: Convergence | None) -> None:
         self.learner = learner
+        self.convergence = convergence
         self.next: dict[Hashable, Node] = {}
+
+    def after(self, rows: Rows) -> Node:
+        """Return the history that one more input makes of this one, which stays as it is."""
+        convergence = self.convergence and self.convergence.look(self.learner, *rows)
+        return Node(copy.copy(self.learner).update(*rows), convergence)
 
 
 class Histories:
@@ -32,20 +35,24 @@ class Histories:
     same inputs, and part when control flow, or an expert that a batch skips, parts them.
     """
 
-    def __init__(self, ranks: Mapping[str, int], learner: Callable[[int], Learner]) -> None:
-        roots = {rank: Node(learner(rank)) for rank in sorted(set(ranks.values()))}
+    def __init__(
+        self,
+        ranks: Mapping[str, int],
+        learner: Callable[[int], Learner],
+        convergence: Convergence | None,
+    ) -> None:
+        roots = {rank: Node(learner(rank), convergence) for rank in sorted(set(ranks.values()))}
         self.at = {name: roots[rank] for name, rank in ranks.items()}
         self._left: list[Node] = []
 
-    def see(self, name: str, event: Hashable, rows: Rows) -> None:
+    def see(self, name: str, event: Hashable, rows: Callable[[], Rows]) -> None:
         """Move a layer on by an input; ``rows`` computes its rows and weights, if needed."""
         node = self.at[name]
         if event not in node.next:
-            learner = copy.copy(node.learner)
-            learner.update(*rows())
+            reached = node.after(rows())
             if not node.next:
                 self._left.append(node)
-            node.next[event] = Node(learner)
+            node.next[event] = reached
         self.at[name] = node.next[event]
 
     def end_batch(self) -> None:

@@ -86,6 +86,7 @@ class RowFilter:
     def __init__(self, model: nn.Module, row_weights: RowWeights | None) -> None:
         self._row_weights = row_weights
         self._encoder = _encoder_of(model)
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._done = False
         self._output: Key | None = None
         self._first: Selection | None = None
@@ -99,11 +100,15 @@ class RowFilter:
         self._first, self._second = (_selection(part) for part in (first, second))
         return None if self._first is None else self._first.rows
 
-    def watch(self) -> list[torch.utils.hooks.RemovableHandle]:
+    def open(self) -> None:
         """Set a hook on the encoder, if there is one, to know when it has ended."""
-        if self._encoder is None:
-            return []
-        return [self._encoder.register_forward_hook(self._encoder_ends)]
+        if self._encoder is not None:
+            self._handle = self._encoder.register_forward_hook(self._encoder_ends)
+
+    def close(self) -> None:
+        """Take it off again."""
+        if self._handle is not None:
+            self._handle.remove()
 
     def __call__(self, activation: torch.Tensor, leading: tuple[int, ...]) -> Chosen:
         """Return the places of an activation that count, and their weights."""
