@@ -72,7 +72,7 @@ class TestConvergence:
         def drifting():
             stream = endless()
             for step in range(200):
-                angle = torch.tensor(step / 60)
+                angle = torch.tensor(1.0 + step).log()  # a turn as large in each doubling
                 turned = torch.randn(64, 1) * 3 * torch.stack([angle.cos(), angle.sin()])
                 yield next(stream) + nn.functional.pad(turned, (4, 6))
 
