@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -70,6 +71,11 @@ def wide_dtype(xp: Namespace, on: Device) -> DType:
     """Return float64 where library and device have it, else float32 (JAX by default, MPS)."""
     available = xp.__array_namespace_info__().dtypes(device=on, kind="real floating")
     return available.get("float64", xp.float32)
+
+
+def silent() -> AbstractContextManager[None]:
+    """Return a context in which NumPy does not warn of an overflow that is looked for anyway."""
+    return np.errstate(over="ignore", invalid="ignore", under="ignore")
 
 
 def wide_sum(xp: Namespace, array: Array) -> float:

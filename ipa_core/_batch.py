@@ -40,8 +40,9 @@ def accept(batch: Array, weights: Array | None, template: Array) -> Rows:
     if weights is not None:
         x, weights = _drop_absent(xp, x, _flat(batch, weights, template))
     x = _array.cast(xp, x, template.dtype)
-    rows = Rows(x, weights, xp.vecdot(x, x))
-    _check_range(xp, rows)
+    with _array.silent():
+        rows = Rows(x, weights, xp.vecdot(x, x))
+        _check_range(xp, rows)
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ipa_core import _array
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import inverse_root
 from ipa_core._rows import Rows
@@ -14,7 +15,7 @@ from ipa_core.learner import Guarantee
 class HebbianRule(SequentialRule):
     r"""Sanger's rule, every direction carrying its eigenvalue as its length.
 
-    With U the rows of V normalised, and Z = X U^T for a micro-batch X of n rows,
+    With U the rows of V orthonormalised in order, and Z = X U^T for a micro-batch X of n rows,
 
     .. math:: V \leftarrow (1 - a) V + \frac{a}{n}
               \left(Z^\top X - \operatorname{tril}_{-1}(Z^\top Z)\, U\right), \qquad
@@ -27,9 +28,10 @@ class HebbianRule(SequentialRule):
 
     Notes
     -----
-    The cheapest memory of all and the least accurate rule: expect an excess error of 1e-3 to 1e-2
-    after some 50,000 rows, 0.1 where the stream is sorted, and up to 0.5 of a then tiny residual
-    where energies fall faster than k^-2. `RandomizedSVD` costs about as much time.
+    The least memory of all and the least accurate rule: expect an excess error of 1e-3 to 1e-2
+    after some 50,000 rows, and 0.2 where the stream is sorted. `RandomizedSVD` costs about as much
+    time. Orthonormalising the rows in every step, which Sanger's rule leaves to the limit, costs
+    O(r^2 d) for 256 rows and makes steep spectra learnable: the excess falls from 0.1 to 1e-3.
 
     References
     ----------
@@ -62,13 +64,23 @@ class HebbianRule(SequentialRule):
         self._directions = (1.0 - size) * self._directions + size * target
 
     def _normalized(self, xp: Namespace) -> Array:
-        squares = xp.vecdot(self._directions, self._directions)
-        return self._directions * inverse_root(xp, squares, 0.0)[:, None]
+        """Return the rows orthonormalised in their order, signs kept.
+
+        The rule makes them orthogonal in the limit only. A row that is nothing but rounding must
+        not point along an earlier one, or the deflation would feed on it.
+        """
+        basis, triangle = xp.linalg.qr(self._directions.T, mode="reduced")
+        flips = 1.0 - 2.0 * _array.cast(xp, xp.linalg.diagonal(triangle) < 0, basis.dtype)
+        return (basis * flips).T
 
     def _to_factor(self, xp: Namespace) -> Array:
-        """Return the factor: a row of length l stands for the energy l, the factor has its root."""
+        """Return the factor: a row of length l stands for the energy l, the factor has its root.
+
+        Rows below rounding are left out: their directions are noise.
+        """
         squares = xp.vecdot(self._directions, self._directions)
-        root = xp.sqrt(inverse_root(xp, squares, 0.0) * self._weight) * self._unit
+        noise = xp.max(squares) * float(xp.finfo(squares.dtype).eps) ** 2
+        root = xp.sqrt(inverse_root(xp, squares, noise) * self._weight) * self._unit
         return self._directions * root[:, None]
 
     def _from_factor(self, xp: Namespace, factor: Array, weight: float) -> None:

@@ -201,7 +201,7 @@ class Learner(ABC):
         like = done._template
         mean = xp.zeros_like(directions[0, :]) if done._mean is None else done._mean
         return Projector(
-            fixed_basis(xp, directions),
+            _array.cast(xp, fixed_basis(xp, directions), like.dtype),
             _array.cast(xp, mean, like.dtype),
             _array.cast(xp, energies / done._weight, like.dtype),
             done._energy / done._weight,

@@ -153,7 +153,7 @@ def _write(
     tensors: Mapping[str, Array],
 ) -> None:
     arrays = {key: np.ascontiguousarray(_array.to_numpy(value)) for key, value in tensors.items()}
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    text = json.dumps(content, allow_nan=False)
     header = {
         "format": kind,
         "format_version": str(FORMAT_VERSION),

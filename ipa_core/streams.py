@@ -127,8 +127,9 @@ def _read_safetensors(file: Path) -> Iterator[tuple[Array, None]]:
         with safe_open(file, framework=_framework(file)) as tensors:
             for key in sorted(tensors.keys()):
                 rows = tensors.get_slice(key)
-                for start in range(0, rows.get_shape()[0], _ROWS_AT_A_TIME):
-                    batch = rows[start : start + _ROWS_AT_A_TIME]
+                count = rows.get_shape()[0]
+                for start in range(0, count, _ROWS_AT_A_TIME):
+                    batch = rows[start : min(start + _ROWS_AT_A_TIME, count)]
                     # bfloat16 comes as a torch tensor; the stream is NumPy whatever the dtype.
                     yield (batch.float().numpy() if hasattr(batch, "numpy") else batch), None
     except SafetensorError as error:

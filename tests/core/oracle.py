@@ -33,7 +33,7 @@ def optimum(c, rank):
 
 def excess(c, components):
     """Return residual / optimum - 1; only for spectra with a tail."""
-    return residual(c, components) / optimum(c, len(components)) - 1
+    return residual(c, components) / optimum(c, components.shape[0]) - 1
 
 
 def angle(a, b):

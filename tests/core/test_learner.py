@@ -1,0 +1,173 @@
+"""What every learner refuses, and that it is then as it was."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+import ipa_core
+from ipa_core import (
+    ArrayTypeError,
+    EmptyStreamError,
+    ExactCovariance,
+    FileFormatError,
+    IncrementalPCA,
+    NonFiniteError,
+    RandomizedSVD,
+    RankError,
+    ReconstructionAutoencoder,
+    SettingError,
+    ShapeError,
+    WeightError,
+)
+from tests.core.contract import assert_frozen, frozen
+
+
+def rows(xp, *shape, seed=0):
+    return xp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+@pytest.fixture
+def pupil(xp, learner):
+    """A learner in mid-stream."""
+    return learner(3).update(rows(xp, 50, 6))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite_is_refused_and_nothing_lost(xp, pupil, bad):
+    batch = np.random.default_rng(1).standard_normal((40, 6))
+    batch[3, 2] = bad
+    image = frozen(pupil)
+    with pytest.raises(NonFiniteError, match="in 1 of 40 rows"):
+        pupil.update(xp.asarray(batch))
+    assert_frozen(pupil, image)
+
+
+@pytest.mark.parametrize(
+    ("batch", "weights", "error", "words"),
+    [
+        (np.ones((4, 5)), None, ShapeError, "batches of 6 features"),
+        (np.ones((4, 6), dtype=np.int64), None, ArrayTypeError, "floating dtype, got .*int64"),
+        (np.ones((4, 6)), np.ones(3), ShapeError, r"weights of shape \(4,\)"),
+        (np.ones((4, 6)), np.array([1.0, -1, 1, 1]), WeightError, "at least 0"),
+        (np.ones((4, 6)), np.array([1.0, np.nan, 1, 1]), WeightError, "finite weights"),
+        (np.float64(1.0) * np.ones(()), None, ShapeError, "features"),
+    ],
+)
+def test_unfit_batches_are_refused(xp, pupil, batch, weights, error, words):
+    image = frozen(pupil)
+    with pytest.raises(error, match=words):
+        pupil.update(xp.asarray(batch), None if weights is None else xp.asarray(weights))
+    assert_frozen(pupil, image)
+
+
+def test_lists_and_other_libraries_are_refused(learner):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ArrayTypeError, match="got list"):
+        learner(1).update([[1.0, 2.0]])
+    pupil = learner(1).update(np.ones((2, 2)))
+    with pytest.raises(ArrayTypeError, match="numpy float64 on cpu, got torch"):
+        pupil.update(torch.ones(2, 2, dtype=torch.float64))
+
+
+def test_ranks(learner):
+    for rank in (0, -1, 2.0, True):
+        with pytest.raises(RankError, match="positive integer"):
+            learner(rank)
+    with pytest.raises(RankError, match="at most 3, the number of features, got 4"):
+        learner(4).update(np.ones((2, 3)))
+    assert learner(3).update(np.eye(3)).finalize().components.shape == (3, 3)
+
+
+def test_settings():
+    with pytest.raises(SettingError, match="oversample"):
+        RandomizedSVD(2, oversample=-1)
+    with pytest.raises(SettingError, match="epoch"):
+        ReconstructionAutoencoder(2, epochs=0)
+
+
+def test_nothing_seen(learner):
+    with pytest.raises(EmptyStreamError, match="at least one row"):
+        learner(2).finalize()
+    empty = learner(2).update(np.ones((0, 4))).update(np.ones((3, 4)), np.zeros(3))
+    with pytest.raises(EmptyStreamError):
+        empty.finalize()
+
+
+def test_any_leading_shape(xp, learner):
+    x = rows(xp, 4, 5, 7, 6)
+    flat = learner(2).update(xp.reshape(x, (140, 6))).finalize()
+    deep = learner(2).update(x).finalize()
+    assert np.array_equal(np.asarray(flat.components), np.asarray(deep.components))
+    assert learner(2).update(x[0, 0, 0, :]).samples == 1
+
+
+def test_non_contiguous_and_read_only(learner):
+    x = np.random.default_rng(0).standard_normal((6, 90))
+    x.flags.writeable = False
+    one = learner(2).update(x.T).finalize()
+    other = learner(2).update(np.ascontiguousarray(x.T)).finalize()
+    assert np.allclose(one.components, other.components)
+
+
+def test_a_batch_may_be_overwritten_afterwards(learner):
+    x = np.random.default_rng(0).standard_normal((100, 6))
+    batch = x.copy()
+    pupil = learner(2).update(batch)
+    batch[:] = np.nan
+    expected = learner(2).update(x).finalize()
+    assert np.array_equal(pupil.finalize().components, expected.components)
+
+
+def test_merge_refuses_strangers(learner):
+    other = IncrementalPCA if learner is not IncrementalPCA else RandomizedSVD
+    with pytest.raises(SettingError, match="to merge with"):
+        learner(2).merge(other(2))
+    with pytest.raises(SettingError, match="equal rank"):
+        learner(2).merge(learner(3))
+    with pytest.raises(SettingError, match="equal center"):
+        learner(2).merge(learner(2, center=True))
+    one, two = learner(2).update(np.ones((3, 4))), learner(2).update(np.ones((3, 5)))
+    with pytest.raises(ShapeError):
+        one.merge(two)
+
+
+def test_load_state_dict_refuses_strangers(learner):
+    state = learner(2).update(np.eye(4)).state_dict()
+    with pytest.raises(SettingError, match="rank=3"):
+        learner(3).load_state_dict(state)
+    with pytest.raises(FileFormatError, match="state of a"):
+        learner(2).load_state_dict({**state, "learner": "Other"})
+    incomplete = {key: value for key, value in state.items() if key != "samples"}
+    with pytest.raises(FileFormatError, match="samples"):
+        learner(2).load_state_dict(incomplete)
+
+
+def test_copies_and_pickles(learner):
+    pupil = learner(2).update(np.random.default_rng(0).standard_normal((900, 5)))
+    for twin in (copy.deepcopy(pupil), pickle.loads(pickle.dumps(pupil))):
+        assert np.array_equal(twin.finalize().components, pupil.finalize().components)
+
+
+def test_gradients_are_left_behind(learner):
+    torch = pytest.importorskip("torch")
+    pupil = learner(2).update(torch.randn(700, 5, requires_grad=True))
+    assert not pupil.finalize().components.requires_grad
+
+
+def test_repr_tells_what_was_seen(learner):
+    assert repr(learner(2)).startswith(f"<{learner.__name__}(rank=2, center=False, seed=0")
+    assert repr(learner(2).update(np.eye(4))).endswith(": 4 rows of 4 features>")
+
+
+def test_guarantee_is_declared(learner):
+    assert learner.guarantee.kind in ("exact", "bounded", "statistical")
+    assert (learner.guarantee.excess == 0.0) == (learner is ExactCovariance)
+
+
+def test_all_is_exact():
+    public = {name for name in vars(ipa_core) if not name.startswith("_")}
+    modules = {name for name in public if type(getattr(ipa_core, name)).__name__ == "module"}
+    assert set(ipa_core.__all__) == public - modules
+    assert ipa_core.__all__ == sorted(ipa_core.__all__)

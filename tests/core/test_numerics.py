@@ -1,0 +1,155 @@
+"""Hard numbers: outliers, far means, extreme scales, degenerate data, long streams."""
+
+import numpy as np
+import pytest
+
+from ipa_core import ExactCovariance, NonFiniteError
+from tests.core import oracle
+
+ROWS, FEATURES, RANK = 3000, 40, 4
+
+
+def spectrum_rows(seed=0, rows=ROWS, decay=0.7):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.standard_normal((FEATURES, FEATURES)))[0]
+    return (rng.standard_normal((rows, FEATURES)) * np.arange(1, FEATURES + 1) ** -decay) @ basis
+
+
+def allowed(learner):
+    return {"exact": 1e-5, "bounded": 0.01, "statistical": 0.1}[learner.guarantee.kind]
+
+
+def fitted(xp, learner, x, dtype, **settings):
+    pupil = learner(RANK, **settings)
+    for part in np.array_split(np.asarray(x, dtype=dtype), 7):
+        pupil.update(xp.asarray(part))
+    return pupil.finalize()
+
+
+def excess(x, projector, center=False):
+    return oracle.excess(oracle.moment(x, center=center), projector.components)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [("float32", 1e-15), ("float32", 1e15), ("float64", 1e-100), ("float64", 1e100)],
+)
+def test_scales(xp, learner, dtype, scale):
+    x = spectrum_rows()
+    projector = fitted(xp, learner, scale * x, dtype)
+    assert excess(x, projector) < allowed(learner)
+    energy = (x**2).sum(axis=1).mean()
+    assert projector.total_energy / scale / scale == pytest.approx(energy, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_scales_out_of_range_are_refused(xp, learner, scale):
+    with pytest.raises(NonFiniteError, match="float32 can hold"):
+        fitted(xp, learner, scale * spectrum_rows(), "float32")
+
+
+def test_outlier_coordinate(xp, learner):
+    x = spectrum_rows()
+    x[:, 7] *= 1000
+    assert excess(x.astype("float32"), fitted(xp, learner, x, "float32")) < allowed(learner)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_mean_far_from_zero(xp, learner, dtype):
+    x = (spectrum_rows() + 1e4 * np.sin(np.arange(FEATURES))).astype(dtype)
+    projector = fitted(xp, learner, x, dtype, center=True)
+    assert excess(x.astype("float64"), projector, center=True) < allowed(learner)
+    mean = x.astype("float64").mean(axis=0)
+    assert np.abs(oracle.host(projector.mean) - mean).max() < 1e-6 * 1e4
+
+
+def test_equal_rows(xp, learner):
+    x = np.ones((500, 1)) * np.arange(1.0, FEATURES + 1)
+    projector = fitted(xp, learner, x, "float32")
+    direction = x[:1] / np.linalg.norm(x[0])
+    assert oracle.angle(direction, projector.components[:1, :]) < 1e-3
+    centered = fitted(xp, learner, x, "float32", center=True)
+    assert centered.total_energy < 1e-8 * projector.total_energy
+    assert_orthonormal(centered)
+
+
+def test_all_zeros(xp, learner):
+    projector = fitted(xp, learner, np.zeros((300, FEATURES)), "float32")
+    assert projector.captured() == 1.0
+    assert (oracle.host(projector.energies) == 0).all()
+    assert_orthonormal(projector)
+
+
+def assert_orthonormal(projector):
+    p = oracle.host(projector.components)
+    assert np.abs(p @ p.T - np.eye(len(p))).max() < 1e-5
+
+
+def test_exactly_low_rank(xp, learner):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6000, 2)) @ rng.standard_normal((2, FEATURES))
+    c = oracle.moment(x)
+    projector = fitted(xp, learner, x, "float64")
+    assert oracle.residual(c, projector.components) < 1e-8 * np.trace(c)
+    assert_orthonormal(projector)
+
+
+def test_fewer_rows_than_rank(xp, learner):
+    x = spectrum_rows(rows=2)
+    projector = fitted(xp, learner, x, "float64")
+    assert projector.components.shape == (RANK, FEATURES)
+    assert_orthonormal(projector)
+    if learner.guarantee.kind != "statistical":
+        c = oracle.moment(x)
+        assert oracle.residual(c, projector.components) < 1e-10 * np.trace(c)
+
+
+def test_half_precision_is_computed_in_float32(learner):
+    torch = pytest.importorskip("torch")
+    # The squares of these leave float16's range.
+    x = torch.as_tensor(300 * spectrum_rows())
+    for dtype in (torch.float16, torch.bfloat16):
+        half = x.to(dtype)
+        projector = learner(RANK).update(half).finalize()
+        assert projector.components.dtype == torch.float32
+        assert excess(half.double().numpy(), projector) < allowed(learner)
+
+
+def test_numpy_float16(learner):
+    projector = learner(RANK).update(spectrum_rows().astype("float16")).finalize()
+    assert projector.components.dtype == np.float32
+
+
+@pytest.mark.slow
+def test_ten_million_rows_do_not_drift(learner):
+    x = np.ascontiguousarray(spectrum_rows(rows=8192)[:, :8]).astype("float32")
+    once = learner(2).update(x).finalize()
+    pupil = learner(2)
+    for _ in range(1221):
+        pupil.update(x)
+    projector = pupil.finalize()
+    c = oracle.moment(x)
+    assert projector.samples == 1221 * 8192 > 10**7
+    assert projector.total_energy == pytest.approx(once.total_energy, rel=1e-6)
+    assert oracle.excess(c, projector.components) < allowed(learner) / 10
+    captured = np.trace(c) - oracle.residual(c, projector.components)
+    assert oracle.host(projector.energies).sum() == pytest.approx(captured, rel=0.01)
+
+
+def test_without_float64(monkeypatch):
+    """Where a library has no float64, the float32 core keeps the bounds of the guide."""
+    torch = pytest.importorskip("torch")
+    from ipa_core import IncrementalPCA, RandomizedSVD, _array, _linalg, covariance, learner
+
+    for module in (_array, _linalg, learner):
+        if hasattr(module, "wide_dtype"):
+            monkeypatch.setattr(module, "wide_dtype", lambda xp, on: torch.float32)
+    assert covariance  # its sums go through _array
+    x = spectrum_rows().astype("float32")
+    outlier = x.copy()
+    outlier[:, 7] *= 1000
+    for cls in (ExactCovariance, IncrementalPCA, RandomizedSVD):
+        plain = cls(RANK).update(torch.as_tensor(x)).finalize()
+        assert excess(x, plain) < 0.01
+        hard = cls(RANK).update(torch.as_tensor(outlier)).finalize()
+        assert excess(outlier, hard) < 0.05
