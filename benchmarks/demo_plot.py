@@ -53,8 +53,10 @@ def _captured(axes: Axes, projectors: Projectors) -> None:
 
 def _accuracy(axes: Axes, runs: Sequence[Run]) -> None:
     for run, colour, marker in zip(runs, COLOURS, MARKERS, strict=True):
+        equal = [other.method for other in runs if other.trainable == run.trainable]
+        aside = 4 * (equal.index(run.method) - (len(equal) - 1) / 2)  # so that bars do not overlap
         axes.errorbar(
-            run.trainable / 1000,
+            run.trainable / 1000 + aside,
             100 * run.accuracy,
             100 * run.standard_error,
             color=colour,
@@ -69,7 +71,7 @@ def _accuracy(axes: Axes, runs: Sequence[Run]) -> None:
         xlabel="trainable parameters (thousands)",
         ylabel="test accuracy (%), ± 1 standard error",
     )
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.15 * max(run.trainable for run in runs) / 1000)
     axes.margins(y=0.3)
     axes.legend(frameon=False, loc="lower left")
     _tidy(axes)

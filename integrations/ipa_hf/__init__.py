@@ -15,5 +15,13 @@ from ipa_hf.adapters import get_ipa_model, initialize
 from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
 from ipa_hf.storage import load
+from ipa_hf.targets import default_targets
 
-__all__ = ["export_lora", "freeze_projections", "get_ipa_model", "initialize", "load"]
+__all__ = [
+    "default_targets",
+    "export_lora",
+    "freeze_projections",
+    "get_ipa_model",
+    "initialize",
+    "load",
+]

@@ -10,6 +10,7 @@ from typing import Any, Literal, Unpack
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import RankError, SettingError, ShapeError
@@ -18,6 +19,7 @@ from ipa_hf.freezing import freeze_projections
 from ipa_hf.layers import adapted_layers, lora_config, matrices, takes_projection
 from ipa_hf.record import AdapterRecord, LayerRecord, attach
 from ipa_hf.scaling import Scaling, factor
+from ipa_hf.targets import default_targets
 from ipa_torch import LayerError
 
 OnMissing = Literal["raise", "warn"]
@@ -47,7 +49,7 @@ def get_ipa_model(
         are injected in place; no weight of the model changes.
     config : LoraConfig
         Any form of ``target_modules``, ``rank_pattern``, ``modules_to_save``, ``use_rslora``,
-        ``use_dora`` ... It is not changed.
+        ``use_dora`` ... Without ``target_modules``, `default_targets` are meant. Not changed.
     data : iterable of batches, or mapping of str to Projector
         What the model is run on, a ``DataLoader`` for example; or projectors by the layers' names
         in ``model``, as `ipa_torch.fit_projectors` returns them.
@@ -78,7 +80,10 @@ def get_ipa_model(
     ['base_model.model.encoder.layer.0.attention.self.query.lora_B.default.weight']
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name)
+    config = copy.deepcopy(config)
+    if config.target_modules is None and config.target_parameters is None:
+        config.target_modules = default_targets(model)
+    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     try:
         return initialize(
             peft_model,
@@ -130,7 +135,8 @@ def initialize(
         are not linear. ``"warn"`` leaves them as LoRA began them.
     **options
         Passed to `ipa_torch.fit_projectors` where ``data`` is batches: ``learner``,
-        ``row_weights``, ``forward``, ``progress``.
+        ``row_weights``, ``forward``, ``max_rows``, ``max_batches``, ``max_seconds``,
+        ``tolerance``, ``progress``.
 
     Returns
     -------
@@ -231,7 +237,7 @@ def _report_missing(
     missing = {
         name: reasons.get(name, "no projector has its name")
         if name in linear
-        else f"{type(layer.get_base_layer()).__name__} layers take no projection"
+        else f"{_kind(layer)} take no projection"
         for name, layer in layers.items()
         if name not in fitting
     }
@@ -245,6 +251,12 @@ def _report_missing(
             "on_missing='warn' to leave them as LoRA begins them"
         )
     warnings.warn(f"{len(missing)} layers begin as in LoRA ({shown})", stacklevel=3)
+
+
+def _kind(layer: LoraLayer) -> str:
+    kind = type(layer.get_base_layer()).__name__
+    fused = isinstance(layer, ParamWrapper)
+    return f"fused parameters of {kind}, whose inputs no hook sees," if fused else f"{kind} layers"
 
 
 def _write(layer: LoraLayer, projector: Projector, factor: float, adapter_name: str) -> None:

@@ -19,6 +19,10 @@ class FitOptions(TypedDict, total=False):
     learner: Callable[[int], Learner]
     row_weights: Callable[[Any], Any] | None
     forward: Callable[[torch.nn.Module, Any], object]
+    max_rows: int | None
+    max_batches: int | None
+    max_seconds: float | None
+    tolerance: float | None
     progress: bool
 
 
