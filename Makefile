@@ -35,7 +35,7 @@ test-search: .venv/.installed-test  ## search longer, from a fresh seed, for cou
 	$(PYTEST) --hypothesis-profile=search tests/core
 
 test-jax: .venv/.installed-jax  ## the core tests with JAX among the array libraries
-	$(PYTEST) tests/core
+	$(PYTEST) --hypothesis-profile=jax tests/core -k jax
 
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -13,4 +13,6 @@ settings.register_profile(
 settings.register_profile(
     "search", deadline=None, derandomize=False, max_examples=1000, print_blob=True
 )
+# JAX compiles every operation for every new shape: a law takes seconds a case.
+settings.register_profile("jax", settings.get_profile("default"), max_examples=4)
 settings.load_profile("default")

@@ -1,5 +1,6 @@
 """The array libraries and the learners that every law is tested on."""
 
+import importlib
 from functools import partial
 
 import pytest
@@ -26,6 +27,9 @@ def _library(name):
     module = pytest.importorskip(name, reason=f"{name} is not installed")
     if name == "cupy" and not _cuda_works(module):
         pytest.skip("CuPy is installed but finds no CUDA device")
+    if name == "jax.numpy":
+        # The float64 laws need it; tests/core/test_jax.py has JAX as it comes, without.
+        importlib.import_module("jax").config.update("jax_enable_x64", True)
     return as_namespace(module)
 
 

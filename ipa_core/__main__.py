@@ -1,0 +1,179 @@
+"""Command line for people with files: fit, show, compare."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ipa_core import (
+    ExactCovariance,
+    HebbianRule,
+    IncrementalPCA,
+    IPAError,
+    Learner,
+    Projector,
+    RandomizedSVD,
+    ReconstructionAutoencoder,
+    __version__,
+    effective_rank,
+    fit_projector,
+    load,
+    plotting,
+    principal_angles,
+    save,
+)
+from ipa_core._array import Array, to_numpy
+from ipa_core.errors import StreamError
+from ipa_core.streams import iterate
+
+LEARNERS: dict[str, type[Learner]] = {
+    "covariance": ExactCovariance,
+    "hebbian": HebbianRule,
+    "incremental-pca": IncrementalPCA,
+    "randomized-svd": RandomizedSVD,
+    "autoencoder": ReconstructionAutoencoder,
+}
+
+
+class _Rows:
+    """The batches of a file, counted by a progress bar; can be read again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[Array]:
+        batches = (batch for batch, _ in iterate(self.path))
+        if find_spec("tqdm") is None:
+            yield from batches
+            return
+        from tqdm import tqdm
+
+        with tqdm(unit=" rows", unit_scale=True, desc=self.path.name, file=sys.stderr) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(batch.shape[0])
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Learn a projector from files and write it, whole or not at all."""
+    if not args.out.parent.is_dir():
+        raise StreamError(f"expected the folder {args.out.parent} to exist, got none; make it")
+    learner: Callable[[int], Learner] = partial(
+        LEARNERS[args.learner], center=args.center, seed=args.seed
+    )
+    projector = fit_projector(_Rows(args.activations), args.rank, learner=learner)
+    save(projector, args.out)
+    print(f"{projector!r} -> {args.out}")
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print a table of the projectors in a file, and plot their energies."""
+    projectors = _named(args.projectors, args.projectors.stem)
+    print(_table([("", "rank", "features", "captured", "effective rank", "samples")], projectors))
+    if args.plot is not None:
+        plotting.scree(projectors).savefig(args.plot, dpi=150)
+        print(f"plot -> {args.plot}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the principal angles between the projectors of two files, by name."""
+    one, other = _named(args.one, "projector"), _named(args.other, "projector")
+    common = [name for name in one if name in other]
+    if not common:
+        raise StreamError(f"expected a name that is in both files, got {[*one]} and {[*other]}")
+    rows: list[tuple[str, ...]] = [("", "smallest", "median", "largest angle (degrees)")]
+    for name in common:
+        degrees = to_numpy(principal_angles(one[name], other[name])) * (180.0 / math.pi)
+        middle = degrees[len(degrees) // 2]
+        rows.append((name, *(f"{value:.4f}" for value in (degrees[0], middle, degrees[-1]))))
+    print(_align(rows))
+    for name in sorted(set(one) ^ set(other)):
+        print(f"in one file only: {name}")
+
+
+def _named(path: Path, single: str) -> Mapping[str, Projector]:
+    content = load(path)
+    return {single: content} if isinstance(content, Projector) else content
+
+
+def _table(rows: list[tuple[str, ...]], projectors: Mapping[str, Projector]) -> str:
+    for name, projector in projectors.items():
+        rows.append(
+            (
+                name,
+                str(projector.rank),
+                str(projector.features),
+                f"{projector.captured():.1%}",
+                f"{effective_rank(projector):.1f}",
+                f"{projector.samples:,}",
+            )
+        )
+    return _align(rows)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    main = argparse.ArgumentParser(
+        prog="python -m ipa_core", description="Learn low-rank projectors from activations."
+    )
+    main.add_argument("--version", action="version", version=f"ipa-projectors {__version__}")
+    commands = main.add_subparsers(required=True, metavar="COMMAND")
+
+    one = _command(commands, "fit", fit)
+    one.add_argument("activations", type=Path, help=".npy, .safetensors, or a folder of them")
+    one.add_argument("--rank", type=int, required=True)
+    one.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    one.add_argument("--learner", choices=sorted(LEARNERS), default="randomized-svd")
+    one.add_argument("--center", action="store_true", help="learn about the mean")
+    one.add_argument("--seed", type=int, default=0)
+
+    two = _command(commands, "show", show)
+    two.add_argument("projectors", type=Path)
+    two.add_argument("--plot", type=Path, help="write a scree plot to this file")
+
+    three = _command(commands, "compare", compare)
+    three.add_argument("one", type=Path)
+    three.add_argument("other", type=Path)
+    return main
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]) -> Any:
+    text = (run.__doc__ or "").rstrip(".")
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Run a command: 0 if it worked, 1 with one line if not, 2 on wrong usage, 130 if stopped."""
+    args = parser().parse_args(None if arguments is None else list(arguments))
+    try:
+        args.run(args)
+    except (IPAError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
