@@ -16,8 +16,10 @@ from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
 from ipa_hf.storage import load
 from ipa_hf.targets import default_targets
+from ipa_hf.weights import causal_label_mask
 
 __all__ = [
+    "causal_label_mask",
     "default_targets",
     "export_lora",
     "freeze_projections",

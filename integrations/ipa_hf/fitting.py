@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
@@ -26,11 +27,25 @@ class FitOptions(TypedDict, total=False):
     progress: bool
 
 
+@contextmanager
+def _without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Let models keep no keys and values: with a cache, packed sequences would see each other."""
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None))]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
 def learn(
     peft_model: PeftModel, ranks: Mapping[str, int], batches: Iterable[Any], options: FitOptions
 ) -> Projectors:
     """Return projectors of the adapted layers with these names in the base model."""
-    with base_model_only(peft_model):
+    with base_model_only(peft_model), _without_cache(peft_model):
         return fit_projectors(
             peft_model.get_base_model(),
             batches,

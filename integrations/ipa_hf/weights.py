@@ -1,0 +1,51 @@
+"""Which tokens count, beyond padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ipa_core.errors import ShapeError
+from ipa_torch import attention_mask
+
+_IGNORED = -100  # what losses in transformers skip
+
+
+def causal_label_mask(batch: Any) -> torch.Tensor:
+    """Return 1 for positions of a causal language model whose prediction enters the loss, else 0.
+
+    Position t predicts the label of position t + 1, so it counts where that is not -100; prompts
+    and templates whose labels are masked do not count, nor does padding. For
+    ``get_ipa_model(..., row_weights=causal_label_mask)``.
+
+    Parameters
+    ----------
+    batch : mapping
+        With ``labels`` of shape (batch, positions), and ``attention_mask`` or not.
+
+    Returns
+    -------
+    torch.Tensor of shape (batch, positions)
+
+    Raises
+    ------
+    ShapeError
+        If there are no such labels.
+
+    Examples
+    --------
+    >>> causal_label_mask({"labels": torch.tensor([[-100, -100, 5, 2]])})
+    tensor([[0, 1, 1, 0]])
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+        raise ShapeError(
+            "expected batches with labels of shape (batch, positions), got "
+            f"{'none' if labels is None else labels!r}; make them with the collator of training"
+        )
+    weights = torch.zeros_like(labels)
+    weights[:, :-1] = labels[:, 1:] != _IGNORED
+    mask = attention_mask(batch)
+    return weights * mask if isinstance(mask, torch.Tensor) else weights
