@@ -1,0 +1,131 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import transformers
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from ipa_hf.__main__ import main
+
+from .models import make, outputs, text_batches
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Give a folder with a tiny Llama and a tokenizer of words."""
+    folder = tmp_path / "model"
+    make("llama").save_pretrained(folder)
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", *"abcdefghijklm"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<s>",
+        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("a b c d\n\ne f g h i j\nk l m\nb d f h\n")
+    return path
+
+
+def fit(model, data, out, *options):
+    arguments = ["fit", model, data, "--out", out, "--rank", "2", *options]
+    return main([str(argument) for argument in arguments])
+
+
+def test_a_trainer_can_start_from_it(model, texts, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    assert fit(model, texts, out, "--targets", "q_proj,v_proj") == 0
+    assert "held fixed" in capsys.readouterr().out
+    batch = text_batches()[0]
+    adapter = PeftModel.from_pretrained(make("llama"), out, is_trainable=True)
+    expected = outputs(make("llama"), batch)
+    assert (outputs(adapter, batch) - expected).abs().max() < 1e-6
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["task_type"] == "CAUSAL_LM"
+    assert sorted(settings["target_modules"]) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"text": "a b c"}], [{"messages": [{"role": "user", "content": "a b c d"}]}]]
+)
+def test_json_lines(model, tmp_path, rows):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    assert fit(model, data, tmp_path / "adapter") == 0
+
+
+def test_images(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for shade in range(4):
+        Image.new("RGB", (20, 20), (shade * 60, 9, 200 - shade)).save(folder / f"{shade}.png")
+    sizes = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(hidden_size=16, intermediate_size=16, **sizes)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+        )
+    )
+    assert fit(tmp_path / "vit", folder, tmp_path / "adapter") == 0
+
+
+def test_same_seed_same_adapter(model, texts, tmp_path):
+    for name in ("one", "two"):
+        fit(model, texts, tmp_path / name, "--samples", "2", "--seed", "3")
+    one, two = (tmp_path / x / "adapter_model.safetensors" for x in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_show(model, texts, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    fit(model, texts, out, "--trainable", "--scaling", "0.25")
+    capsys.readouterr()
+    assert main(["show", str(out), "--plot", str(tmp_path / "energy.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in shown
+    assert "trained along with B; scaling 0.25" in shown
+    assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "line 1"), ('{"body": 1}', "'text' or 'messages'"), ("[]", "line")]
+)
+def test_bad_lines_are_named(model, tmp_path, capsys, line, message):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(line + "\n")
+    assert fit(model, data, tmp_path / "adapter") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_pickled_weights_are_refused_unless_asked_for(model, texts, tmp_path, capsys):
+    import torch
+
+    (model / "model.safetensors").unlink()
+    torch.save(make("llama").state_dict(), model / "pytorch_model.bin")
+    assert fit(model, texts, tmp_path / "adapter") == 1
+    assert "safetensors" in capsys.readouterr().err
+    assert fit(model, texts, tmp_path / "adapter", "--allow-pickle") == 0
+
+
+def test_nothing_to_learn_from(model, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    assert fit(model, tmp_path / "images", tmp_path / "adapter") == 1
+    assert fit(model, tmp_path / "nowhere.txt", tmp_path / "adapter") == 1
+    assert main(["show", str(tmp_path)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "ipa_hf", "fit", "--help"], capture_output=True)
+    assert done.returncode == 0 and b"--targets" in done.stdout
