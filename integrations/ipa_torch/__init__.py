@@ -22,6 +22,7 @@ from ipa_torch.adapters import (
 )
 from ipa_torch.errors import LayerError
 from ipa_torch.fit import fit_projectors
+from ipa_torch.online import OnlineLearning
 from ipa_torch.projection import Projection, energy_scale
 from ipa_torch.projectors import Projectors
 from ipa_torch.saving import adapter_state_dict, load_adapter_state_dict
@@ -31,6 +32,7 @@ from ipa_torch.weighting import attention_mask
 __all__ = [
     "Adapted",
     "LayerError",
+    "OnlineLearning",
     "Projection",
     "Projectors",
     "adapter_state_dict",

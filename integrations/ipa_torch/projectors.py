@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 import ipa_core
-from ipa_core import Projector
+from ipa_core import Projector, allocate_ranks
 from ipa_core.errors import FileFormatError
 from ipa_torch.errors import LayerError
 
@@ -113,6 +113,33 @@ class Projectors(Mapping[str, Projector]):
                 made[key] = projector.truncate(own)
             smaller[name] = made[key]
         return Projectors(smaller, missing=self.missing, stopped=self.stopped)
+
+    def allocate(self, budget: int, *, floor: int = 1, cap: int | None = None) -> Projectors:
+        """Return projectors whose ranks are spread so that they capture most in all.
+
+        Parameters
+        ----------
+        budget : int
+            Sum of the ranks, of each projector that layers share once.
+        floor, cap : int, optional
+            Least and largest rank of a layer; by default 1 and the rank learned.
+
+        Raises
+        ------
+        RankError
+            If the budget is below the sum of the floors or above the sum of the caps.
+
+        Notes
+        -----
+        Energies count as shares of their layer's total; see `ipa_core.allocate_ranks`.
+        """
+        first = {names[0]: self._projectors[names[0]] for names in self.shared}
+        shares = {
+            name: [float(energy) / (p.total_energy or 1.0) for energy in p.energies]
+            for name, p in first.items()
+        }
+        ranks = allocate_ranks(shares, budget, floor=floor, cap=cap)
+        return self.truncate({name: ranks[names[0]] for names in self.shared for name in names})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all projectors to one safetensors file, a shared one once."""

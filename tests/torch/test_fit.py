@@ -384,3 +384,9 @@ class TestProjectors:
         assert small.shared == projectors.shared
         with pytest.raises(RankError):
             projectors.truncate(4)
+
+    def test_ranks_allocated_over_the_model(self):
+        projectors = self.fitted()
+        some = projectors.allocate(14)
+        assert sum(some[names[0]].rank for names in some.shared) == 14
+        assert some.shared == projectors.shared
