@@ -1,0 +1,25 @@
+"""The guide's code runs, and its table names tests that exist."""
+
+import re
+from pathlib import Path
+
+from . import test_families
+from .families import FAMILIES
+
+GUIDE = Path(__file__).parents[2] / "docs" / "peft.md"
+
+
+def test_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) > 4
+    exec("\n".join(blocks), {"__name__": "guide"})
+
+
+def test_table_is_true():
+    lines = GUIDE.read_text(encoding="utf-8").splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("| family"))
+    named = re.findall(r"`(\w+)`", lines[head])
+    assert named and all(callable(getattr(test_families, name)) for name in named)
+    rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in lines[head + 2 :][: len(FAMILIES)]]
+    assert [row[0] for row in rows] == list(FAMILIES)
+    assert all(set(row[1:]) == {f"`[{row[0]}]`"} for row in rows)
