@@ -22,15 +22,18 @@ from ipa_torch.adapters import (
 )
 from ipa_torch.errors import LayerError
 from ipa_torch.fit import fit_projectors
+from ipa_torch.gradient import fit_gradient_projectors
 from ipa_torch.online import OnlineLearning
 from ipa_torch.projection import Projection, energy_scale
 from ipa_torch.projectors import Projectors
 from ipa_torch.saving import adapter_state_dict, load_adapter_state_dict
+from ipa_torch.sketch import GradientSketch
 from ipa_torch.targets import select_layers
 from ipa_torch.weighting import attention_mask
 
 __all__ = [
     "Adapted",
+    "GradientSketch",
     "LayerError",
     "OnlineLearning",
     "Projection",
@@ -42,6 +45,7 @@ __all__ = [
     "detach",
     "disabled",
     "energy_scale",
+    "fit_gradient_projectors",
     "fit_projectors",
     "load_adapter_state_dict",
     "merge",

@@ -130,7 +130,10 @@ class Adapted(nn.Module):
         """
         output: torch.Tensor = self.base(x.reshape(-1, x.shape[-1]))
         output.addmm_(z.reshape(-1, z.shape[-1]), lift.T)
-        return output.view(*x.shape[:-1], output.shape[-1])
+        # Not a view for autograd, as F.linear does it: the caller may add onto it in place, too.
+        shape = [*x.shape[:-1], output.shape[-1]]
+        whole: torch.Tensor = torch.ops.aten._unsafe_view(output, shape)
+        return whole
 
     def merge(self, name: str) -> None:
         """Give the layer the weight W + s B P; the old weight is kept aside for `unmerge`."""

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from ipa_core.errors import IPAError
+from typing import Any, get_args
+
+from ipa_core.errors import IPAError, SettingError
 
 
 class LayerError(IPAError, LookupError):
     """A layer is not there, was never run, or is of a kind that cannot do what is asked."""
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Hold an argument against the ``Literal`` that lists what it may be.
+
+    Raises
+    ------
+    SettingError
+        If it is something else.
+    """
+    if value not in get_args(choices):
+        listed = " or ".join(map(repr, get_args(choices)))
+        raise SettingError(f"expected {name} to be {listed}, got {value!r}")

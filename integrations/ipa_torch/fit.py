@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, repeat
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from ipa_core import Learner, RandomizedSVD
-from ipa_core.errors import EmptyStreamError, SettingError, StreamError
-from ipa_torch.errors import LayerError
+from ipa_core.errors import EmptyStreamError, StreamError
+from ipa_torch.errors import LayerError, check_choice
 from ipa_torch.feeding import Forward, feed
 from ipa_torch.listening import Listener
 from ipa_torch.projectors import Projectors, rank_for
@@ -121,8 +121,8 @@ def fit_projectors(
     >>> fit_projectors(model, batches, rank=2, progress=False)
     Projectors(2 layers, 2 projectors)
     """
-    _check_choice("on_missing", on_missing, OnMissing)
-    _check_choice("on_error", on_error, OnError)
+    check_choice("on_missing", on_missing, OnMissing)
+    check_choice("on_error", on_error, OnError)
     budget = Budget(max_rows, max_batches, max_seconds)
     convergence = None if tolerance is None else Convergence(tolerance)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
@@ -174,12 +174,6 @@ def _listen(
             "check that the loader is neither empty nor used up"
         )
     return ENDED
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        listed = " or ".join(map(repr, get_args(choices)))
-        raise SettingError(f"expected {name} to be {listed}, got {value!r}")
 
 
 def _passes(batches: Iterable[Any], passes: int) -> Iterable[Any]:

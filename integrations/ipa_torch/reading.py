@@ -33,6 +33,11 @@ class Reading(Protocol):
         At most ``limit`` patches are taken.
         """
 
+    def pairs(
+        self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows (n, groups, features) and their outputs' gradients (n, groups, outputs)."""
+
     def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
         """Apply a matrix (rank, features) to every row, in the layout of the layer's output."""
 
@@ -58,6 +63,13 @@ class LastAxis:
         places, weights = chosen
         rows = activation.reshape(-1, activation.shape[-1])
         return (rows if places is None else rows.index_select(0, places)), weights
+
+    def pairs(
+        self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows and gradients, in one group."""
+        rows, own = (t.reshape(-1, 1, t.shape[-1]) for t in (activation, gradient))
+        return rows, own
 
     def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
         """Apply a matrix (rank, features) to every row."""
@@ -112,6 +124,18 @@ class Patches:
             windows = windows.unfold(2 + axis, extent, step)[..., :: self.dilation[axis]]
         windows = windows.movedim(1, 1 + axes)
         return torch.unflatten(windows, 1 + axes, (self.groups, -1))
+
+    def pairs(
+        self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows and gradients at the same places, by groups."""
+        axes = len(self.kernel)
+        batched = gradient if gradient.ndim == axes + 2 else gradient[None]
+        places = spread(math.prod(self.leading(activation)), limit, activation.device)
+        rows, _ = self.rows(activation, (places, None), None)
+        own = batched.movedim(1, -1).reshape(-1, self.groups, batched.shape[1] // self.groups)
+        own = own if places is None else own.index_select(0, places)
+        return rows.unflatten(0, (-1, self.groups)), own
 
     def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
         """Apply a matrix (rank, features) to every row."""

@@ -385,6 +385,28 @@ class TestConventions:
         finally:
             distributed.destroy_process_group()
 
+    def test_fully_sharded(self, tmp_path):
+        from torch import distributed
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
+        try:
+            model = adapted()
+            expected = model(batch()).detach()
+            mesh = init_device_mesh("cpu", (1,))
+            for block in model.attention:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            output = model(batch())
+            torch.testing.assert_close(output.detach(), expected)
+            output.square().mean().backward()
+            assert model.up[0].lifts["default"].grad is not None
+        finally:
+            distributed.destroy_process_group()
+
     def test_saves_less_for_backward_than_the_input(self):
         layer = nn.Sequential(nn.Linear(64, 64))
         rows = torch.randn(256, 64)

@@ -1,0 +1,184 @@
+"""Projections chosen by the gradient of the layers' weights. Experimental."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from ipa_core import Learner, Projector, RandomizedSVD
+from ipa_core.errors import EmptyStreamError, IPAError, with_context
+from ipa_torch.errors import LayerError, check_choice
+from ipa_torch.feeding import device_of, on_device
+from ipa_torch.inputs import input_of
+from ipa_torch.projectors import Projectors, rank_for
+from ipa_torch.quiet import undisturbed
+from ipa_torch.reading import reading_of
+from ipa_torch.sketch import GradientPupil, GradientSketch, WeightedInputs
+from ipa_torch.targets import ALL_LINEAR, Targets, select_layers
+
+Source: TypeAlias = Literal["gradient", "inputs"]
+Loss: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
+
+
+def fit_gradient_projectors(
+    model: nn.Module,
+    batches: Iterable[Any],
+    rank: int | Mapping[str, int],
+    *,
+    targets: Targets = ALL_LINEAR,
+    source: Source = "gradient",
+    learner: Callable[[int], Learner] = RandomizedSVD,
+    loss: Loss | None = None,
+    max_patches: int | None = 8192,
+) -> Projectors:
+    r"""Learn projections by the loss: experimental, and all measurements of it so far are small.
+
+    With ``source="gradient"`` P spans the leading row space of the weight's gradient
+    :math:`\sum_i g_i x_i^\top`, by a sign sketch. With ``source="inputs"`` P is learned from the
+    inputs as in `fit_projectors`, each row weighted by :math:`|g_i|`. A few batches are enough (8
+    of 32 in the study at hand), and the head should have been trained for a moment: with an
+    untrained one most of the gain is gone.
+
+    No parameter's gradient is computed and no parameter changes. Layers do not share, as their
+    gradients differ.
+
+    Parameters
+    ----------
+    model, batches, rank, targets, learner, max_patches
+        As for `fit_projectors`; the learner is used with ``source="inputs"`` only.
+    source : {"gradient", "inputs"}
+    loss : callable, optional
+        ``loss(model, batch)`` gives a scalar. By default the model is called with the batch's
+        keywords and its output has a ``loss``, as in transformers.
+
+    Returns
+    -------
+    Projectors
+
+    Raises
+    ------
+    LayerError
+        If no layer gets a gradient. Single layers without one are in `Projectors.missing`.
+    EmptyStreamError
+        If there is no batch.
+    RankError, NonFiniteError
+        If a layer's rows are unfit; the message names it.
+
+    Notes
+    -----
+    Cost: a forward and a backward pass for each batch, and O((2r + 8) n (features + outputs)).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import fit_gradient_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> def loss(model, batch):
+    ...     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    >>> batch = torch.randn(32, 8), torch.randint(0, 2, (32,))
+    >>> fit_gradient_projectors(model, [batch], rank=2, loss=loss)
+    Projectors(2 layers, 2 projectors)
+    """
+    check_choice("source", source, Source)
+    model = getattr(model, "_orig_mod", model)
+    layers = select_layers(model, targets)
+    pupils: dict[str, GradientPupil] = {}
+    for name in layers:
+        own = rank_for(name, rank)
+        pupils[name] = GradientSketch(own) if source == "gradient" else WeightedInputs(learner(own))
+    seen = 0
+    with undisturbed(model), _no_parameter_gradients(model), torch.enable_grad():
+        with _listening(layers, pupils, max_patches):
+            for batch in batches:
+                batch = on_device(batch, device_of(model))
+                value = (_own_loss if loss is None else loss)(model, batch)
+                if value.requires_grad:
+                    value.backward()
+                seen += 1
+    if not seen:
+        raise EmptyStreamError("expected at least one batch, got none")
+    return _finished(pupils)
+
+
+def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    value = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
+    if not isinstance(value, torch.Tensor):
+        raise LayerError(
+            "expected an output with a loss for a mapping batch (with labels), got none; "
+            "pass loss=..."
+        )
+    return value
+
+
+@contextmanager
+def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _listening(
+    layers: Mapping[str, nn.Module], pupils: Mapping[str, GradientPupil], limit: int | None
+) -> Iterator[None]:
+    handles = []
+    try:
+        for name, module in layers.items():
+            hook = partial(_hear, name, pupils[name], limit)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hear(
+    name: str,
+    pupil: GradientPupil,
+    limit: int | None,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """Learn from a call once the gradient of its output has come."""
+    if not output.requires_grad:
+        # Nothing before this layer wants a gradient: the graph starts here, with a copy, as a leaf
+        # may not be changed in place (by a ReLU, say).
+        output = output.requires_grad_(True).clone()
+    x = input_of(module, args, kwargs).detach()
+
+    def arrived(g: torch.Tensor) -> None:
+        try:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                pupil.update(*reading_of(module).pairs(x, g, limit))
+        except IPAError as error:
+            raise with_context(error, f"layer {name!r}") from error
+
+    output.register_hook(arrived)
+    return output
+
+
+def _finished(pupils: Mapping[str, GradientPupil]) -> Projectors:
+    learned: dict[str, Projector] = {}
+    missing: dict[str, str] = {}
+    for name, pupil in pupils.items():
+        try:
+            learned[name] = pupil.finalize()
+        except EmptyStreamError:
+            missing[name] = "no gradient reached its output"
+    if not learned:
+        raise LayerError(
+            "expected a gradient for at least one layer, got none; let the loss depend on them"
+        )
+    return Projectors(learned, missing=missing)

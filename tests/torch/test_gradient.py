@@ -1,0 +1,131 @@
+import pytest
+import torch
+from torch import nn
+
+from ipa_core import ExactCovariance
+from ipa_core.errors import EmptyStreamError, RankError, SettingError
+from ipa_torch import GradientSketch, LayerError, attach, fit_gradient_projectors
+
+from .models import Convolutions, Tied, Transformer, decaying, mlp
+
+
+def squares(model, batch):
+    return (model(batch) - 1).square().sum()
+
+
+def gradient_of(model, name, batches, loss=squares):
+    model.zero_grad()
+    model.eval()
+    for batch in batches:
+        loss(model, batch).backward()
+    gradient = model.get_submodule(name).weight.grad.clone()
+    model.zero_grad(set_to_none=True)
+    return gradient.flatten(1)
+
+
+def share(components, gradient):
+    """Energy of the gradient that P keeps, over the most that so many rows can keep."""
+    kept = (gradient.double() @ components.double().T).square().sum()
+    best = torch.linalg.svdvals(gradient.double())[: len(components)].square().sum()
+    return float(kept / best)
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "names"),
+    [
+        (lambda: mlp(12, 16, 4), lambda: decaying(200, 12).split(50), ["0", "2"]),
+        (Transformer, lambda: [torch.randint(0, 20, (4, 9)) for _ in range(3)], ["up.0", "down.1"]),
+        (
+            Convolutions,
+            lambda: [torch.randn(2, 3, 9, 8) for _ in range(3)],
+            ["strided", "grouped", "reflected", "line"],
+        ),
+        (Tied, lambda: [torch.randint(0, 10, (4, 5)) for _ in range(3)], ["hidden"]),
+    ],
+)
+def test_keeps_the_weights_gradient(make, batches, names):
+    model, batches = make(), batches()
+    projectors = fit_gradient_projectors(
+        model, batches, 3, targets=names, loss=squares, max_patches=None
+    )
+    for name in names:
+        assert share(projectors[name].components, gradient_of(model, name, batches)) > 0.9, name
+
+
+def test_merges_by_addition_and_needs_equal_seeds():
+    x, g = torch.randn(60, 1, 12), torch.randn(60, 1, 40)
+    whole, one, two = (GradientSketch(3) for _ in range(3))
+    whole.update(x, g)
+    one.update(x[:25], g[:25])
+    two.update(x[25:], g[25:])
+    both = one.merge(two).finalize()
+    assert both.samples == 60
+    torch.testing.assert_close(
+        torch.linalg.svdvals(both.components @ whole.finalize().components.T), torch.ones(3)
+    )
+    with pytest.raises(SettingError, match="equal rank and seed"):
+        one.merge(GradientSketch(3, seed=1))
+
+
+def test_inputs_weighted_by_gradient_norm():
+    x = decaying(100, 12)
+    model = nn.Sequential(nn.Linear(12, 4))
+    counts = torch.arange(100.0)[:, None] / 100
+
+    def loss(model, batch):
+        return (model(batch) * counts).sum()  # the gradient of row i has a norm of i / 50
+
+    projector = fit_gradient_projectors(
+        model, [x], 3, source="inputs", learner=ExactCovariance, loss=loss
+    )["0"]
+    weighted = x * counts.sqrt()
+    left = weighted - weighted @ projector.components.T @ projector.components
+    best = torch.linalg.svdvals(weighted)[3:].square().sum()
+    torch.testing.assert_close(left.square().sum(), best, rtol=1e-4, atol=0)
+
+
+def test_no_trace_is_left():
+    model = mlp(12, 8, 4).train()
+    model[0].bias.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    weights = [p.clone() for p in model.parameters()]
+    projectors = fit_gradient_projectors(model, [decaying(20, 12)], 2, loss=squares)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    attach(model, projectors)
+
+
+def test_default_loss_is_the_models_own():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    batch = {"input_ids": torch.randint(0, 20, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
+    projectors = fit_gradient_projectors(model, [batch], 2)
+    assert len(projectors) == 7
+    with pytest.raises(LayerError, match="loss"):
+        fit_gradient_projectors(model, [{"input_ids": batch["input_ids"]}], 2)
+
+
+def test_layers_without_gradient_are_reported():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            self.idle(x)
+            return self.used(x)
+
+    projectors = fit_gradient_projectors(Idle(), [torch.randn(8, 6)], 2, loss=squares)
+    assert list(projectors) == ["used"] and "idle" in projectors.missing
+    with pytest.raises(LayerError, match="at least one layer"):
+        fit_gradient_projectors(Idle(), [torch.randn(8, 6)], 2, targets=["idle"], loss=squares)
+    with pytest.raises(EmptyStreamError):
+        fit_gradient_projectors(Idle(), [], 2, loss=squares)
+    with pytest.raises(RankError, match="layer 'used'"):
+        fit_gradient_projectors(Idle(), [torch.randn(8, 6)], 7, loss=squares)
