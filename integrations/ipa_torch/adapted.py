@@ -27,7 +27,7 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base = base
+        self.base_layer = base
         self.reading = reading_of(base)
         self.projections = nn.ModuleDict()
         self.lifts = nn.ParameterDict()
@@ -76,7 +76,7 @@ class Adapted(nn.Module):
         projection.users += projection not in set(self.projections.values())
         self.projections[name] = projection
         dtype = torch.promote_types(self.dtype, torch.float32)
-        shape = outputs_of(self.base), projection.rank
+        shape = outputs_of(self.base_layer), projection.rank
         self.lifts[name] = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.device))
         self.dropouts[name] = dropout
 
@@ -99,25 +99,26 @@ class Adapted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output and that of the active adapter, added up."""
         if self.active is None or self.merged is not None:
-            output: torch.Tensor = self.base(*args, **kwargs)
+            output: torch.Tensor = self.base_layer(*args, **kwargs)
             return output
-        x = input_of(self.base, args, kwargs)
+        x = input_of(self.base_layer, args, kwargs)
         z = self.projections[self.active](x)
         if self.training and (rate := self.dropouts[self.active]):
             z = nn.functional.dropout(z, rate)
         lift = self.lifts[self.active]
         if self._is_plain(x, z, lift):
             return self._added_in_place(x, z, lift)
-        output = self.base(*args, **kwargs)
+        output = self.base_layer(*args, **kwargs)
         if not torch.is_autocast_enabled(output.device.type):
             z = z.to(lift.dtype)
         return output + self.reading.lift(z, lift).to(output.dtype)
 
     def _is_plain(self, x: torch.Tensor, z: torch.Tensor, lift: torch.Tensor) -> bool:
-        base = self.base
+        base = self.base_layer
         return (
             type(base) is nn.Linear
             and not (base._forward_hooks or base._forward_pre_hooks)
+            and not x.is_nested
             and x.dtype == z.dtype == lift.dtype == base.weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
         )
@@ -128,7 +129,7 @@ class Adapted(nn.Module):
         That spares two passes over it. It is made with two axes, as autograd copies what is
         changed through a view.
         """
-        output: torch.Tensor = self.base(x.reshape(-1, x.shape[-1]))
+        output: torch.Tensor = self.base_layer(x.reshape(-1, x.shape[-1]))
         output.addmm_(z.reshape(-1, z.shape[-1]), lift.T)
         # Not a view for autograd, as F.linear does it: the caller may add onto it in place, too.
         shape = [*x.shape[:-1], output.shape[-1]]
@@ -148,13 +149,13 @@ class Adapted(nn.Module):
             merged = (weight.to(wide) + delta).to(weight.dtype)
         self._kept = (weight,)
         # A new parameter: what is tied to the old one (an embedding) must not change.
-        self.base.weight = nn.Parameter(merged, requires_grad=False)
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
         self.merged = name
 
     def unmerge(self) -> None:
         """Put the old weight back, bit by bit."""
         if self.merged is not None:
-            (self.base.weight,) = self._kept
+            (self.base_layer.weight,) = self._kept
             self._kept, self.merged = (), None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -171,20 +172,20 @@ class Adapted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name == "base_layer":
                 raise
-            return getattr(super().__getattr__("base"), name)
+            return getattr(super().__getattr__("base_layer"), name)
 
     def _own_weight(self) -> nn.Parameter | None:
-        weight = self.base._parameters.get("weight")
+        weight = self.base_layer._parameters.get("weight")
         return weight if weight is not None and weight.is_floating_point() else None
 
     def _weight(self) -> torch.Tensor | None:
         """Return the tensor that says where the layer is and in which dtype it computes."""
-        weight = getattr(self.base, "weight", None)
+        weight = getattr(self.base_layer, "weight", None)
         if isinstance(weight, torch.Tensor):
             return weight
-        tensors = (*self.base.parameters(), *self.base.buffers())
+        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
@@ -206,7 +207,7 @@ def outputs_of(layer: nn.Module) -> int:
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Adapted):
-        return _sizes(layer.base)
+        return _sizes(layer.base_layer)
     if isinstance(layer, Convolution):
         weight: torch.Tensor = layer.weight
         return weight[0].numel(), layer.out_channels

@@ -13,7 +13,7 @@ from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_torch.errors import LayerError
 from ipa_torch.projection import Projection, scale_of
-from ipa_torch.wrapping import check_fit, freeze, layer_of, thaw, unwrap, wrap, wrapped
+from ipa_torch.wrapping import check_fit, freeze, layer_of, plain, thaw, unwrap, wrap, wrapped
 
 Scaling: TypeAlias = float | Literal["energy"]
 
@@ -78,14 +78,13 @@ def attach(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lifts.default', '2.lifts.default']
     """
+    model = plain(model)
     scales = {name: scale_of(projector, scaling) for name, projector in projectors.items()}
     if not 0 <= dropout < 1:
         raise SettingError(f"expected dropout of at least 0 and below 1, got {dropout!r}")
-    taken = adapters_of(model)
-    if not adapter or "." in adapter or adapter in taken:
-        raise SettingError(
-            f"expected a new name without dots for an adapter, got {adapter!r}; taken are {taken}"
-        )
+    if not projectors:
+        raise SettingError("expected projectors of at least one layer, got none")
+    check_new(model, adapter)
     for name, projector in projectors.items():
         check_fit(name, layer_of(model, name), projector.features)
     freeze(model)
@@ -99,6 +98,22 @@ def attach(
             made[key] = layer.equal_to(fresh) or fresh
         layer.add(adapter, made[key], dropout)
     set_adapter(model, adapter)
+
+
+def check_new(model: nn.Module, adapter: str) -> None:
+    """Hold a name against those of the adapters there are, and of what modules have anyway.
+
+    Raises
+    ------
+    SettingError
+        If it cannot be that of a new adapter.
+    """
+    taken = adapters_of(model)
+    if not adapter.isidentifier() or hasattr(nn.ModuleDict, adapter) or adapter in taken:
+        raise SettingError(
+            f"expected a new name for an adapter, an identifier, got {adapter!r}; taken are "
+            f"{taken} and the names that torch's modules use"
+        )
 
 
 def adapters_of(model: nn.Module) -> list[str]:
@@ -177,7 +192,7 @@ def merge(model: nn.Module, adapter: str | None = None) -> None:
         if not layer.mergeable:
             raise LayerError(
                 f"layer {name!r}: expected a floating weight to merge into, got a "
-                f"{type(layer.base).__name__}; leave the adapters unmerged"
+                f"{type(layer.base_layer).__name__}; leave the adapters unmerged"
             )
     for _, layer, one in chosen:
         layer.merge(one)
@@ -204,11 +219,11 @@ def detach(model: nn.Module, adapter: str | None = None) -> None:
         for _, layer in wrapped(model):
             if name in layer.lifts:
                 layer.remove(name)
-    for path, layer in wrapped(model):
+    for _, layer in wrapped(model):
         if not layer.lifts:
-            unwrap(model, path, layer)
+            unwrap(plain(model), layer)
     if not wrapped(model):
-        thaw(model)
+        thaw(plain(model))
 
 
 def _checked(model: nn.Module, adapter: str) -> str:

@@ -21,6 +21,7 @@ from ipa_torch.sharing import Histories
 from ipa_torch.stopping import ENDED, Budget, Convergence
 from ipa_torch.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch.weighting import RowFilter, RowWeights, attention_mask
+from ipa_torch.wrapping import plain
 
 OnMissing: TypeAlias = Literal["warn", "raise", "ignore"]
 OnError: TypeAlias = Literal["raise", "return"]
@@ -125,7 +126,7 @@ def fit_projectors(
     check_choice("on_error", on_error, OnError)
     budget = Budget(max_rows, max_batches, max_seconds)
     convergence = None if tolerance is None else Convergence(tolerance)
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = plain(model)
     layers = select_layers(model, targets)
     listener = Listener(
         layers,

@@ -20,6 +20,7 @@ from ipa_torch.quiet import undisturbed
 from ipa_torch.reading import reading_of
 from ipa_torch.sketch import GradientPupil, GradientSketch, WeightedInputs
 from ipa_torch.targets import ALL_LINEAR, Targets, select_layers
+from ipa_torch.wrapping import plain
 
 Source: TypeAlias = Literal["gradient", "inputs"]
 Loss: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
@@ -85,7 +86,7 @@ def fit_gradient_projectors(
     Projectors(2 layers, 2 projectors)
     """
     check_choice("source", source, Source)
-    model = getattr(model, "_orig_mod", model)
+    model = plain(model)
     layers = select_layers(model, targets)
     pupils: dict[str, GradientPupil] = {}
     for name in layers:

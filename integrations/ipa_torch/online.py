@@ -190,7 +190,7 @@ class OnlineLearning:
         if not self._is_first_run(projection):
             return
         try:
-            self._learn(projection, input_of(layer.base, args, kwargs))
+            self._learn(projection, input_of(layer.base_layer, args, kwargs))
         except IPAError as error:
             raise with_context(error, f"layer {name!r}") from error
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ipa_core.errors import FileFormatError, SettingError
-from ipa_torch.adapters import adapters_of, set_adapter
+from ipa_torch.adapters import adapters_of, check_new, set_adapter
 from ipa_torch.projection import Projection
-from ipa_torch.wrapping import check_fit, freeze, layer_of, wrap, wrapped
+from ipa_torch.wrapping import check_fit, freeze, layer_of, plain, wrap, wrapped
 
 _LAYER, _PROJECTION = "layers", "projections"
 
@@ -75,6 +75,7 @@ def load_adapter_state_dict(
     LayerError, ShapeError
         If the model's layers are others.
     """
+    model = plain(model)
     layers = _layers(state)
     for name, (number, lift) in layers.items():
         weight = _entry(state, f"{_PROJECTION}.{number}.weight")
@@ -85,7 +86,9 @@ def load_adapter_state_dict(
             )
     if adapter in adapters_of(model):
         for _, layer in wrapped(model):
-            layer.remove(adapter)
+            if adapter in layer.lifts:
+                layer.remove(adapter)
+    check_new(model, adapter)
     freeze(model)
     made: dict[object, Projection] = {}
     for name, (number, lift) in layers.items():

@@ -14,9 +14,15 @@ from ipa_torch.reading import reading_of
 _FROZEN = "_ipa_frozen"
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` may have wrapped."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def wrapped(model: nn.Module) -> list[tuple[str, Adapted]]:
     """Return the adapted layers of a model by name."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, Adapted)]
+    return [(name, m) for name, m in plain(model).named_modules() if isinstance(m, Adapted)]
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
@@ -76,10 +82,10 @@ def wrap(model: nn.Module, name: str) -> Adapted:
     return made
 
 
-def unwrap(model: nn.Module, name: str, layer: Adapted) -> None:
+def unwrap(model: nn.Module, layer: Adapted) -> None:
     """Put the plain layer back."""
-    layer.base.train(layer.training)
-    _replace(model, layer, layer.base)
+    layer.base_layer.train(layer.training)
+    _replace(model, layer, layer.base_layer)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

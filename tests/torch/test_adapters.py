@@ -270,8 +270,12 @@ class TestNamed:
 
     def test_names_are_checked(self):
         model = adapted()
-        with pytest.raises(SettingError, match="taken are \\['default'\\]"):
-            attach(model, {})
+        projectors = fitted(model)
+        for name in ("default", "", "a.b", "train"):
+            with pytest.raises(SettingError, match="taken are \\['default'\\]"):
+                attach(model, projectors, adapter=name)
+        with pytest.raises(SettingError, match="at least one layer"):
+            attach(model, {}, adapter="empty")
         for call in (set_adapter, merge, detach, adapter_state_dict):
             with pytest.raises(SettingError, match="'other'"):
                 call(model, "other")
@@ -370,6 +374,26 @@ class TestConventions:
         torch.testing.assert_close(compiled(batch()), model(batch()))
         compiled(batch()).square().mean().backward()
         assert model.up[0].lifts["default"].grad is not None
+
+    def test_attached_to_a_compiled_model(self):
+        model = Transformer()
+        compiled = torch.compile(model, backend="aot_eager")
+        before = compiled(batch())
+        attach(compiled, fitted(compiled))
+        assert list(adapters_of(model)) == ["default"]
+        torch.testing.assert_close(compiled(batch()), before)
+        model.up[0].lifts["default"].data.normal_()
+        torch.testing.assert_close(compiled(batch()), model(batch()))
+        assert not torch.allclose(compiled(batch()), before, atol=1e-3)
+        detach(compiled)
+        torch.testing.assert_close(compiled(batch()), before)
+
+    def test_learned_again_on_an_adapted_model(self):
+        model = adapted()
+        names = list(fitted(model))
+        assert names == list(fitted(Transformer()))
+        attach(model, fitted(model), adapter="again")
+        assert adapters_of(model) == ["default", "again"]
 
     def test_distributed_data_parallel(self, tmp_path):
         from torch import distributed

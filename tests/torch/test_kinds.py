@@ -208,6 +208,19 @@ def test_encoder_layer_in_evaluation_does_not_read_past_the_adapters():
         assert not torch.allclose(model(x), before, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_encoder_that_nests_padded_rows():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    mask = torch.arange(5).expand(4, 5) > 2
+    batch = {"src": torch.randn(4, 5, 8), "src_key_padding_mask": mask}
+    projectors = fit_projectors(model, [batch], 2, on_missing="ignore", progress=False)
+    with torch.no_grad():
+        before = model(**batch)
+        attach(model, projectors)
+        torch.testing.assert_close(model(**batch), before)
+
+
 def test_mixed_precision():
     model, batches = mlp(12, 16, 4), decaying(400, 12).split(50)
 
