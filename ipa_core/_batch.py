@@ -41,7 +41,7 @@ def accept(batch: Array, weights: Array | None, template: Array) -> Rows:
         x, weights = _drop_absent(xp, x, _flat(batch, weights, template))
     x = _array.cast(xp, x, template.dtype)
     with _array.silent():
-        rows = Rows(x, weights, xp.vecdot(x, x))
+        rows = Rows(x, weights, _array.row_squares(xp, x))
         _check_range(xp, rows)
     return rows
 

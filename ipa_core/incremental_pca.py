@@ -13,16 +13,16 @@ from ipa_core.learner import Guarantee, Learner
 class IncrementalPCA(Learner):
     r"""Merge-and-truncate PCA: stack what is kept on what is new, keep the leading directions.
 
-    With F the kept factor (2r rows, :math:`F^\top F \approx \sum_i w_i x_i x_i^\top`) and X the
-    next 8r rows (64 at least),
+    With F the kept factor (2.5 r rows, :math:`F^\top F \approx \sum_i w_i x_i x_i^\top`) and X
+    the next 5r rows (64 at least),
 
-    .. math:: F \leftarrow \text{leading } 2r \text{ rows of } \Lambda^{1/2} V^\top, \qquad
+    .. math:: F \leftarrow \text{leading } 2.5\,r \text{ rows of } \Lambda^{1/2} V^\top, \qquad
               F^\top F + X^\top W X = V \Lambda V^\top .
 
-    Keeping 2r directions, r more than asked for, is what makes one pass accurate under drift; the
+    Keeping more directions than asked for is what makes one pass accurate under drift; the
     paper's code keeps r. The decomposition goes through the small Gram matrix in float64.
 
-    Guarantee: bounded. Time O(14 r d) for a row, memory O(10 r d).
+    Guarantee: bounded. Time O(30 r d) for a row, memory O(15 r d).
 
     References
     ----------
@@ -48,7 +48,7 @@ class IncrementalPCA(Learner):
     @property
     def _block_rows(self) -> int:
         # Below 64 rows the decompositions cost more in calls than in arithmetic.
-        return max(64, 8 * self.rank)
+        return max(64, 5 * self.rank)
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         self._stack(xp, rows.scaled(xp))
@@ -58,7 +58,7 @@ class IncrementalPCA(Learner):
 
     def _stack(self, xp: Namespace, rows: Array) -> None:
         stacked = rows if self._factor is None else xp.concat([self._factor, rows])
-        self._factor = truncate_rows(xp, stacked, 2 * self.rank)
+        self._factor = truncate_rows(xp, stacked, (5 * self.rank + 1) // 2)
 
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
         return principal_rows(xp, self._factor, self.rank)

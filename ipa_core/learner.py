@@ -338,7 +338,7 @@ class Learner(ABC):
         x = x - offset
         wide = _array.wide_dtype(xp, _array.device(x))
         mean = _array.cast(xp, pilot, wide) + _array.cast(xp, offset, wide)
-        centered = Rows(x, rows.weights, xp.vecdot(x, x))
+        centered = Rows(x, rows.weights, _array.row_squares(xp, x))
         if self._mean is None:
             self._mean = mean
             return centered

@@ -56,6 +56,7 @@ def scree(projectors: Projector | Mapping[str, Projector]) -> Any:
     summed.set_ylim(0, 1)
     for axes in (each, summed):
         axes.set_xlabel("direction")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     if 1 < len(named) <= 12:
         figure.legend(

@@ -138,7 +138,7 @@ class RandomizedSVD(Learner):
     def _is_novel(self, xp: Namespace, rows: Rows, seen: Array) -> bool:
         """Compare the energy that the basis misses with what it missed so far."""
         energy = rows.energy(xp)
-        kept = _array.wide_sum(xp, rows.weigh(xp.vecdot(seen, seen))) * self._unit**2
+        kept = _array.wide_sum(xp, rows.weigh(_array.row_squares(xp, seen))) * self._unit**2
         missed = max(0.0, energy - kept)
         rounding = 100 * float(xp.finfo(rows.x.dtype).eps)
         usual = self._missed / self._watched if self._watched else 1.0

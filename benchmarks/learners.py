@@ -1,0 +1,207 @@
+"""Learners against each other, against their floor and against scikit-learn.
+
+python -m benchmarks.learners [--quick]
+
+Error: excess over the float64 optimum on real and hard streams, rank 16, one pass.
+Time: per row, as a ratio to the two bare matrix products of the sketch's own width, 2r + 8.
+"""
+
+import argparse
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from sklearn.decomposition import IncrementalPCA as SklearnIncrementalPCA
+from threadpoolctl import threadpool_limits
+
+from benchmarks import record
+from benchmarks.activations import streams
+from ipa_core import (
+    ExactCovariance,
+    HebbianRule,
+    IncrementalPCA,
+    Learner,
+    RandomizedSVD,
+    ReconstructionAutoencoder,
+    fit_projector,
+)
+
+RANK = 16
+LEARNERS: dict[str, Callable[[int], Learner]] = {
+    "ExactCovariance": ExactCovariance,
+    "RandomizedSVD": RandomizedSVD,
+    "IncrementalPCA": IncrementalPCA,
+    "ReconstructionAutoencoder": ReconstructionAutoencoder,
+    "ReconstructionAutoencoder, 5 epochs": partial(ReconstructionAutoencoder, epochs=5),
+    "HebbianRule": HebbianRule,
+}
+
+
+def excess_errors(batches: int) -> dict[str, dict[str, float]]:
+    """Return the excess error of each learner on each stream."""
+    table: dict[str, dict[str, float]] = {name: {} for name in LEARNERS}
+    for stream_name, stream in streams(batches).items():
+        oracle = ExactCovariance(RANK)
+        for batch in stream:
+            oracle.update(batch.astype(np.float64))
+        best = oracle.residual(oracle.finalize())
+        # Of data of exactly low rank nothing should be lost: judge by a millionth of all.
+        scale = max(best, 1e-6 * oracle.finalize().total_energy)
+        for name, learner in LEARNERS.items():
+            loss = oracle.residual(fit_projector(stream, RANK, learner=learner)) - best
+            table[name][stream_name] = loss / scale
+            print(f"{stream_name:36} {name:36} {loss / scale:9.1e}", flush=True)
+    return table
+
+
+def decaying(features: int, rows: int, count: int) -> list[np.ndarray]:
+    """Return batches whose energies fall like 1 / k, mixed by Householder reflections."""
+    rng = np.random.default_rng(0)
+    mirrors = rng.standard_normal((3, features), dtype="float32")
+    mirrors /= np.linalg.norm(mirrors, axis=1, keepdims=True)
+    spectrum = np.arange(1, features + 1, dtype="float32") ** -0.5
+    batches = []
+    for _ in range(count):
+        x = rng.standard_normal((rows, features), dtype="float32") * spectrum
+        for mirror in mirrors:
+            x -= 2 * np.outer(x @ mirror, mirror)
+        batches.append(x)
+    return batches
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Return the seconds that an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def bare_products(pool: list[np.ndarray], count: int, width: int) -> None:
+    """Do nothing but Y <- Y + X^T (X O), on ``count`` batches."""
+    basis = np.linalg.qr(np.ones((pool[0].shape[1], 1)) + np.eye(pool[0].shape[1], width))[0]
+    basis, image = basis.astype("float32"), 0.0
+    for number in range(count):
+        x = pool[number % len(pool)]
+        image = image + x.T @ (x @ basis)
+
+
+def learn(learner: Learner, pool: list[np.ndarray], count: int) -> None:
+    """Feed ``count`` batches to a learner."""
+    for number in range(count):
+        learner.update(pool[number % len(pool)])
+    learner.finalize()
+
+
+def cost(features: int, rows: int, total: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Return time ratios to the floor and peak memory of each learner's state and work."""
+    pool = decaying(features, rows, 4)
+    names = [name for name in LEARNERS if "epochs" not in name]
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, float] = {}
+    count = max(4, total // rows)
+    # A matrix of features x features is linear in the rows from the first block on.
+    short = max(4, count // 8)
+    for _ in range(repeats):
+        floor = seconds(lambda: bare_products(pool, count, 2 * RANK + 8)) / count
+        for name in names:
+            batches = short if name == "ExactCovariance" else count
+            learner = LEARNERS[name](RANK)
+            taken = seconds(partial(learn, learner, pool, batches)) / batches
+            ratios[name].append(taken / floor)
+    for name in names:
+        tracemalloc.start()
+        learn(LEARNERS[name](RANK), pool, 4)
+        peaks[name] = tracemalloc.get_traced_memory()[1] / 2**20
+        tracemalloc.stop()
+    result = {
+        name: {
+            "time_ratio": statistics.median(ratios[name]),
+            "peak_mib": peaks[name],
+        }
+        for name in names
+    }
+    for name, figures in result.items():
+        print(
+            f"{features} features, batches of {rows}: {name:28} {figures['time_ratio']:7.2f} x "
+            f"floor, peak {figures['peak_mib']:7.1f} MiB",
+            flush=True,
+        )
+    return result
+
+
+def against_scikit_learn(features: int, rows: int, rank: int, repeats: int) -> dict[str, float]:
+    """Return how many times faster than scikit-learn's second partial_fit a batch is learned."""
+    pool = decaying(features, rows, 4)
+    ratios: dict[str, list[float]] = {"RandomizedSVD": [], "IncrementalPCA": []}
+    warm = {name: LEARNERS[name](rank) for name in ratios}
+    for learner in warm.values():
+        learn(learner, pool, 4)
+    for _ in range(repeats):
+        peer = SklearnIncrementalPCA(rank).partial_fit(pool[0])
+        theirs = seconds(partial(peer.partial_fit, pool[1]))
+        for name, learner in warm.items():
+            ours = seconds(partial(learn, learner, pool, 12)) / 12
+            ratios[name].append(theirs / ours)
+        print(
+            f"scikit-learn {theirs:.1f} s a batch; "
+            + ", ".join(f"{name} {values[-1]:.0f} times faster" for name, values in ratios.items()),
+            flush=True,
+        )
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def main() -> None:
+    """Run all parts and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    with threadpool_limits(args.threads):
+        results = {
+            "threads": args.threads,
+            "excess": excess_errors(8 if args.quick else 40),
+            "cost": {
+                f"{features} features, batches of {rows}": cost(
+                    features, rows, 8_192 if args.quick else 65_536, 1 if args.quick else 3
+                )
+                for features in ((384, 1536) if args.quick else (384, 1536, 4096))
+                for rows in ((2048,) if args.quick else (300, 2048, 8192))
+            },
+            "times_faster_than_scikit_learn": against_scikit_learn(
+                *((1024, 1024, 16, 1) if args.quick else (4096, 2048, 32, 3))
+            ),
+        }
+    packages = ["ipa-projectors", "numpy", "scikit-learn"]
+    path = record.write("learners", args.quick, packages, results)
+    path.with_suffix(".md").write_text(tables(results))
+
+
+def tables(results: dict) -> str:
+    """Return the tables of the guide."""
+    names = list(LEARNERS)
+    error = record.table(
+        ["excess error", *names],
+        [
+            [stream, *(f"{results['excess'][name][stream]:.0e}" for name in names)]
+            for stream in results["excess"][names[0]]
+        ],
+    )
+    timed = [name for name in names if "epochs" not in name]
+    cost_table = record.table(
+        ["time over the floor / peak MiB", *timed],
+        [
+            [
+                case,
+                *(f"{row[name]['time_ratio']:.1f} / {row[name]['peak_mib']:.0f}" for name in timed),
+            ]
+            for case, row in results["cost"].items()
+        ],
+    )
+    return f"{error}\n\n{cost_table}\n"
+
+
+if __name__ == "__main__":
+    main()

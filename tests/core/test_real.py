@@ -1,0 +1,49 @@
+"""Excess error on real activations: MiniLM's inputs of 384 and 1536 features, rank 16, one pass."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from ipa_core import (
+    ExactCovariance,
+    HebbianRule,
+    IncrementalPCA,
+    RandomizedSVD,
+    ReconstructionAutoencoder,
+    fit_projector,
+)
+
+pytestmark = pytest.mark.assets
+
+RANK = 16
+BOUNDS = {
+    ExactCovariance: 1e-6,
+    IncrementalPCA: 3e-4,
+    RandomizedSVD: 3e-4,
+    HebbianRule: 1e-2,
+    ReconstructionAutoencoder: 5e-3,
+    partial(ReconstructionAutoencoder, epochs=5): 2e-3,
+}
+
+
+@pytest.fixture(scope="module", params=["up", "down"])
+def judged(request):
+    """200 batches of real inputs of one layer, and their float64 second moment."""
+    pytest.importorskip("transformers")
+    from benchmarks.activations import DOWN, UP, minilm_inputs
+
+    name = {"up": UP, "down": DOWN}[request.param]
+    batches = [seen[name].numpy() for seen in minilm_inputs([name], 200, size=12)]
+    oracle = ExactCovariance(RANK)
+    for batch in batches:
+        oracle.update(batch.astype(np.float64))
+    return batches, oracle
+
+
+@pytest.mark.parametrize("learner", BOUNDS, ids=lambda made: getattr(made, "__name__", "epochs"))
+def test_excess_error(judged, learner):
+    batches, oracle = judged
+    best = oracle.residual(oracle.finalize())
+    projector = fit_projector(batches, RANK, learner=learner)
+    assert oracle.residual(projector) / best - 1 < BOUNDS[learner]
