@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 from ipa_hf.adapters import get_ipa_model, initialize
 from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
-from ipa_hf.ranks import redistribute_ranks
+from ipa_hf.ranks import match_ranks
 from ipa_hf.storage import load
 from ipa_hf.targets import default_targets
 from ipa_hf.weights import causal_label_mask
@@ -27,5 +27,5 @@ __all__ = [
     "get_ipa_model",
     "initialize",
     "load",
-    "redistribute_ranks",
+    "match_ranks",
 ]

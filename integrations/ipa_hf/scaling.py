@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
-
 from ipa_core import Projector, SettingError
+from ipa_torch import energy_scale
 
 Scaling = Literal["energy"] | float
-
-# Entries of LoRA's A are uniform in +- 1/sqrt(d), of variance 1/(3 d).
-_LORA_VARIANCE = 1 / 3
 
 
 def factor(projector: Projector, scaling: Scaling, layer_scaling: float) -> float:
@@ -46,19 +42,9 @@ def factor(projector: Projector, scaling: Scaling, layer_scaling: float) -> floa
     0.125
     """
     if scaling == "energy":
-        return _energy_factor(projector)
+        return energy_scale(projector)
     if isinstance(scaling, str | bool) or not (math.isfinite(scaling) and scaling > 0):
         raise SettingError(
             f"expected scaling 'energy' or a positive finite number, got {scaling!r}"
         )
     return float(scaling) / layer_scaling
-
-
-def _energy_factor(projector: Projector) -> float:
-    host = projector.to(torch, device="cpu", dtype=torch.float64)
-    # The map is applied to x itself, so the moments are about the origin: add the mean's share.
-    total = host.total_energy + float(host.mean.square().sum())
-    kept = float(host.energies.sum() + (host.components @ host.mean).square().sum())
-    share = host.rank / host.features
-    # Where P sees nothing (all-zero inputs), take the value of data that favours no direction.
-    return math.sqrt(_LORA_VARIANCE * (share * total / kept if kept > 0 else 1.0))
