@@ -16,7 +16,7 @@ from ipa_torch.errors import LayerError, check_choice
 from ipa_torch.feeding import device_of, on_device
 from ipa_torch.inputs import input_of
 from ipa_torch.projectors import Projectors, rank_for
-from ipa_torch.quiet import undisturbed
+from ipa_torch.quiet import full_precision, undisturbed
 from ipa_torch.reading import reading_of
 from ipa_torch.sketch import GradientPupil, GradientSketch, WeightedInputs
 from ipa_torch.targets import ALL_LINEAR, Targets, select_layers
@@ -161,7 +161,7 @@ def _hear(
 
     def arrived(g: torch.Tensor) -> None:
         try:
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            with full_precision(x.device):
                 pupil.update(*reading_of(module).pairs(x, g, limit))
         except IPAError as error:
             raise with_context(error, f"layer {name!r}") from error

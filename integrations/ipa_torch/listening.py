@@ -17,6 +17,7 @@ from ipa_torch.bypass import WeightWatch
 from ipa_torch.identity import Identities
 from ipa_torch.inputs import input_of
 from ipa_torch.projectors import Projectors
+from ipa_torch.quiet import full_precision
 from ipa_torch.reading import Reading, Rows, reading_of
 from ipa_torch.sharing import Histories
 from ipa_torch.weighting import RowFilter
@@ -153,8 +154,7 @@ class Listener:
         reading = self._readings[name]
         event = self._identities.number(activation), reading
         self._ran.add(name)
-        # Learning stays out of the model's autocast: products in half lose the small core.
-        with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
+        with full_precision(activation.device):
             self._histories.see(name, event, partial(self._rows, activation, reading))
 
     def _rows(self, activation: torch.Tensor, reading: Reading) -> Rows:

@@ -19,6 +19,7 @@ from ipa_torch.carrying import carry
 from ipa_torch.identity import Identities
 from ipa_torch.inputs import input_of
 from ipa_torch.projection import Projection, scale_of
+from ipa_torch.quiet import full_precision
 from ipa_torch.weighting import RowFilter, RowWeights, attention_mask
 from ipa_torch.wrapping import wrapped
 
@@ -211,7 +212,7 @@ class OnlineLearning:
             return
         self._recorded.add(event)
         self._fresh.add(projection)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             reading = projection.reading
             chosen = self._filter(x, reading.leading(x))
             rows, weights = reading.rows(x.detach(), chosen, self._max_patches)

@@ -79,20 +79,19 @@ class Projectors(Mapping[str, Projector]):
         return [tuple(names) for names in groups.values()]
 
     def summary(self) -> str:
-        """Return a table: layers that share, rank, features, captured share of energy, samples."""
-        rows = [("rank", "features", "captured", "samples", "layers")]
+        """Return a table: rank, features, captured energy, samples, why it stopped, and layers."""
+        rows = [("rank", "features", "captured", "samples", "stopped", "layers")]
         for names in self.shared:
             p = self._projectors[names[0]]
-            captured = f"{100 * p.captured():.1f} %"
-            rows.append((str(p.rank), str(p.features), captured, f"{p.samples:,}", together(names)))
-        rows += [("-", "-", "-", "-", f"{name}: {why}") for name, why in self.missing.items()]
+            numbers = (str(p.rank), str(p.features), f"{p.captured():.1%}", f"{p.samples:,}")
+            rows.append((*numbers, self.stopped.get(names[0], "-"), together(names)))
+        for name, reason in self.missing.items():
+            rows.append(("-", "-", "-", "-", "-", f"{name}: {reason}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                (*(cell.rjust(width) for cell, width in zip(row[:4], widths, strict=False)), row[4])
-            )
-            for row in rows
+        lines = (
+            (*map(str.rjust, row[:4], widths[:4]), row[4].ljust(widths[4]), row[5]) for row in rows
         )
+        return "\n".join("  ".join(line) for line in lines)
 
     def truncate(self, rank: int | Mapping[str, int]) -> Projectors:
         """Return projectors of a smaller rank, or of each layer's own; sharing is kept. No cost.

@@ -268,6 +268,22 @@ class TestNamed:
         with disabled(model):
             assert torch.equal(model(batch()), model(batch()))
 
+    def test_each_has_its_own_mode(self):
+        model = Transformer()
+        projectors = fitted(model)
+        attach(model, projectors, adapter="frozen")
+        attach(model, projectors, adapter="trained", trainable=True)
+        layer = model.up[0]
+        assert not layer.projection("frozen").trainable and layer.projection("trained").trainable
+        assert layer.projection("frozen") is not layer.projection("trained")
+
+    def test_nothing_of_a_detached_one_stays(self):
+        model = Transformer()
+        attach(model, fitted(model), adapter="a")
+        attach(model, fitted(model), adapter="b", trainable=True)
+        detach(model, "a")
+        assert not any(name.endswith((".a", ".a.weight")) for name in model.state_dict())
+
     def test_names_are_checked(self):
         model = adapted()
         projectors = fitted(model)

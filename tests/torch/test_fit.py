@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from ipa_core import ExactCovariance, IncrementalPCA, RandomizedSVD
+from ipa_core import (
+    ExactCovariance,
+    HebbianRule,
+    IncrementalPCA,
+    RandomizedSVD,
+    ReconstructionAutoencoder,
+)
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError, ShapeError
 from ipa_torch import LayerError, Projectors, fit_projectors
 
@@ -81,6 +87,13 @@ class TestInputs:
         compiled = torch.compile(model, backend="eager")
         compiled(rows)
         assert quiet_fit(compiled, [rows], 2)["0"].samples == 50
+
+    @pytest.mark.parametrize("learner", [HebbianRule, ReconstructionAutoencoder])
+    def test_sequential_learners_take_a_transformers_inputs(self, learner):
+        batches = [{"input_ids": torch.randint(0, 20, (8, 9))} for _ in range(20)]
+        projectors = quiet_fit(Transformer(), batches, 3, learner=learner)
+        assert len(projectors) == 12
+        assert all(0 < p.captured() <= 1 for p in projectors.values())
 
 
 class TestSharing:
@@ -366,6 +379,7 @@ class TestProjectors:
         projectors = self.fitted()
         assert ("attention.0.q", "attention.0.k", "attention.0.v") in projectors.shared
         assert "attention.0.{q, k, v}" in projectors.summary()
+        assert "the batches ended" in projectors.summary()
         assert repr(projectors) == "Projectors(12 layers, 8 projectors)"
 
     def test_saved_and_loaded(self, tmp_path):
