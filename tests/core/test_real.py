@@ -27,14 +27,20 @@ BOUNDS = {
 }
 
 
-@pytest.fixture(scope="module", params=["up", "down"])
-def judged(request):
-    """200 batches of real inputs of one layer, and their float64 second moment."""
+@pytest.fixture(scope="module")
+def inputs():
+    """200 batches of real inputs of two layers, from one pass of the model."""
     pytest.importorskip("transformers")
     from benchmarks.activations import DOWN, UP, minilm_inputs
 
-    name = {"up": UP, "down": DOWN}[request.param]
-    batches = [seen[name].numpy() for seen in minilm_inputs([name], 200, size=12)]
+    batches = list(minilm_inputs([UP, DOWN], 200, size=12))
+    return {"up": [seen[UP] for seen in batches], "down": [seen[DOWN] for seen in batches]}
+
+
+@pytest.fixture(scope="module", params=["up", "down"])
+def judged(request, inputs):
+    """The batches of a layer, and their float64 second moment."""
+    batches = [batch.numpy() for batch in inputs[request.param]]
     oracle = ExactCovariance(RANK)
     for batch in batches:
         oracle.update(batch.astype(np.float64))
