@@ -9,16 +9,15 @@ from typing import Any, Literal, Unpack
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
-from ipa_core.errors import RankError, SettingError, ShapeError
+from ipa_core.errors import SettingError
 from ipa_hf.fitting import FitOptions, learn
-from ipa_hf.freezing import freeze_projections
-from ipa_hf.layers import adapted_layers, lora_config, matrices, takes_projection
-from ipa_hf.record import AdapterRecord, LayerRecord, attach
-from ipa_hf.scaling import Scaling, factor
+from ipa_hf.freezing import hold
+from ipa_hf.layers import adapted_layers, kind, lora_config, takes_projection
+from ipa_hf.placing import check_fresh, fitted, place
+from ipa_hf.record import AdapterRecord, attach
+from ipa_hf.scaling import Scaling, check_scaling
 from ipa_hf.targets import default_targets
 from ipa_torch import LayerError
 
@@ -158,10 +157,14 @@ def initialize(
     -----
     Cost: one forward pass for each batch, and the learner's; see `ipa_torch.fit_projectors`.
     """
-    config = lora_config(peft_model, adapter_name)
     layers = adapted_layers(peft_model, adapter_name)
-    _check_fresh(config, layers, adapter_name)
+    check_scaling(scaling)
+    check_fresh(lora_config(peft_model, adapter_name), layers, adapter_name)
     linear = {name: x for name, x in layers.items() if takes_projection(x, adapter_name)}
+    refused = {
+        name: f"{kind(x)} take no projection" for name, x in layers.items() if name not in linear
+    }
+    _report(refused, on_missing)  # before learning, which takes long
     if isinstance(data, Mapping):
         if options:
             raise SettingError(f"expected no {sorted(options)} beside projectors that are learned")
@@ -169,100 +172,32 @@ def initialize(
     else:
         ranks = {name: int(layer.r[adapter_name]) for name, layer in linear.items()}
         projectors = learn(peft_model, ranks, data, options)
+    reasons = getattr(projectors, "missing", {})
+    absent = (name for name in linear if name not in projectors)
+    _report({name: reasons.get(name, "no projector has its name") for name in absent}, on_missing)
     fitting = {
-        name: _fitting(name, layer, projectors[name], adapter_name)
+        name: fitted(name, layer, projectors[name], adapter_name)
         for name, layer in linear.items()
         if name in projectors
     }
-    factors = {
-        name: factor(projector, scaling, linear[name].scaling[adapter_name])
+    placed = {
+        name: place(linear[name], projector, scaling, adapter_name)
         for name, projector in fitting.items()
     }
-    _report_missing(layers, linear, fitting, getattr(projectors, "missing", {}), on_missing)
-    for name, projector in fitting.items():
-        _write(linear[name], projector, factors[name], adapter_name)
-    record = AdapterRecord(
-        frozen=not trainable,
-        scaling=scaling,
-        layers={
-            name: LayerRecord(p.rank, factors[name], p.captured(), p.samples)
-            for name, p in fitting.items()
-        },
-    )
-    attach(peft_model, adapter_name, record)
-    return peft_model if trainable else freeze_projections(peft_model, adapter_name, layers=fitting)
+    attach(peft_model, adapter_name, AdapterRecord(not trainable, scaling, placed))
+    for name in placed:
+        hold(linear[name], adapter_name, not trainable)
+    return peft_model
 
 
-def _check_fresh(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    if config.init_lora_weights not in (True, "gaussian"):
-        raise SettingError(
-            "expected a LoraConfig with init_lora_weights=True, whose B is zero and whose base "
-            f"weights are left alone, got {config.init_lora_weights!r}"
-        )
-    for name, layer in layers.items():
-        if layer.merged:
-            raise SettingError(
-                f"layer {name!r}: expected a model without merged adapters, got "
-                f"{layer.merged_adapters} merged; call unmerge_adapter() first"
-            )
-        if adapter_name in layer.lora_B and matrices(layer, adapter_name)[1].any():
-            raise SettingError(
-                f"layer {name!r}: expected a fresh adapter, whose B is zero, got a trained one; "
-                "add another adapter and initialize that one"
-            )
-
-
-def _fitting(name: str, layer: LoraLayer, projector: Projector, adapter_name: str) -> Projector:
-    rank, features = matrices(layer, adapter_name)[0].shape
-    if projector.features != features:
-        raise ShapeError(
-            f"layer {name!r}: expected a projector of {features} features, got "
-            f"{projector.features}; was it learned from the input of this layer?"
-        )
-    if projector.rank < rank:
-        raise RankError(
-            f"layer {name!r}: expected a projector of rank {rank} or more, got {projector.rank}; "
-            "learn a larger one, or lower r or rank_pattern"
-        )
-    return projector.truncate(rank)
-
-
-def _report_missing(
-    layers: Mapping[str, LoraLayer],
-    linear: Mapping[str, LoraLayer],
-    fitting: Mapping[str, Projector],
-    reasons: Mapping[str, str],
-    on_missing: OnMissing,
-) -> None:
-    missing = {
-        name: reasons.get(name, "no projector has its name")
-        if name in linear
-        else f"{_kind(layer)} take no projection"
-        for name, layer in layers.items()
-        if name not in fitting
-    }
+def _report(missing: Mapping[str, str], on_missing: OnMissing) -> None:
     if not missing:
         return
-    shown = "; ".join(f"layer {name!r}: {missing[name]}" for name in missing)
+    shown = "; ".join(f"layer {name!r}: {reason}" for name, reason in missing.items())
     if on_missing == "raise":
         raise LayerError(
-            f"expected a projection for every adapted layer, got none for {len(missing)} of "
-            f"{len(layers)} ({shown}); take them out of target_modules, or pass "
-            "on_missing='warn' to leave them as LoRA begins them"
+            f"expected a projection for every adapted layer, got none for {len(missing)} "
+            f"({shown}); take them out of target_modules, or pass on_missing='warn' to leave them "
+            "as LoRA begins them"
         )
     warnings.warn(f"{len(missing)} layers begin as in LoRA ({shown})", stacklevel=3)
-
-
-def _kind(layer: LoraLayer) -> str:
-    kind = type(layer.get_base_layer()).__name__
-    fused = isinstance(layer, ParamWrapper)
-    return f"fused parameters of {kind}, whose inputs no hook sees," if fused else f"{kind} layers"
-
-
-def _write(layer: LoraLayer, projector: Projector, factor: float, adapter_name: str) -> None:
-    weight, _ = matrices(layer, adapter_name)
-    rows = projector.to(torch, device=weight.device).components
-    # Written here and not through `set_peft_model_state_dict`: that one wants the whole adapter,
-    # heads included, and passes over names that it does not know.
-    with torch.no_grad():
-        weight.copy_(factor * rows)

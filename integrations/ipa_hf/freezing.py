@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
 from ipa_hf.layers import adapted_layers, lora_config, matrices, takes_projection
@@ -49,10 +50,8 @@ def freeze_projections(
     >>> size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     >>> bert = BertModel(BertConfig(vocab_size=16, **size))
     >>> model = get_peft_model(bert, LoraConfig(r=2, target_modules=["query"]))
-    >>> model.get_nb_trainable_parameters()[0], 2 * 8 + 8 * 2
-    (32, 32)
-    >>> freeze_projections(model).get_nb_trainable_parameters()[0]
-    16
+    >>> [name[-23:] for name, p in freeze_projections(model).named_parameters() if p.requires_grad]
+    ['query.lora_B.default.weight']
     """
     lora_config(peft_model, adapter_name)
     found = {
@@ -67,11 +66,17 @@ def freeze_projections(
                 f"layer {name!r}: expected a linear layer with the adapter {adapter_name!r}, "
                 "got none of this name"
             )
-        layer = found[name]
-        # PEFT's own list of weights that no switch of adapters makes trainable again. Rebound, as
-        # the empty default belongs to the class.
-        held = dict(layer.frozen_peft_weight_names)
-        held[adapter_name] = tuple({*held.get(adapter_name, ()), "lora_A"})
-        layer.frozen_peft_weight_names = held
-        matrices(layer, adapter_name)[0].requires_grad_(False)
+        hold(found[name], adapter_name, True)
     return peft_model
+
+
+def hold(layer: LoraLayer, adapter_name: str, held: bool) -> None:
+    """Hold the A of a layer fixed, or let it be as trainable as its B."""
+    a, b = matrices(layer, adapter_name)
+    a.requires_grad_(b.requires_grad and not held)
+    # PEFT's own list of weights that no switch of adapters makes trainable again. Rebound, as the
+    # empty default belongs to the class.
+    names = {*layer.frozen_peft_weight_names.get(adapter_name, ())} - {"lora_A"}
+    layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {
+        adapter_name: (*sorted(names), "lora_A") if held else tuple(sorted(names))
+    }

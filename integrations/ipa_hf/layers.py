@@ -47,6 +47,13 @@ def takes_projection(layer: LoraLayer, adapter_name: str) -> bool:
     return matrices(layer, adapter_name)[0].ndim == 2  # convolutions have more axes
 
 
+def kind(layer: LoraLayer) -> str:
+    """Return what sort of layer this is, in the plural, for a message."""
+    base = type(layer.get_base_layer()).__name__
+    fused = isinstance(layer, ParamWrapper)
+    return f"fused parameters of {base}, whose inputs no hook sees," if fused else f"{base} layers"
+
+
 def matrices(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights A of shape (rank, features) and B of shape (out features, rank)."""
     a, b = (part[adapter_name].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))

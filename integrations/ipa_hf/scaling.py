@@ -26,11 +26,6 @@ def factor(projector: Projector, scaling: Scaling, layer_scaling: float) -> floa
     layer_scaling : float
         What PEFT multiplies B A x by: alpha / r, or alpha / sqrt(r) with rsLoRA.
 
-    Raises
-    ------
-    SettingError
-        If ``scaling`` is neither ``"energy"`` nor a positive finite number.
-
     Examples
     --------
     >>> import numpy as np
@@ -41,10 +36,20 @@ def factor(projector: Projector, scaling: Scaling, layer_scaling: float) -> floa
     >>> factor(isotropic, 0.25, layer_scaling=2.0)
     0.125
     """
+    return energy_scale(projector) if scaling == "energy" else float(scaling) / layer_scaling
+
+
+def check_scaling(scaling: Scaling) -> None:
+    """Check that a scaling is one.
+
+    Raises
+    ------
+    SettingError
+        If it is neither ``"energy"`` nor a positive finite number.
+    """
     if scaling == "energy":
-        return energy_scale(projector)
+        return
     if isinstance(scaling, str | bool) or not (math.isfinite(scaling) and scaling > 0):
         raise SettingError(
             f"expected scaling 'energy' or a positive finite number, got {scaling!r}"
         )
-    return float(scaling) / layer_scaling

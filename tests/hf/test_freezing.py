@@ -44,6 +44,12 @@ class TestFlags:
         model = ipa_hf.get_ipa_model(llama, config(), batches, trainable=True, progress=False)
         assert flags(model) == TRAINABLE
 
+    def test_begun_again_as_trainable(self, frozen, batches):
+        ipa_hf.initialize(frozen, batches, trainable=True, progress=False)
+        assert flags(frozen) == TRAINABLE
+        frozen.set_adapter("default")
+        assert flags(frozen) == TRAINABLE
+
     def test_training_moves_b_and_not_a(self, frozen, batches):
         a, b = matrices(frozen), matrices(frozen, "B")
         train(frozen, batches)

@@ -211,6 +211,15 @@ class TestMissing:
         with pytest.warns(UserWarning, match="embed_tokens"):
             built("llama", batches, lora=lora, on_missing="warn")
 
+    def test_refused_before_anything_is_learned(self, llama):
+        def loader():
+            raise AssertionError("read")
+            yield
+
+        lora = config(target_modules=["q_proj", "embed_tokens"])
+        with pytest.raises(LayerError, match="embed_tokens"):
+            ipa_hf.get_ipa_model(llama, lora, loader())
+
     def test_a_failure_gives_the_model_back_as_it_was(self, llama, batches):
         flags = {name: p.requires_grad for name, p in llama.named_parameters()}
         with pytest.raises(LayerError):
