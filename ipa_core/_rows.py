@@ -27,7 +27,8 @@ class Rows:
 
     def own(self, xp: Namespace) -> Rows:
         """Return a copy that no later change of the caller's array can reach."""
-        return Rows(xp.asarray(self.x, copy=True), self.weights, self.squares)
+        weights = None if self.weights is None else xp.asarray(self.weights, copy=True)
+        return Rows(xp.asarray(self.x, copy=True), weights, self.squares)
 
     def weigh(self, values: Array) -> Array:
         """Multiply each row of ``values`` (n, ...) by the row's weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ipa_core.errors import IPAError, StreamError, with_context
 from ipa_core.learner import Learner
@@ -73,4 +74,5 @@ def fit_projector(
                 pupil.update(batch, weights)
             except IPAError as error:
                 raise with_context(error, f"batch {number}") from error
-    return pupil.finalize()
+    projector = pupil.finalize()
+    return replace(projector, samples=projector.samples // pupil.passes)

@@ -232,7 +232,7 @@ class Learner(ABC):
         Raises
         ------
         FileFormatError
-            If the state is another learner's, incomplete, or inconsistent.
+            If the state is another learner's or incomplete.
         SettingError
             If it was learned with other settings.
         """
@@ -254,6 +254,8 @@ class Learner(ABC):
         for array in self._arrays:
             setattr(fresh, array, state.get(array.lstrip("_")))
         fresh._template = state.get("template")
+        if fresh.samples and fresh._template is None:
+            raise FileFormatError("expected the arrays of a learner that has seen rows, got none")
         if "pending.x" in state:
             fresh._pending = (
                 Rows(state["pending.x"], state.get("pending.weights"), state["pending.squares"]),

@@ -113,10 +113,10 @@ def test_non_contiguous_and_read_only(learner):
 
 def test_a_batch_may_be_overwritten_afterwards(learner):
     x = np.random.default_rng(0).standard_normal((100, 6))
-    batch = x.copy()
-    pupil = learner(2).update(batch)
-    batch[:] = np.nan
-    expected = learner(2).update(x).finalize()
+    batch, weights = x.copy(), np.arange(1.0, 101)
+    pupil = learner(2).update(batch, weights)
+    batch[:], weights[:] = np.nan, np.nan
+    expected = learner(2).update(x, np.arange(1.0, 101)).finalize()
     assert np.array_equal(pupil.finalize().components, expected.components)
 
 
@@ -142,6 +142,9 @@ def test_load_state_dict_refuses_strangers(learner):
     incomplete = {key: value for key, value in state.items() if key != "samples"}
     with pytest.raises(FileFormatError, match="samples"):
         learner(2).load_state_dict(incomplete)
+    bare = {key: value for key, value in state.items() if not hasattr(value, "shape")}
+    with pytest.raises(FileFormatError, match="arrays"):
+        learner(2).load_state_dict(bare)
 
 
 def test_copies_and_pickles(learner):
