@@ -12,12 +12,17 @@ from torch import distributed
 from ipa_core import Learner, Projector
 
 
+def alone() -> bool:
+    """Return whether this process trains by itself."""
+    return not (distributed.is_available() and distributed.is_initialized())
+
+
 def agreed(learner: Learner) -> Projector | None:
     """Return the projector of all workers' rows, the same everywhere; None if there are no rows.
 
     Learners are merged in the order of the workers, on the host; the one given stays as it is.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if alone():
         return learner.finalize() if learner.samples else None
     states: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(states, _on_host(learner.state_dict()))

@@ -71,10 +71,14 @@ class Listener:
         return any(node.learner.samples for node in self._histories.at.values())
 
     def __enter__(self) -> Self:
-        self._filter.open()
-        for name, module in self._layers.items():
-            hook = partial(self._hear, name)
-            self._handles[name] = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self._filter.open()
+            for name, module in self._layers.items():
+                hook = partial(self._hear, name)
+                self._handles[name] = module.register_forward_pre_hook(hook, with_kwargs=True)
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
@@ -83,9 +87,7 @@ class Listener:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._filter.close()
-        for name in list(self._handles):
-            self._handles.pop(name).remove()
+        self._close()
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
@@ -120,6 +122,11 @@ class Listener:
                 learned[name] = made[id(node)]
         stopped = {name: self._stopped.get(name, reason) for name in learned}
         return Projectors(learned, missing=missing, stopped=stopped)
+
+    def _close(self) -> None:
+        self._filter.close()
+        for name in list(self._handles):
+            self._handles.pop(name).remove()
 
     def _stop_layers(self) -> None:
         """Take the hooks off layers that have converged or spent their rows."""

@@ -14,7 +14,7 @@ from ipa_core import IncrementalPCA, Learner
 from ipa_core.errors import IPAError, SettingError, with_context
 from ipa_torch.adapted import Adapted
 from ipa_torch.adapters import Scaling
-from ipa_torch.agreeing import agreed
+from ipa_torch.agreeing import agreed, alone
 from ipa_torch.carrying import carry
 from ipa_torch.identity import Identities
 from ipa_torch.inputs import input_of
@@ -154,7 +154,8 @@ class OnlineLearning:
         SettingError
             If nothing was recorded since the last step.
         """
-        if not self._fresh:
+        # Among workers nobody may leave: the others would wait for ever.
+        if not self._fresh and alone():
             raise SettingError(
                 "expected a forward pass in training mode with gradients since the last step, got "
                 "none that was seen; enter the context before it, and do not compile the model"
