@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import assets, torch_results
+from benchmarks import assets, record
 from ipa_core import ExactCovariance, RandomizedSVD
 from ipa_torch import Projectors, fit_projectors, select_layers
 
 RANK = 16
+THREADS = 2
+PACKAGES = ["ipa-projectors", "peft", "torch", "transformers"]
 
 
 def linear(name: str, module: nn.Module) -> bool:
@@ -158,10 +160,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer batches, EVA for a minute")
     quick = parser.parse_args().quick
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     model, tokenizer, texts = load()
-    batches = cut(tokenizer, texts, 64, 10 if quick else 10**6)
+    batches = cut(tokenizer, texts, 64, 8 if quick else 64)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     places = sum(batch["attention_mask"].numel() for batch in batches)
     learn(model, batches[:2])  # warm up
@@ -188,7 +190,12 @@ def main() -> None:
         f"{versus['eva_forward_passes']} passes, {versus['speed_up']:.1f} times as fast (target "
         f"10); excess mean {versus['own_excess_mean']:.1e} against {versus['eva_excess_mean']}"
     )
-    torch_results.write("torch_learning", quick, {"learning": cost, "against_eva": versus})
+    record.write(
+        "torch_learning",
+        quick,
+        PACKAGES,
+        {"threads": THREADS, "learning": cost, "against_eva": versus},
+    )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import torch_results
-from benchmarks.torch_learning import RANK, cut, linear, load
+from benchmarks import record
+from benchmarks.torch_learning import PACKAGES, RANK, THREADS, cut, linear, load
 from ipa_torch import attach, detach, fit_projectors, merge, select_layers
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="5 steps instead of 40")
     quick = parser.parse_args().quick
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     body, tokenizer, texts = load()
     batches = cut(tokenizer, texts, 32, 8)
@@ -107,13 +107,14 @@ def main() -> None:
         f"{memory['lora'] / 2**20:.0f} MiB; merged output differs by {difference:.1e}"
     )
     results = {
+        "threads": THREADS,
         "ratio_median": ratio,
         "step_seconds_median": {name: statistics.median(all_) for name, all_ in times.items()},
         "step_seconds_least": {name: min(all_) for name, all_ in times.items()},
         "saved_bytes": memory,
         "merged_difference": difference,
     }
-    torch_results.write("torch_training", quick, results)
+    record.write("torch_training", quick, PACKAGES, results)
 
 
 if __name__ == "__main__":
