@@ -190,12 +190,8 @@ def main() -> None:
         f"{versus['eva_forward_passes']} passes, {versus['speed_up']:.1f} times as fast (target "
         f"10); excess mean {versus['own_excess_mean']:.1e} against {versus['eva_excess_mean']}"
     )
-    record.write(
-        "torch_learning",
-        quick,
-        PACKAGES,
-        {"threads": THREADS, "learning": cost, "against_eva": versus},
-    )
+    results = {"threads": THREADS, "learning": cost, "against_eva": versus}
+    record.write("torch_learning", quick, PACKAGES, results)
 
 
 if __name__ == "__main__":

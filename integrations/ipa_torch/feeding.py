@@ -14,12 +14,20 @@ Forward: TypeAlias = Callable[[nn.Module, Any], object]
 def feed(model: nn.Module, batch: Any) -> None:
     """Call a model: a mapping gives keywords, a tuple or list positions, all else one argument."""
     batch = on_device(batch, device_of(model))
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
+    try:
+        if isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, (tuple, list)):
+            model(*batch)
+        else:
+            model(batch)
+    except TypeError as error:
+        # Most often a loader of (input, label) pairs and a model that takes inputs alone.
+        error.add_note(
+            "The model was called with the batch: a mapping as keywords, a tuple or list by "
+            "position. Pass forward=lambda model, batch: ... to call it in another way."
+        )
+        raise
 
 
 def device_of(model: nn.Module) -> torch.device | None:

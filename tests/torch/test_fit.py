@@ -316,6 +316,14 @@ class TestFailures:
         with pytest.raises(LayerError, match="rank for layer '2'"):
             quiet_fit(mlp(6, 4, 2), [torch.ones(2, 6)], {"0": 2})
 
+    def test_batch_of_another_form_gets_a_hint(self):
+        pairs = [(torch.ones(2, 6), torch.ones(2))]
+        with pytest.raises(TypeError) as raised:
+            quiet_fit(mlp(6, 2), pairs, 1)
+        assert "Pass forward=" in "".join(raised.value.__notes__)
+        first = quiet_fit(mlp(6, 2), pairs, 1, forward=lambda model, batch: model(batch[0]))
+        assert first["0"].samples == 2
+
 
 class Breaking(nn.Module):
     def __init__(self, error):
