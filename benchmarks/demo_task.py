@@ -2,6 +2,7 @@
 
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ class Task:
     def __init__(self, settings: Settings) -> None:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        # PEFT asks transformers for a property that transformers has renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         self.settings = settings
         self.folder: Path = minilm()
         self.splits = split(movie_reviews(), settings)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import transformers
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from torch import nn
 
 import ipa_hf
 from ipa_core import EmptyStreamError, ExactCovariance, NonFiniteError, RankError
-from ipa_torch import LayerError
+from ipa_torch import LayerError, fit_projectors
 
-from .models import config, make, outputs, text_batches
+from .models import TARGETS, config, make, outputs, text_batches
 
 
 def learned(model, lora, batches, **options):
@@ -145,6 +145,16 @@ def test_padding_does_not_count(side):
     expected = learned(make("llama"), config(), whole, **options)
     for name, a in learned(make("llama"), config(), padded, **options).items():
         torch.testing.assert_close(a, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_peft_own_initialiser_takes_our_projections(llama, batches):
+    lora = config(init_lora_weights="eva", eva_config=EvaConfig())
+    model = get_peft_model(llama, lora)
+    projectors = fit_projectors(make("llama"), batches, 4, targets=TARGETS["llama"])
+    named = {f"base_model.model.{name}": p.components for name, p in projectors.items()}
+    initialize_lora_eva_weights(model, eva_state_dict=dict(named))
+    for name, a in named.items():
+        assert torch.equal(model.get_submodule(name).lora_A["default"].weight, a)
 
 
 def test_base_outputs_after_learning_twice(llama, batches):
