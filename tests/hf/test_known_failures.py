@@ -147,6 +147,7 @@ def test_padding_does_not_count(side):
         torch.testing.assert_close(a, expected[name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:lora with eva:UserWarning")
 def test_peft_own_initialiser_takes_our_projections(llama, batches):
     lora = config(init_lora_weights="eva", eva_config=EvaConfig())
     model = get_peft_model(llama, lora)
