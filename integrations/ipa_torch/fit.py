@@ -198,7 +198,7 @@ def _report(projectors: Projectors, on_missing: OnMissing) -> None:
         return
     listed = "; ".join(f"{name!r}: {reason}" for name, reason in missing.items())
     message = (
-        f"expected every layer to run, got {len(missing)} without a projector ({listed}); "
+        f"expected a projector for every layer, got none for {len(missing)} ({listed}); "
         "leave them out of the targets, or feed batches that reach them"
     )
     if on_missing == "raise" or not len(projectors):

@@ -103,7 +103,8 @@ def fit_gradient_projectors(
                 seen += 1
     if not seen:
         raise EmptyStreamError("expected at least one batch, got none")
-    return _finished(pupils)
+    with full_precision(device_of(model) or torch.device("cpu")):
+        return _finished(pupils)
 
 
 def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:

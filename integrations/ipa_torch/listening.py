@@ -50,7 +50,7 @@ class Listener:
         self._identities = Identities()
         self._handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._watch = WeightWatch(layers)
-        self._ran: set[str] = set()
+        self._ran: dict[str, torch.device] = {}
         self._stopped: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
         self.rows = 0
@@ -63,7 +63,7 @@ class Listener:
     @property
     def done(self) -> bool:
         """Whether every layer that ever ran has stopped."""
-        return bool(self._ran) and self._ran <= {*self._stopped, *self._unfit}
+        return bool(self._ran) and self._ran.keys() <= {*self._stopped, *self._unfit}
 
     @property
     def heard(self) -> bool:
@@ -142,7 +142,7 @@ class Listener:
         self._stopped[name] = reason
 
     def _finalized(self, name: str, learner: Learner) -> Projector:
-        with _named(name):
+        with _named(name), full_precision(self._ran[name]):
             return learner.finalize()
 
     def _hear(
@@ -160,7 +160,7 @@ class Listener:
     def _learn(self, name: str, activation: torch.Tensor) -> None:
         reading = self._readings[name]
         event = self._identities.number(activation), reading
-        self._ran.add(name)
+        self._ran[name] = activation.device
         with full_precision(activation.device):
             self._histories.see(name, event, partial(self._rows, activation, reading))
 

@@ -162,7 +162,8 @@ class OnlineLearning:
             )
         jumps: dict[str, float] = {}
         for projection, layers in self._groups.items():
-            learned = agreed(self._learners[projection])
+            with full_precision(projection.weight.device):
+                learned = agreed(self._learners[projection])
             if learned is None or learned.samples < projection.rank:
                 jumps |= dict.fromkeys(layers, 0.0)
                 continue

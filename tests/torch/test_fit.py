@@ -57,6 +57,12 @@ class TestInputs:
         projector = quiet_fit(model, [rows], 2, learner=ExactCovariance, forward=forward)["0"]
         assert excess(projector, rows) < 1e-5
 
+    def test_autocast_around_it_all_does_not_either(self):
+        model, rows = mlp(12, 16, 4), decaying(2000, 12)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            projectors = quiet_fit(model, rows.split(100), 2)
+        assert excess(projectors["0"], rows) < 1e-5
+
     def test_generator_without_length(self):
         rows = decaying(100, 12)
         batches = (part for part in rows.split(7))
