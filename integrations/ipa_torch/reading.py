@@ -197,7 +197,8 @@ def reading_of(module: nn.Module) -> LastAxis | Patches:
 def spread(count: int, limit: int | None, device: torch.device) -> torch.Tensor | None:
     """Return ``limit`` of ``count`` numbers, one drawn from each of as many equal stretches.
 
-    Every number has the same chance, so means over them are unbiased. None: all are within limits.
+    Every number is expected equally often, so means over them are unbiased; where two stretches
+    meet it may come twice. None: all are within the limit.
     """
     if limit is None or count <= limit:
         return None
