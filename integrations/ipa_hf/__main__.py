@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     try:
         chosen.command(chosen)
-    except (IPAError, OSError) as error:
+    except (IPAError, ImportError, OSError, ValueError) as error:
+        # The last three are how transformers says what it misses in a model's folder.
         print(f"ipa_hf: {error}", file=sys.stderr)
         return 1
     return 0
@@ -73,6 +74,9 @@ def load_model(name: str, trust_remote_code: bool, allow_pickle: bool) -> torch.
     """Load a model as the class it was saved from, so that names of layers are the trainer's."""
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     own = getattr(transformers, (config.architectures or [""])[0], None)
+    remote = [name for name in getattr(config, "auto_map", {}) if name.startswith("AutoModel")]
+    if remote and trust_remote_code:
+        own = getattr(transformers, remote[0])
     options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
     if not allow_pickle:
         options["use_safetensors"] = True

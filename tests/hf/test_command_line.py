@@ -118,6 +118,28 @@ def test_pickled_weights_are_refused_unless_asked_for(model, texts, tmp_path, ca
     assert fit(model, texts, tmp_path / "adapter", "--allow-pickle") == 0
 
 
+def test_remote_code_is_refused_unless_asked_for(model, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
+    (model / "code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OddConfig(LlamaConfig):\n    model_type = 'odd'\n"
+        "class OddForCausalLM(LlamaForCausalLM):\n    config_class = OddConfig\n"
+    )
+    settings = json.loads((model / "config.json").read_text())
+    settings |= {
+        "model_type": "odd",
+        "architectures": ["OddForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "code.OddConfig",
+            "AutoModelForCausalLM": "code.OddForCausalLM",
+        },
+    }
+    (model / "config.json").write_text(json.dumps(settings))
+    assert fit(model, texts, tmp_path / "adapter") == 1
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert fit(model, texts, tmp_path / "adapter", "--trust-remote-code") == 0
+
+
 def test_nothing_to_learn_from(model, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     assert fit(model, tmp_path / "images", tmp_path / "adapter") == 1
