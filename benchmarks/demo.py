@@ -58,9 +58,10 @@ def demonstrate(task: Task, out: Path) -> None:
                 training=training,
             )
         )
+        print(f"  {method}: {training:.0f} s", flush=True)
         if method == FROZEN:
             save(model, out / "adapter")
-    print(table(runs))
+    print(f"\n{table(runs)}")
     print(
         "\nOne run of each is no comparison of methods: with other seeds the order changes. "
         "Comparisons over seeds are in benchmarks/."
