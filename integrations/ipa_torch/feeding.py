@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -31,10 +32,13 @@ def feed(model: nn.Module, batch: Any) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Return the device of the first parameter or buffer; None if there is none."""
-    for tensors in (model.parameters(), model.buffers()):
-        if (first := next(tensors, None)) is not None:
-            return first.device
+    """Return the device of the first tensor that is somewhere; None if there is none.
+
+    Weights that are loaded when they are needed are on the meta device until then.
+    """
+    for tensor in chain(model.parameters(), model.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
     return None
 
 

@@ -142,3 +142,18 @@ class Experts(nn.Module):
         y = self.experts[0](x)
         large = x[x[:, 0] > 0.5]
         return y.sum() + (self.experts[1](large).sum() if large.shape[0] else 0)
+
+
+class Int8Linear(nn.Module):
+    """A quantised layer as packages make them: no nn.Linear, no floating weight."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        steps = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (layer.weight.detach() / steps).round().to(torch.int8))
+        self.register_buffer("steps", steps)
+        self.bias = nn.Parameter(layer.bias.detach())
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.steps, self.bias)

@@ -11,6 +11,7 @@ from .models import (
     Bypassed,
     Convolutions,
     Experts,
+    Int8Linear,
     LSTMTagger,
     Tied,
     Transformer,
@@ -70,6 +71,10 @@ def lora():
     return peft.get_peft_model(Transformer(blocks=1, keywords=False), config)
 
 
+def quantised():
+    return nn.Sequential(Int8Linear(nn.Linear(12, 16)), nn.ReLU(), Int8Linear(nn.Linear(16, 4)))
+
+
 def ids(vocabulary):
     return [torch.randint(0, vocabulary, (6, 9)) for _ in range(5)]
 
@@ -91,6 +96,7 @@ KINDS = {
     ),
     "GPT-2, Conv1D": (gpt2, lambda: ids(20), None, 3),
     "tied weights": (Tied, lambda: ids(10), ["hidden", "head"], 3),
+    "quantised": (quantised, lambda: decaying(400, 12).split(50), None, 3),
     "inside LoRA": (lora, lambda: ids(20), None, 3),
     "expert that batches skip": (
         Experts,
@@ -146,7 +152,7 @@ def test_adapters_train_merge_and_go(kind):
     optimiser.step()
     trained = tensor_of(call(model, batch)).detach()
     assert not torch.allclose(trained, before, atol=1e-6)
-    if any(hasattr(module, "lora_A") for module in model.modules()):
+    if any(hasattr(module, "lora_A") or hasattr(module, "steps") for module in model.modules()):
         with pytest.raises(LayerError, match="expected a floating weight to merge into"):
             merge(model)
     else:
