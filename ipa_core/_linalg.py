@@ -75,15 +75,15 @@ def fixed_basis(xp: Namespace, rows: Array) -> Array:
 
 
 def nystrom_rows(xp: Namespace, basis: Array, image: Array) -> Array:
-    """Return F with F^T F = Y (O^T Y)^-1 Y^T for the basis O and the image Y = C O, both (d, k).
+    """Return F with F^T F = Y (O^T Y)^-1 Y^T for the basis O (d, k) and the image Y^T (k, d).
 
-    O may be any multiple of an orthonormal basis, if Y = C O holds: the multiple cancels.
+    O may be any multiple of an orthonormal basis, if Y = C O for a moment C: the multiple cancels.
 
     The core O^T Y is scaled by its diagonal and inverted in float64 where there is one, below
     rounding cut off: it is the first thing to break when one direction outweighs the rest.
     """
     wide = wide_dtype(xp, device(basis))
-    core = cast(xp, basis, wide).T @ cast(xp, image, wide)
+    core = cast(xp, image, wide) @ cast(xp, basis, wide)
     diagonal = xp.linalg.diagonal(core)
     eps = float(xp.finfo(basis.dtype).eps)
     # Rounding leaves eps times the largest energy in a column of Y. Where a column carries less
@@ -91,7 +91,7 @@ def nystrom_rows(xp: Namespace, basis: Array, image: Array) -> Array:
     scale = inverse_root(xp, diagonal, eps * xp.max(diagonal))
     values, vectors = top_eigh(xp, scale[:, None] * core * scale, core.shape[0])
     root = (scale[:, None] * vectors) * inverse_root(xp, values, core.shape[0] * eps)
-    return (image @ cast(xp, root, image.dtype)).T
+    return cast(xp, root, image.dtype).T @ image
 
 
 def inverse_root(xp: Namespace, values: Array, cutoff: Array | float) -> Array:

@@ -89,7 +89,7 @@ class RandomizedSVD(Learner):
         self.oversample: int = rank + 8 if oversample is None else oversample
         self._factor: Array = None  # F, closed segments
         self._basis: Array = None  # O / unit, open segment
-        self._image: Array = None  # Y / unit, open segment
+        self._image: Array = None  # Y^T / unit, open segment
         self._unit = 1.0
         self._segments = 0
         self._segment_rows = 0
@@ -115,7 +115,7 @@ class RandomizedSVD(Learner):
         if watch and self._is_novel(xp, rows, seen):
             self._close(xp)
             return self._stack(xp, rows.scaled(xp))
-        self._image = self._image + rows.x.T @ rows.weigh(seen)
+        self._image = self._image + rows.weigh(seen).T @ rows.x
         self._segment_rows += rows.count
         if self._segment_rows >= self._segment_limit():
             self._close(xp)
@@ -163,7 +163,7 @@ class RandomizedSVD(Learner):
         tests = orthonormal_columns(xp, (signs @ rows.weigh(rows.x)).T) / self._unit
         probes = rows.x.T @ rows.weigh(rows.x @ tests)
         self._basis = orthonormal_columns(xp, xp.concat([kept.T, probes], axis=1)) / self._unit
-        self._image = xp.zeros_like(self._basis)
+        self._image = xp.zeros_like(self._basis.T)
         self._segment_rows = 0
 
     def _close(self, xp: Namespace) -> None:
