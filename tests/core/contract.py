@@ -33,7 +33,7 @@ class Judge:
 
     def __init__(self, factory, rank, x, dtype, weights=None):
         learner = factory(rank)
-        self.guarantee, self.rank = learner.guarantee, rank
+        self.guarantee, self.rank, self.dtype = learner.guarantee, rank, dtype
         x = np.array(x, dtype=dtype)
         self.c = oracle.moment(x, weights, learner.center)
         self.total = np.trace(oracle.moment(x, weights))
@@ -44,7 +44,8 @@ class Judge:
         """Check the form: orthonormal rows, decreasing energies that do not exceed the total."""
         p, energies = oracle.host(projector.components), oracle.host(projector.energies)
         assert p.shape == (self.rank, len(self.c))
-        eps = float(np.finfo(str(projector.components.dtype).split(".")[-1]).eps)
+        assert str(projector.components.dtype).split(".")[-1] == self.dtype
+        eps = float(np.finfo(self.dtype).eps)
         assert np.abs(p @ p.T - np.eye(self.rank)).max() < 100 * eps
         assert (np.diff(energies) <= self.noise).all()
         assert (energies >= 0).all()
