@@ -35,7 +35,7 @@ Batch = dict[str, torch.Tensor]
 class Settings:
     """All that the four methods have in common."""
 
-    steps: int = 100
+    steps: int = 60
     batch_size: int = 32
     learn_from: int = 2000  # training reviews that P is learned from
     validation: int = 1000
