@@ -73,7 +73,7 @@ def _accuracy(axes: Axes, runs: Sequence[Run]) -> None:
     )
     axes.set_xlim(0, 1.15 * max(run.trainable for run in runs) / 1000)
     axes.margins(y=0.3)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="best")
     _tidy(axes)
 
 
