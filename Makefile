@@ -23,7 +23,7 @@ check: .venv/.installed-test docs  ## style, types, doctests, documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(SINGLE) $(BIN)/python -m pytest --doctest-modules ipa_core
+	$(SINGLE) $(BIN)/python -m pytest --doctest-modules ipa_core integrations
 
 bench: .venv/.installed-bench  ## the quick benchmarks
 	$(BIN)/python -m benchmarks --quick

@@ -11,8 +11,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-# PEFT asks transformers for a property that transformers has renamed.
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("page", ["README.md", "docs/learners.md"])
 def test_examples_run(page, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")

@@ -50,7 +50,7 @@ def freeze_projections(
     >>> size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     >>> bert = BertModel(BertConfig(vocab_size=16, **size))
     >>> model = get_peft_model(bert, LoraConfig(r=2, target_modules=["query"]))
-    >>> [name[-23:] for name, p in freeze_projections(model).named_parameters() if p.requires_grad]
+    >>> [name[-27:] for name, p in freeze_projections(model).named_parameters() if p.requires_grad]
     ['query.lora_B.default.weight']
     """
     lora_config(peft_model, adapter_name)

@@ -5,8 +5,6 @@ from . import models
 
 
 def pytest_configure(config):
-    # PEFT asks transformers for a property that transformers has renamed.
-    config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing:FutureWarning")
     # PEFT looks for the base model's configuration; a random model has none on disk.
     config.addinivalue_line("filterwarnings", "ignore:Could not find a config file:UserWarning")
 
