@@ -77,7 +77,7 @@ def export_lora(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export_lora(model, folder)
     ...     config = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text())
-    >>> config["r"], config["rank_pattern"], config["target_modules"]
+    >>> config["r"], config["rank_pattern"], sorted(config["target_modules"])
     (4, {}, ['q_proj', 'v_proj'])
     """
     config = lora_config(peft_model, adapter_name)
