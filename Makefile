@@ -3,6 +3,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALL := $(PIP) --build-constraint constraints.txt
 # One thread a worker: two workers on two cores would otherwise fight over them.
+# Threads that wait by spinning make a busy machine many times slower.
+export OMP_WAIT_POLICY := PASSIVE
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 

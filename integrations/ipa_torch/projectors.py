@@ -79,7 +79,10 @@ class Projectors(Mapping[str, Projector]):
         return [tuple(names) for names in groups.values()]
 
     def summary(self) -> str:
-        """Return a table: rank, features, captured energy, samples, why it stopped, and layers."""
+        """Return a table: rank, features, captured energy, samples, why it stopped, and layers.
+
+        A reason that all layers have in common stands below the table.
+        """
         rows = [("rank", "features", "captured", "samples", "stopped", "layers")]
         for names in self.shared:
             p = self._projectors[names[0]]
@@ -88,9 +91,13 @@ class Projectors(Mapping[str, Projector]):
         for name, reason in self.missing.items():
             rows.append(("-", "-", "-", "-", "-", f"{name}: {reason}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            (*map(str.rjust, row[:4], widths[:4]), row[4].ljust(widths[4]), row[5]) for row in rows
-        )
+        lines = [
+            [*map(str.rjust, row[:4], widths[:4]), row[4].ljust(widths[4]), row[5]] for row in rows
+        ]
+        common = set(self.stopped.values())
+        if len(common) == 1:
+            lines = [line[:4] + line[5:] for line in lines]
+            lines.append([f"stopped: {common.pop()}"])
         return "\n".join("  ".join(line) for line in lines)
 
     def truncate(self, rank: int | Mapping[str, int]) -> Projectors:
