@@ -132,6 +132,21 @@ def cost(features: int, rows: int, total: int, repeats: int) -> dict[str, dict[s
     return result
 
 
+def long_stream(features: int, rows: int, total: int, repeats: int) -> dict[str, float]:
+    """Return time ratios to the floor over a long stream, its beginning included."""
+    pool, count = decaying(features, rows, 4), total // rows
+    ratios: dict[str, list[float]] = {"RandomizedSVD": [], "IncrementalPCA": []}
+    for _ in range(repeats):
+        floor = seconds(lambda: bare_products(pool, count, 2 * RANK + 8))
+        for name, values in ratios.items():
+            # Its time for a row does not depend on how many came before.
+            batches = count if name == "RandomizedSVD" else count // 8
+            taken = seconds(partial(learn, LEARNERS[name](RANK), pool, batches))
+            values.append(taken / batches / (floor / count))
+        print(f"{total:,} rows of {features}: {ratios}", flush=True)
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
 def against_scikit_learn(features: int, rows: int, rank: int, repeats: int) -> dict[str, float]:
     """Return how many times faster than scikit-learn's second partial_fit a batch is learned."""
     pool = decaying(features, rows, 4)
@@ -170,6 +185,9 @@ def main() -> None:
                 for features in ((384, 1536) if args.quick else (384, 1536, 4096))
                 for rows in ((2048,) if args.quick else (300, 2048, 8192))
             },
+            "long_stream": long_stream(
+                *((1024, 1024, 65_536, 1) if args.quick else (4096, 2048, 262_144, 3))
+            ),
             "times_faster_than_scikit_learn": against_scikit_learn(
                 *((1024, 1024, 16, 1) if args.quick else (4096, 2048, 32, 3))
             ),
