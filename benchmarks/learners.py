@@ -102,7 +102,7 @@ def cost(features: int, rows: int, total: int, repeats: int) -> dict[str, dict[s
     ratios: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, float] = {}
     count = max(4, total // rows)
-    # A matrix of features x features is linear in the rows from the first block on.
+    # It would take minutes; its final decomposition then weighs more than on a long stream.
     short = max(4, count // 8)
     for _ in range(repeats):
         floor = seconds(lambda: bare_products(pool, count, 2 * RANK + 8)) / count

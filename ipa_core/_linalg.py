@@ -44,9 +44,9 @@ def orthonormal_columns(xp: Namespace, columns: Array) -> Array:
 
 
 def principal_rows(xp: Namespace, factor: Array, rank: int) -> tuple[Array, Array]:
-    """Return the leading ``rank`` orthonormal directions of factor^T factor and their energies.
+    """Return the leading ``rank`` directions of factor^T factor as orthogonal rows, and energies.
 
-    Directions without energy are completed to an orthonormal set.
+    A row's squared length is its energy; `fixed_basis` makes them orthonormal.
     """
     rows = truncate_rows(xp, factor, rank)
     # A factor that is short already may have rows that are not orthogonal yet.
@@ -58,7 +58,7 @@ def principal_rows(xp: Namespace, factor: Array, rank: int) -> tuple[Array, Arra
         )
         rows = xp.concat([rows, missing])
     wide = cast(xp, rows, wide_dtype(xp, device(rows)))
-    return fixed_basis(xp, rows), xp.vecdot(wide, wide)
+    return rows, xp.vecdot(wide, wide)
 
 
 def fixed_basis(xp: Namespace, rows: Array) -> Array:

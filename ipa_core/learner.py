@@ -116,7 +116,7 @@ class Learner(ABC):
 
     @abstractmethod
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
-        """Return ``rank`` directions by decreasing energy and their energies, summed over rows."""
+        """Return ``rank`` orthogonal directions of any length, and energies summed over rows."""
 
     # What everyone calls ------------------------------------------------------------------------
 
