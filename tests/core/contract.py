@@ -234,3 +234,18 @@ def law_statistical(xp, factory, stream, dtype):
         projector = learner.finalize()
         judge.valid(projector)
         assert oracle.residual(judge.c, projector.components) <= bound
+
+
+#: The laws that hold for every learner on every stream.
+LAWS = [
+    law_optimality,
+    law_partition,
+    law_merge,
+    law_neutral,
+    law_purity,
+    law_absence,
+    law_weights,
+    law_equivariance,
+    law_library,
+    law_continuation,
+]

@@ -13,21 +13,8 @@ from tests.core.spectra import streams
 
 dtypes = st.sampled_from(["float32", "float64"])
 
-LAWS = [
-    contract.law_optimality,
-    contract.law_partition,
-    contract.law_merge,
-    contract.law_neutral,
-    contract.law_purity,
-    contract.law_absence,
-    contract.law_weights,
-    contract.law_equivariance,
-    contract.law_library,
-    contract.law_continuation,
-]
 
-
-@pytest.fixture(scope="session", params=LAWS, ids=lambda law: law.__name__)
+@pytest.fixture(scope="session", params=contract.LAWS, ids=lambda law: law.__name__)
 def law(request):
     """Every law."""
     return request.param

@@ -21,17 +21,6 @@ STREAM = Stream(
     seed=3,
     cuts=(0.2, 0.2, 0.55),
 )
-LAWS = [
-    contract.law_optimality,
-    contract.law_partition,
-    contract.law_merge,
-    contract.law_neutral,
-    contract.law_purity,
-    contract.law_absence,
-    contract.law_weights,
-    contract.law_equivariance,
-    contract.law_continuation,
-]
 
 
 class WrongSign(ExactCovariance):
@@ -118,7 +107,7 @@ class LosesPending(ExactCovariance):
 def broken(factory):
     """Return the names of the laws that a factory breaks."""
     names = []
-    for law in LAWS:
+    for law in contract.LAWS:
         try:
             law(np, factory, STREAM, "float64")
         except (AssertionError, IPAError):
