@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from ipa_torch.errors import LayerError
 Chosen: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
 Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_STOCK = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -98,7 +100,8 @@ class Patches:
     def leading(self, activation: torch.Tensor) -> tuple[int, ...]:
         """Return the axes that number the places."""
         batch = activation.shape[:1] if activation.ndim == len(self.kernel) + 2 else (1,)
-        pairs = zip(self.padding[-2::-2], self.padding[::-2], strict=True)
+        padding = self.padding_of(activation)
+        pairs = zip(padding[-2::-2], padding[::-2], strict=True)
         sizes = zip(activation.shape[-len(self.kernel) :], pairs, self._steps(), strict=True)
         return (*batch, *((n + sum(p) - extent) // step + 1 for n, p, (extent, step) in sizes))
 
@@ -158,40 +161,67 @@ class Patches:
         """Return the matrix in the layout of the weight."""
         return matrix.reshape(like.shape)
 
+    def padding_of(self, activation: torch.Tensor) -> tuple[int, ...]:
+        """Return the padding of an activation, two numbers an axis, the last axis first."""
+        return self.padding
+
     def _padded(self, activation: torch.Tensor) -> torch.Tensor:
-        return F.pad(activation, self.padding, mode=self.mode) if any(self.padding) else activation
+        padding = self.padding_of(activation)
+        return F.pad(activation, padding, mode=self.mode) if any(padding) else activation
 
     def _steps(self) -> list[tuple[int, int]]:
         extents = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
         return list(zip(extents, self.stride, strict=True))
 
 
+@singledispatch
 def reading_of(module: nn.Module) -> LastAxis | Patches:
     """Return how a layer reads its input.
+
+    A bridge that knows a class of convolutions with a forward of their own registers its reading:
+    ``reading_of.register(cls)(function)``.
 
     Raises
     ------
     LayerError
-        If the layer is no matrix acting on rows.
+        If the layer is no matrix acting on rows, or a convolution that does more than convolve.
     """
     if isinstance(base := getattr(module, "base_layer", None), nn.Module):
         return reading_of(base)
-    if isinstance(module, Convolution):
-        padding: Any = module._reversed_padding_repeated_twice
-        return Patches(
-            kernel=tuple(module.kernel_size),
-            stride=tuple(module.stride),
-            dilation=tuple(module.dilation),
-            groups=module.groups,
-            padding=tuple(padding),
-            mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
-        )
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise LayerError(
             f"expected a layer that multiplies rows of its input, got {type(module).__name__}; "
             "leave it out of the targets"
         )
     return LastAxis(transposed=type(module).__name__ == "Conv1D")
+
+
+@reading_of.register(nn.Conv1d)
+@reading_of.register(nn.Conv2d)
+@reading_of.register(nn.Conv3d)
+def patches_of(module: Convolution) -> Patches:
+    """Return the patches of a convolution as torch computes it.
+
+    Raises
+    ------
+    LayerError
+        If its class computes it in a way of its own.
+    """
+    if type(module).forward not in _STOCK:
+        # It may pad the input, or normalise the weight: an adapter would add something else.
+        raise LayerError(
+            f"expected a convolution that applies its weight as it is, got {type(module).__name__} "
+            "with a forward of its own; leave it out of the targets"
+        )
+    padding: Any = module._reversed_padding_repeated_twice
+    return Patches(
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        padding=tuple(padding),
+        mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
+    )
 
 
 def spread(count: int, limit: int | None, device: torch.device) -> torch.Tensor | None:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ipa_torch.reading import reading_of, spread
+from ipa_torch import LayerError
+from ipa_torch.reading import patches_of, reading_of, spread
 
 # Of torch itself, on an even kernel with padding="same".
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -105,3 +106,20 @@ def test_linear_layer(shape):
     rows, _ = reading.rows(x, (None, None), None)
     assert reading.leading(x) == shape[:-1]
     torch.testing.assert_close(rows @ layer.weight.T, layer(x).reshape(-1, 4))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Named(nn.Conv2d):
+    pass
+
+
+def test_convolution_with_a_forward_of_its_own_is_refused_until_its_reading_is_known():
+    with pytest.raises(LayerError, match="got Standardised with a forward of its own"):
+        reading_of(Standardised(2, 2, 3))
+    assert reading_of(Named(2, 2, 3)) == reading_of(nn.Conv2d(2, 2, 3))
+    known = reading_of.register(Standardised)(lambda module: patches_of(nn.Conv2d(2, 2, 3)))
+    assert reading_of(Standardised(2, 2, 3)) == known(None)
