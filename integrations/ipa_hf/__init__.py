@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ipa_hf.adapters import get_ipa_model, initialize
+from ipa_hf.callback import OnlineCallback
 from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
 from ipa_hf.ranks import match_ranks
@@ -20,6 +21,7 @@ from ipa_hf.targets import default_targets
 from ipa_hf.weights import causal_label_mask
 
 __all__ = [
+    "OnlineCallback",
     "causal_label_mask",
     "default_targets",
     "export_lora",

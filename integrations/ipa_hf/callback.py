@@ -1,0 +1,58 @@
+"""Online learning within transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ipa_torch import OnlineLearning
+
+
+class OnlineCallback(TrainerCallback):
+    """Calls `ipa_torch.OnlineLearning.step` after each step of the trainer's optimizer.
+
+    For the online modes only, whose P goes on learning: a P that is learned before training needs
+    no callback. The model's layers are adapted by `ipa_torch.attach`. Under gradient accumulation
+    P is learned from every small batch, and changes once, after the optimizer.
+
+    Parameters
+    ----------
+    online : OnlineLearning
+        Entered around ``train()``. Its learners are not part of the trainer's checkpoints: resumed
+        training begins with those that it is given.
+
+    Attributes
+    ----------
+    jumps : mapping of str to float
+        What `OnlineLearning.step` last returned.
+
+    Raises
+    ------
+    SettingError
+        In training, if the model ran without being seen; see `OnlineLearning.step`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
+    >>> attach(model, fit_projectors(model, [torch.randn(9, 8)], rank=2, progress=False))
+    >>> with OnlineLearning(model) as online:
+    ...     callback = OnlineCallback(online)  # Trainer(..., callbacks=[callback]).train()
+    """
+
+    def __init__(self, online: OnlineLearning) -> None:
+        self._online = online
+        self.jumps: Mapping[str, float] = {}
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Let P follow what was recorded, and carry B and its first moment along."""
+        self.jumps = self._online.step(kwargs["optimizer"])

@@ -1,0 +1,91 @@
+"""Online learning within transformers.Trainer."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ipa_core import ExactCovariance, SettingError
+from ipa_hf import OnlineCallback
+from ipa_torch import OnlineLearning, attach, fit_projectors
+
+from .models import TARGETS, base_state, make, same_state, text_batches
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the trainer's own dependencies
+
+
+class Watch(TrainerCallback):
+    """Keeps P as each small batch and each step leave it."""
+
+    def __init__(self, p):
+        self.p, self.within, self.after = p, [], []
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.within.append(self.p.clone())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.after.append(self.p.clone())
+
+
+def prepared():
+    model = make("llama")
+    targets = TARGETS["llama"]
+    attach(model, fit_projectors(model, text_batches(), 4, targets=targets, progress=False))
+    return model
+
+
+def projection(model):
+    return model.model.layers[1].mlp.down_proj.projection("default").weight
+
+
+def train(model, folder, callbacks, **settings):
+    rows = [
+        {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        for batch in text_batches()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    arguments = TrainingArguments(
+        str(folder), save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, **settings
+    )
+    Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()
+
+
+def test_p_moves_with_the_optimizer_and_not_in_between(tmp_path):
+    model = prepared()
+    begun, watch = projection(model).clone(), Watch(projection(model))
+    with OnlineLearning(model) as online:
+        callback = OnlineCallback(online)
+        accumulating = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        train(model, tmp_path, [callback, watch], max_steps=3, **accumulating)
+    assert len(watch.within) == len(watch.after) == 3
+    for old, within, new in zip((begun, *watch.after[:-1]), watch.within, watch.after, strict=True):
+        assert torch.equal(within, old)
+        assert not torch.equal(new, old)
+    assert len(callback.jumps) == 10
+    assert all(0 <= jump < 1 for jump in callback.jumps.values())
+
+
+def test_only_the_adapter_is_changed(tmp_path):
+    model = prepared()
+    with OnlineLearning(model) as online:
+        train(model, tmp_path, [OnlineCallback(online)], max_steps=2)
+    plain = base_state(make("llama"))
+    assert same_state({name: base_state(model)[name] for name in plain}, plain)
+
+
+def test_every_accumulated_batch_is_learned_from(tmp_path):
+    found = []
+    for size, count in ((4, 6), (24, 1)):
+        model = prepared()
+        with OnlineLearning(model, learner=ExactCovariance) as online:
+            sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
+            train(model, tmp_path, [OnlineCallback(online)], max_steps=1, **sizes)
+        found.append(projection(model))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_that_runs_unseen_is_an_error(tmp_path):
+    model = prepared()
+    with OnlineLearning(model) as online:
+        pass  # left before training
+    with pytest.raises(SettingError, match="enter the context"):
+        train(model, tmp_path, [OnlineCallback(online)], max_steps=1)
