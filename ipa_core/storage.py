@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
 from ipa_core import _array
@@ -60,7 +61,8 @@ def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLik
         entries[name] = {"total_energy": projector.total_energy, "samples": projector.samples}
         for part in ("components", "mean", "energies"):
             tensors[f"{name}/{part}"] = getattr(projector, part)
-    _write(path, _PROJECTORS, {"single": single, "projectors": entries}, tensors)
+    content = {"single": single, "projectors": entries}
+    _replace(Path(path), _pack(_PROJECTORS, content, tensors))
 
 
 def load(
@@ -94,9 +96,14 @@ def load(
 
 def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a learner's `state_dict` to a safetensors file, whole or not at all."""
+    _replace(Path(path), pack_state(state))
+
+
+def pack_state(state: Mapping[str, Any]) -> bytes:
+    """Return the bytes that `save_state` writes: what processes send each other."""
     tensors = {key: value for key, value in state.items() if _array.is_array(value)}
     plain = {key: value for key, value in state.items() if key not in tensors}
-    _write(path, _STATE, plain, tensors)
+    return _pack(_STATE, plain, tensors)
 
 
 def load_state(
@@ -120,7 +127,31 @@ def load_state(
     >>> IncrementalPCA(rank=2).load_state_dict(state)
     <IncrementalPCA(rank=2, center=False, seed=0): 5 rows of 3 features>
     """
-    plain, tensors = _read(path, _STATE)
+    return _state(*_read(path, _STATE), library, device)
+
+
+def unpack_state(
+    data: bytes, *, library: ModuleType = np, device: Device | None = None
+) -> dict[str, Any]:
+    """Return the state of which `pack_state` made ``data``.
+
+    Raises
+    ------
+    FileFormatError
+        If the bytes are others.
+    """
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        arrays = from_bytes(data)
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileFormatError(f"expected the bytes of a state, got {error}") from error
+    return _state(*_checked(header, arrays, _STATE, "a packed state"), library, device)
+
+
+def _state(
+    plain: dict[str, Any], tensors: dict[str, Any], library: ModuleType, device: Device | None
+) -> dict[str, Any]:
     xp = _array.as_namespace(library)
     return plain | {key: _array.convert(value, xp, device, None) for key, value in tensors.items()}
 
@@ -146,12 +177,7 @@ def _projector(
     return projector
 
 
-def _write(
-    path: str | os.PathLike[str],
-    kind: str,
-    content: Mapping[str, Any],
-    tensors: Mapping[str, Array],
-) -> None:
+def _pack(kind: str, content: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
     arrays = {key: np.ascontiguousarray(_array.to_numpy(value)) for key, value in tensors.items()}
     text = json.dumps(content, allow_nan=False)
     header = {
@@ -160,7 +186,8 @@ def _write(
         "content": text,
         "sha256": _digest(kind, text, arrays),
     }
-    _replace(Path(path), to_bytes(arrays, metadata=header))
+    data: bytes = to_bytes(arrays, metadata=header)
+    return data
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -186,6 +213,12 @@ def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileFormatError(f"{path}: expected a safetensors file, got {error}") from error
+    return _checked(header, arrays, kind, path)
+
+
+def _checked(
+    header: Mapping[str, str], arrays: dict[str, Any], kind: str, path: str | os.PathLike[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     if header.get("format") != kind:
         raise FileFormatError(f"{path}: expected format {kind!r}, got {header.get('format')!r}")
     if header.get("format_version") != str(FORMAT_VERSION):

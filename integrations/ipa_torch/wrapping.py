@@ -15,9 +15,18 @@ _FROZEN = "_ipa_frozen"
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile` may have wrapped."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    """Return the model that `torch.compile` or DDP may have wrapped.
+
+    In each forward pass DDP sends buffers round, in evaluation too: workers with unequal numbers of
+    batches would wait for each other for ever.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        if inner is model or not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def wrapped(model: nn.Module) -> list[tuple[str, Adapted]]:
