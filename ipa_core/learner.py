@@ -114,6 +114,10 @@ class Learner(ABC):
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         """Fold the summary of another learner, which has nothing pending, into this one's."""
 
+    def _condense(self, xp: Namespace) -> None:
+        """Fold together what is kept apart for the sake of speed; nothing, in most learners."""
+        return None
+
     @abstractmethod
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
         """Return ``rank`` orthogonal directions of any length, and energies summed over rows."""
@@ -207,6 +211,17 @@ class Learner(ABC):
             done._energy / done._weight,
             done.samples,
         )
+
+    def summary(self) -> Self:
+        """Return a learner of the same rows in its smallest form: what is worth sending.
+
+        Nothing is pending in it, and what it kept for the sake of speed is folded in; merging it
+        is merging the learner.
+        """
+        done = self._flushed()
+        if done.samples:
+            done._condense(done._xp)
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counts and arrays, from which `load_state_dict` goes on exactly.

@@ -127,6 +127,9 @@ class RandomizedSVD(Learner):
         self._missed += other._missed
         self._watched += other._watched
 
+    def _condense(self, xp: Namespace) -> None:
+        self._close(xp)
+
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
         self._close(xp)
         return principal_rows(xp, self._factor, self.rank)
