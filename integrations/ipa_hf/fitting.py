@@ -24,6 +24,7 @@ class FitOptions(TypedDict, total=False):
     max_batches: int | None
     max_seconds: float | None
     tolerance: float | None
+    max_bytes: int | None
     progress: bool
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -15,16 +16,21 @@ from ipa_core.errors import EmptyStreamError, StreamError
 from ipa_torch.errors import LayerError, check_choice
 from ipa_torch.feeding import Forward, feed
 from ipa_torch.listening import Listener
-from ipa_torch.projectors import Projectors, rank_for
+from ipa_torch.projectors import Projectors, joined, rank_for
 from ipa_torch.quiet import undisturbed
 from ipa_torch.sharing import Histories
 from ipa_torch.stopping import ENDED, Budget, Convergence
 from ipa_torch.targets import ALL_LINEAR, Targets, select_layers
+from ipa_torch.turns import Turn, turns_within
 from ipa_torch.weighting import RowFilter, RowWeights, attention_mask
 from ipa_torch.wrapping import plain
 
 OnMissing: TypeAlias = Literal["warn", "raise", "ignore"]
 OnError: TypeAlias = Literal["raise", "return"]
+
+_NO_BATCH = (
+    "expected at least one batch, got none; check that the loader is neither empty nor used up"
+)
 
 
 def fit_projectors(
@@ -41,6 +47,7 @@ def fit_projectors(
     max_batches: int | None = None,
     max_seconds: float | None = None,
     tolerance: float | None = None,
+    max_bytes: int | None = None,
     on_missing: OnMissing = "warn",
     on_error: OnError = "raise",
     progress: bool = True,
@@ -85,6 +92,11 @@ def fit_projectors(
         estimated to be at most this, on rows not yet absorbed; 1e-2, say, for one per cent. Not
         before 12 batches. When all have stopped, no more batches are run. `Projectors.stopped` says
         why each layer did. By default all batches are used.
+    max_bytes : int, optional
+        Budget of memory for learners. Layers whose learners do not fit together are learned in
+        turns, each with a pass of its own over the batches, with the same result; other budgets
+        hold for each pass. `Projectors.passes` says how many there were. Counted is what learners
+        hold while a batch is read, not the passing workspace of the one that is learning.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
         What to do about layers whose forward never ran; the others are returned.
     on_error : {"raise", "return"}, default "raise"
@@ -105,6 +117,8 @@ def fit_projectors(
         (``on_missing="raise"``, or when none ran).
     EmptyStreamError
         If there is no batch.
+    StreamError
+        If several passes may be needed and the batches can be read only once.
     RankError, NonFiniteError, ArrayTypeError, ShapeError, WeightError
         If a layer's input is unfit; the message names the layer.
 
@@ -124,29 +138,43 @@ def fit_projectors(
     """
     check_choice("on_missing", on_missing, OnMissing)
     check_choice("on_error", on_error, OnError)
-    budget = Budget(max_rows, max_batches, max_seconds)
     convergence = None if tolerance is None else Convergence(tolerance)
     model = plain(model)
     layers = select_layers(model, targets)
-    listener = Listener(
-        layers,
-        Histories({name: rank_for(name, rank) for name in layers}, learner, convergence),
-        RowFilter(model, row_weights),
-        max_patches=max_patches,
-        max_rows=max_rows,
-        keep_going=on_error == "return",
-    )
+    ranks = {name: rank_for(name, rank) for name in layers}
     run = feed if forward is None else forward
-    with undisturbed(model), listener, _bar(progress) as bar:
-        try:
-            reason = _listen(model, batches, run, listener, budget, bar)
-        except (Exception, KeyboardInterrupt) as error:
-            if on_error == "raise" or not listener.heard:
-                raise
-            reason = f"interrupted by {type(error).__name__}: {error}"
-            warnings.warn(f"learning ended early, {reason}", stacklevel=2)
-    projectors = listener.finish(reason)
-    _report(projectors, on_missing)
+    turns = [Turn(layers, 0)]
+    if max_bytes is not None:
+        batch = _first(batches)
+        turns = turns_within(
+            max_bytes, model, layers, ranks, learner, batch, run, converging=tolerance is not None
+        )
+    learned: list[Projectors] = []
+    for turn in turns:
+        budget = Budget(max_rows, max_batches, max_seconds)
+        listener = Listener(
+            turn.layers,
+            Histories({name: ranks[name] for name in turn.layers}, learner, convergence),
+            RowFilter(model, row_weights),
+            max_patches=max_patches,
+            max_rows=max_rows,
+            keep_going=on_error == "return",
+        )
+        interrupted = False
+        with undisturbed(model), listener, _bar(progress, turns, len(learned)) as bar:
+            try:
+                reason = _listen(model, batches, run, listener, budget, bar)
+            except (Exception, KeyboardInterrupt) as error:
+                if on_error == "raise" or not (learned or listener.heard):
+                    raise
+                interrupted = True
+                reason = f"interrupted by {type(error).__name__}: {error}"
+                warnings.warn(f"learning ended early, {reason}", stacklevel=2)
+        learned.append(listener.finish(reason))
+        if interrupted:
+            break
+    projectors = joined(learned, layers)
+    report(projectors, on_missing)
     return projectors
 
 
@@ -170,10 +198,7 @@ def _listen(
         if (reason := budget.spent(seen)) is not None:
             return reason
     if not seen:
-        raise EmptyStreamError(
-            "expected at least one batch, got none; "
-            "check that the loader is neither empty nor used up"
-        )
+        raise EmptyStreamError(_NO_BATCH)
     return ENDED
 
 
@@ -187,12 +212,39 @@ def _passes(batches: Iterable[Any], passes: int) -> Iterable[Any]:
     return chain.from_iterable(repeat(batches, passes))
 
 
-def _bar(progress: bool) -> tqdm[Any]:
+def _first(batches: Iterable[Any]) -> Any:
+    if hasattr(batches, "__next__"):
+        raise StreamError(
+            "expected batches that can be read several times, as a budget of memory may need, got "
+            f"a one-shot {type(batches).__name__}; pass a list or a DataLoader"
+        )
+    with torch.random.fork_rng([]):  # the passes shuffle as if nothing had been read
+        for batch in batches:
+            return batch
+    raise EmptyStreamError(_NO_BATCH)
+
+
+def _bar(progress: bool, turns: Sequence[Turn], done: int) -> tqdm[Any]:
+    what = "learning"
+    if turns[done].bytes:
+        now, most = (f"{size / 1e6:,.0f}" for size in (turns[done].bytes, _total(turns)))
+        what = f"learning, pass {done + 1} of {len(turns)}, {now} of {most} MB"
     # None: only where someone is looking.
-    return tqdm(desc="learning", unit=" rows", unit_scale=True, disable=None if progress else True)
+    return tqdm(desc=what, unit=" rows", unit_scale=True, disable=None if progress else True)
 
 
-def _report(projectors: Projectors, on_missing: OnMissing) -> None:
+def _total(turns: Sequence[Turn]) -> int:
+    return sum(turn.bytes for turn in turns)
+
+
+def report(projectors: Projectors, on_missing: OnMissing) -> None:
+    """Say which layers were asked for and not learned, and why.
+
+    Raises
+    ------
+    LayerError
+        If one was not and ``on_missing`` is "raise", or if none was learned.
+    """
     missing = projectors.missing
     if not missing or (on_missing == "ignore" and len(projectors)):
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -11,6 +11,9 @@ import ipa_core
 from ipa_core import Projector, allocate_ranks
 from ipa_core.errors import FileFormatError
 from ipa_torch.errors import LayerError
+
+#: Why a layer was not learned where learning was interrupted before.
+BEFORE_ITS_TURN = "learning ended before its turn"
 
 
 class Projectors(Mapping[str, Projector]):
@@ -26,6 +29,8 @@ class Projectors(Mapping[str, Projector]):
         Layers that were asked for and not learned, and why.
     stopped : mapping of str to str, optional
         Why learning stopped, layer by layer.
+    passes : int, default 1
+        How many times the batches were read so that the learners stayed within a memory budget.
 
     Examples
     --------
@@ -45,10 +50,12 @@ class Projectors(Mapping[str, Projector]):
         *,
         missing: Mapping[str, str] | None = None,
         stopped: Mapping[str, str] | None = None,
+        passes: int = 1,
     ) -> None:
         self._projectors = dict(projectors)
         self.missing: Mapping[str, str] = dict(missing or {})
         self.stopped: Mapping[str, str] = dict(stopped or {})
+        self.passes = passes
 
     def __getitem__(self, name: str) -> Projector:
         try:
@@ -118,7 +125,7 @@ class Projectors(Mapping[str, Projector]):
             if key not in made:
                 made[key] = projector.truncate(own)
             smaller[name] = made[key]
-        return Projectors(smaller, missing=self.missing, stopped=self.stopped)
+        return Projectors(smaller, missing=self.missing, stopped=self.stopped, passes=self.passes)
 
     def allocate(self, budget: int, *, floor: int = 1, cap: int | None = None) -> Projectors:
         """Return projectors whose ranks are spread so that they capture most in all.
@@ -169,6 +176,20 @@ class Projectors(Mapping[str, Projector]):
                 "read it with ipa_core.load"
             )
         return cls(loaded)
+
+
+def joined(turns: Sequence[Projectors], layers: Iterable[str]) -> Projectors:
+    """Return what was learned in turns, in the order of ``layers``."""
+    learned: dict[str, Projector] = {}
+    missing: dict[str, str] = {}
+    stopped: dict[str, str] = {}
+    for turn in turns:
+        learned.update(turn)
+        missing.update(turn.missing)
+        stopped.update(turn.stopped)
+    ordered = {name: learned[name] for name in layers if name in learned}
+    late = {name: BEFORE_ITS_TURN for name in layers if name not in learned | missing}
+    return Projectors(ordered, missing=missing | late, stopped=stopped, passes=len(turns))
 
 
 def rank_for(name: str, rank: int | Mapping[str, int]) -> int:

@@ -281,3 +281,12 @@ def test_dora_trains_its_magnitude(batches):
     train(model, text_batches())
     assert not torch.equal(layer.lora_magnitude_vector["default"].weight, before)
     assert torch.equal(layer.lora_A["default"].weight, a)
+
+
+def test_in_turns_under_a_budget_of_memory(batches):
+    expected = layers_of(built("llama", batches))
+    found = layers_of(built("llama", batches, max_bytes=500_000))
+    for name, layer in expected.items():
+        assert torch.equal(found[name].lora_A["default"].weight, layer.lora_A["default"].weight)
+    with pytest.raises(SettingError, match=r"layer 'model.layers.0.self_attn.q_proj'.*max_bytes"):
+        built("llama", batches, max_bytes=1000)
