@@ -13,8 +13,19 @@ FOLDER = Path(__file__).parent / "results"
 
 def write(name: str, quick: bool, packages: list[str], results: dict[str, Any]) -> Path:
     """Write results beside their circumstances; a quick run leaves full results alone."""
-    content = {
-        "command": f"python -m benchmarks.{name}{' --quick' if quick else ''}",
+    command = f"python -m benchmarks.{name}{' --quick' if quick else ''}"
+    content = circumstances(command, packages) | results
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}{'_quick' if quick else ''}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"written to {path}")
+    return path
+
+
+def circumstances(command: str, packages: list[str]) -> dict[str, Any]:
+    """Return the command, the date, the machine and the versions."""
+    return {
+        "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": {
             "cpu": _cpu(),
@@ -24,13 +35,7 @@ def write(name: str, quick: bool, packages: list[str], results: dict[str, Any]) 
         },
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in packages},
-        **results,
     }
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}{'_quick' if quick else ''}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"written to {path}")
-    return path
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

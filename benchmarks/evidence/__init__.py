@@ -1,0 +1,1 @@
+"""Whether a learned projection helps: methods, tasks, training, statistics."""

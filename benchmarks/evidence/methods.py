@@ -1,0 +1,164 @@
+"""The methods: which adapters a model gets, and what they have cost before training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model
+from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
+from torch import nn
+
+import ipa_hf
+from benchmarks.evidence.cutting import Batch
+from benchmarks.evidence.projections import KINDS, Sample, target_names
+from benchmarks.evidence.task import Settings, Task, run, sample
+from ipa_torch import Projectors
+
+
+@dataclass(frozen=True)
+class Method:
+    """Low-rank adapters of PEFT, begun in one way or another.
+
+    Parameters
+    ----------
+    projection : str, optional
+        How A is chosen, of `KINDS`; "eva" by PEFT's own EVA; None: as PEFT begins it.
+    trainable : bool
+        Whether A is trained along with B.
+    scaling : "energy" or float
+        As in `ipa_hf.initialize`.
+    rank : float
+        Times the rank of the settings.
+    options : mapping
+        Of `LoraConfig`.
+    """
+
+    projection: str | None = None
+    trainable: bool = True
+    scaling: str | float = "energy"
+    rank: float = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: LoRA's random A has rows of this length; random orthonormal ones get it too.
+RANDOM = 3**-0.5
+
+METHODS: dict[str, Method] = {
+    "LoRA": Method(),
+    "LoRA, half rank": Method(rank=0.5),
+    "DoRA": Method(options={"use_dora": True}),
+    "PiSSA": Method(options={"init_lora_weights": "pissa"}),
+    "EVA": Method("eva"),
+    "IPA, trainable": Method("inputs"),
+    "gradient, trainable": Method("gradient"),
+    "random A, frozen": Method(trainable=False),
+    "orthonormal, frozen": Method("orthonormal", False, RANDOM),
+    "IPA, frozen": Method("inputs", False),
+    "gradient, frozen": Method("gradient", False),
+    "gradient less inputs, frozen": Method("gradient less inputs", False),
+    # Ideas beyond the paper.
+    "inputs by gradient norm, frozen": Method("inputs by gradient norm", False),
+    "damped gradient, frozen": Method("damped gradient", False),
+    "damped gradient, trainable": Method("damped gradient"),
+    "outputs, frozen": Method("outputs", False),
+    "short update, frozen": Method("short update", False),
+    "short update, trainable": Method("short update"),
+    # How P of the inputs is learned and scaled.
+    "IPA centred, frozen": Method("inputs, centred", False),
+    "IPA padding counted, frozen": Method("inputs, padding counted", False),
+    "IPA lambda 0.25, frozen": Method("inputs", False, 0.25),
+    "IPA lambda 0.05, frozen": Method("inputs", False, 0.05),
+}
+
+
+class Adapter:
+    """Puts a method's adapters into models of one task; what was learned is kept for other runs.
+
+    A method is compared over learning rates and seeds: P does not depend on the rate.
+    """
+
+    def __init__(self, task: Task, settings: Settings) -> None:
+        self.task = task
+        self.settings = settings
+        self._learned: dict[tuple[str, int, int], tuple[Any, float]] = {}
+
+    def __call__(self, method: Method, seed: int) -> tuple[nn.Module, float]:
+        """Return an adapted model, and the training steps that choosing its P is worth."""
+        settings = self.settings
+        rank = max(1, round(method.rank * settings.rank))
+        model = self.task.fresh(seed)
+        learned, cost = self._learn(model, method, rank, seed)
+        torch.manual_seed(seed)  # of LoRA's A
+        config = _config(model, method, rank)
+        if method.projection is None:
+            model.body = get_peft_model(model.body, config)
+            if not method.trainable:
+                ipa_hf.freeze_projections(model.body)
+        elif method.projection == "eva":
+            model.body = get_peft_model(model.body, config)
+            initialize_lora_eva_weights(model.body, eva_state_dict=learned)
+        else:
+            model.body = ipa_hf.get_ipa_model(
+                model.body, config, learned, trainable=method.trainable, scaling=method.scaling
+            )
+        return model, cost
+
+    def _learn(
+        self, model: nn.Module, method: Method, rank: int, seed: int
+    ) -> tuple[Projectors | dict[str, torch.Tensor] | None, float]:
+        if method.projection is None:
+            return None, 0.0
+        key = (method.projection, rank, seed)
+        if key not in self._learned:
+            settings, task = self.settings, self.task
+            some = sample(task.training(seed), settings.batch_size, settings.learn_from, seed)
+            if method.projection == "eva":
+                self._learned[key] = _eva(model, _config(model, method, rank), some)
+            else:
+                kind = KINDS[method.projection]
+                projectors = _named(kind.choose(Sample(model, some, task.loss, rank, seed)))
+                # A step is a forward and a backward pass, two passes.
+                self._learned[key] = projectors, kind.passes * len(some) / 2
+        learned, cost = self._learned[key]
+        return learned, cost if self.settings.charged else 0.0
+
+
+def _config(model: nn.Module, method: Method, rank: int) -> LoraConfig:
+    begin = {"init_lora_weights": "eva", "eva_config": EvaConfig()}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=target_names(model),
+        **(begin if method.projection == "eva" else {}),
+        **method.options,
+    )
+
+
+def _named(projectors: Projectors) -> Projectors:
+    """Name layers as the body does, whatever they were learned in."""
+    return Projectors({name.removeprefix("body."): p for name, p in projectors.items()})
+
+
+def _eva(
+    model: nn.Module, config: LoraConfig, some: list[Batch]
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Return PEFT's EVA, and its cost: it goes over the batches until it has converged."""
+    passes = 0
+
+    def forward(body: nn.Module, batch: Batch) -> None:
+        nonlocal passes
+        passes += 1
+        run(body, batch)
+
+    state = get_eva_state_dict(
+        model.body,
+        some,
+        config,
+        forward_fn=forward,
+        prepare_model_inputs_fn=lambda batch, _: batch["attention_mask"].bool(),
+        # A float32 copy, contiguous, without padding: what its generic route needs.
+        prepare_layer_inputs_fn=lambda x, mask, _: x[0][mask].float(),
+        show_progress_bar=False,
+    )
+    return state, passes / 2

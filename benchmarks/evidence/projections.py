@@ -1,0 +1,243 @@
+"""Ways to choose P for every adapted layer, from a few batches of the task.
+
+Each takes a `Sample` and returns projectors by layer name. What it costs is counted in passes over
+a batch: one forward, two forward and backward.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.evidence.cutting import Batch
+from benchmarks.evidence.task import run
+from ipa_core import ExactCovariance, Projector
+from ipa_torch import Projectors, fit_gradient_projectors, fit_projectors, select_layers
+
+#: Directions that `less_inputs` removes, as in the study before.
+COMMON = 8
+
+Matrices = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What P is chosen from: the model as it is before adapters, and batches."""
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    loss: Callable[[nn.Module, Batch], torch.Tensor]
+    rank: int
+    seed: int
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        return dict(select_layers(self.model.body, target_names(self.model)))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to choose P, and its passes over each batch."""
+
+    choose: Callable[[Sample], Projectors]
+    passes: int
+
+
+def target_names(model: nn.Module) -> list[str]:
+    """Return the names, in the body, of the layers that are adapted: all, or `model.targets`."""
+    wanted = getattr(model, "targets", None)
+    return [
+        name
+        for name, layer in model.body.named_modules()
+        if isinstance(layer, nn.Linear)
+        and name != "lm_head"
+        and (wanted is None or name.rpartition(".")[2] in wanted)
+    ]
+
+
+def inputs(sample: Sample, **options: Any) -> Projectors:
+    """Return the leading directions of the layers' inputs: IPA."""
+    return fit_projectors(
+        sample.model.body,
+        sample.batches,
+        sample.rank,
+        targets=target_names(sample.model),
+        forward=run,
+        progress=False,
+        **options,
+    )
+
+
+def orthonormal(sample: Sample) -> Projectors:
+    """Return random directions; their energies are those of isotropic inputs."""
+    generator = torch.Generator().manual_seed(sample.seed)
+    made = {}
+    for name, layer in sample.layers.items():
+        features = layer.in_features
+        rows = torch.linalg.qr(torch.randn(features, sample.rank, generator=generator)).Q.T
+        ones = torch.ones(sample.rank)
+        made[name] = Projector(rows, torch.zeros(features), ones, float(features), 1)
+    return Projectors(made)
+
+
+def gradient(sample: Sample, source: str = "gradient") -> Projectors:
+    """Return the leading row space of the weights' gradients, or inputs weighted by gradients."""
+    return fit_gradient_projectors(
+        sample.model,
+        sample.batches,
+        sample.rank,
+        targets=[f"body.{name}" for name in target_names(sample.model)],
+        source=source,
+        loss=sample.loss,
+    )
+
+
+def less_inputs(sample: Sample) -> Projectors:
+    """Return the gradient's row space with the leading directions of the inputs removed."""
+
+    def choose(g: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        common = torch.linalg.eigh(c).eigenvectors[:, -COMMON:]
+        return leading(g - (g @ common) @ common.T, sample.rank)
+
+    return by_matrices(sample, choose)
+
+
+def damped(sample: Sample) -> Projectors:
+    """Return the row space of G (C + c I)^-1, c the mean eigenvalue of the inputs' moment C.
+
+    A step of damped least squares instead of a gradient step: directions in which inputs are large
+    anyway count less, without a number of directions to choose.
+    """
+
+    def choose(g: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        unit = torch.eye(len(c), dtype=c.dtype) * c.trace() / len(c)
+        return leading(torch.linalg.solve(c + unit, g.T).T, sample.rank)
+
+    return by_matrices(sample, choose)
+
+
+def outputs(sample: Sample) -> Projectors:
+    """Return the directions from which W x, instead of x, is best rebuilt: U^T W.
+
+    U are the leading directions of the outputs W x.
+    """
+
+    def choose(g: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        u = torch.linalg.eigh(w @ c @ w.T).eigenvectors[:, -sample.rank :].flip(1)
+        return torch.linalg.qr((u.T @ w).T).Q.T
+
+    return by_matrices(sample, choose, with_gradient=False)
+
+
+def short_update(sample: Sample, rate: float = 1e-4) -> Projectors:
+    """Return the row space of the change of full weights in one pass of Adam over the batches.
+
+    It needs the optimizer's memory of full fine-tuning for a moment.
+    """
+    layers = sample.layers
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    with _wanting_gradients(layers):
+        optimizer = torch.optim.Adam([layer.weight for layer in layers.values()], lr=rate)
+        for batch in sample.batches:
+            optimizer.zero_grad()
+            sample.loss(sample.model, batch).backward()
+            optimizer.step()
+    change = {name: layer.weight.detach() - before[name] for name, layer in layers.items()}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.weight.copy_(before[name])
+    moments = second_moments(sample)
+    rows = {name: leading(change[name].double(), sample.rank) for name in layers}
+    return Projectors({name: of_rows(rows[name], moments[name]) for name in layers})
+
+
+def by_matrices(
+    sample: Sample,
+    choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    with_gradient: bool = True,
+) -> Projectors:
+    """Return projectors with rows chosen from a layer's gradient, second moment and weight."""
+    moments = second_moments(sample)
+    weights = {name: layer.weight.detach().double() for name, layer in sample.layers.items()}
+    found = weight_gradients(sample) if with_gradient else weights
+    return Projectors(
+        {
+            name: of_rows(choose(found[name], moments[name], weights[name]), moments[name])
+            for name in weights
+        }
+    )
+
+
+def second_moments(sample: Sample) -> Matrices:
+    """Return E[x x^T] of the inputs of each layer, in float64."""
+    features = {name: layer.in_features for name, layer in sample.layers.items()}
+    projectors = fit_projectors(
+        sample.model.body,
+        sample.batches,
+        features,
+        targets=list(features),
+        learner=ExactCovariance,
+        forward=run,
+        progress=False,
+    )
+    known: dict[int, torch.Tensor] = {}
+    for p in projectors.values():
+        if id(p) not in known:
+            rows = p.components.double()
+            known[id(p)] = rows.T @ (p.energies.double()[:, None] * rows)
+    return {name: known[id(p)] for name, p in projectors.items()}
+
+
+def weight_gradients(sample: Sample) -> Matrices:
+    """Return the gradient of each layer's weight, summed over the batches, in float64."""
+    layers = sample.layers
+    with _wanting_gradients(layers):
+        for batch in sample.batches:
+            sample.loss(sample.model, batch).backward()
+        found = {name: layer.weight.grad.double() for name, layer in layers.items()}
+        sample.model.zero_grad()
+    return found
+
+
+def leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the leading right singular vectors as rows."""
+    return torch.linalg.svd(matrix, full_matrices=False).Vh[:rank]
+
+
+def of_rows(rows: torch.Tensor, moment: torch.Tensor) -> Projector:
+    """Return the projector of orthonormal rows, with the energies that inputs have along them."""
+    energies = ((rows @ moment) * rows).sum(1)
+    zeros = torch.zeros(rows.shape[1])
+    return Projector(rows.float(), zeros, energies.float(), float(moment.trace()), 1)
+
+
+@contextmanager
+def _wanting_gradients(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let the weights of the layers want gradients, nothing else but a head does."""
+    try:
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.weight.requires_grad_(False)
+            layer.weight.grad = None
+
+
+KINDS: dict[str, Kind] = {
+    "inputs": Kind(inputs, 1),
+    "inputs, centred": Kind(partial(inputs, learner=partial(ExactCovariance, center=True)), 1),
+    "inputs, padding counted": Kind(partial(inputs, row_weights=None), 1),
+    "orthonormal": Kind(orthonormal, 0),
+    "gradient": Kind(gradient, 2),
+    "inputs by gradient norm": Kind(partial(gradient, source="inputs"), 2),
+    "gradient less inputs": Kind(less_inputs, 2),
+    "damped gradient": Kind(damped, 2),
+    "outputs": Kind(outputs, 1),
+    "short update": Kind(short_update, 2),
+}

@@ -1,0 +1,149 @@
+"""Classification of short texts by MiniLM: upper blocks adapted, mean of tokens, linear head."""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.assets import minilm, movie_reviews, sarcastic_headlines
+from benchmarks.evidence.cutting import Batch, blocks_of, cut, entering
+from benchmarks.evidence.task import Example, by_length, collate, run, sample
+
+Row = tuple[str, int]
+
+SOURCES: dict[str, Callable[[], list[Row]]] = {
+    "headlines": sarcastic_headlines,
+    "reviews": movie_reviews,
+}
+LONGEST = 64  # tokens
+POOL, TRAINING, VALIDATION, TEST = 6000, 2000, 1000, 2000
+
+
+class Classifier(nn.Module):
+    """An encoder, the mean of its last hidden states over the tokens, and a linear head."""
+
+    def __init__(self, body: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(body.config.hidden_size, classes)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.head(pooled(self.body, batch))
+
+
+def pooled(body: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the mean of the last hidden states over the tokens, shape (batch, width)."""
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    return (run(body, batch) * mask).sum(1) / mask.sum(1)
+
+
+class TextTask:
+    """One set of texts. The test and validation parts are fixed; training rows vary by seed.
+
+    Parameters
+    ----------
+    name : str
+        Of `SOURCES`, if no rows are given.
+    adapted : int
+        How many of the upper blocks are adapted.
+    rows, folder, sizes : optional
+        Other texts, another encoder, other sizes: (pool, training, validation, test).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        adapted: int = 3,
+        rows: Sequence[Row] | None = None,
+        folder: Path | None = None,
+        sizes: tuple[int, int, int, int] = (POOL, TRAINING, VALIDATION, TEST),
+    ) -> None:
+        self.name = name
+        folder = folder or minilm()
+        rows = list(dict(SOURCES[name]() if rows is None else rows).items())  # no text twice
+        random.Random(0).shuffle(rows)
+        pool, self._training, validation, test = sizes
+        model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        model.requires_grad_(False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        first = len(blocks_of(model)[1]) - adapted
+        examples = _entering(model, tokenizer, rows[: pool + validation + test], first)
+        self._parts = {
+            "test": examples[:test],
+            "validation": examples[test : test + validation],
+        }
+        self._pool = examples[test + validation :]
+        self._classes = 1 + max(label for _, label in rows)
+        self._body = cut(model, first, _tokens(tokenizer, [text for text, _ in rows[:4]]))
+        self._heads: dict[int, dict[str, torch.Tensor]] = {}
+
+    def training(self, seed: int) -> Sequence[Example]:
+        return random.Random(seed).sample(self._pool, min(self._training, len(self._pool)))
+
+    def fresh(self, seed: int) -> nn.Module:
+        """Return the encoder with a head that was trained for a moment on what it gives.
+
+        A choice by the gradient needs such a head; all methods get the same one.
+        """
+        torch.manual_seed(seed)
+        model = Classifier(copy.deepcopy(self._body), self._classes)
+        if seed not in self._heads:
+            self._heads[seed] = self._warm_head(model, seed)
+        model.head.load_state_dict(self._heads[seed])
+        return model
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return functional.cross_entropy(model(batch), batch["labels"])
+
+    @torch.inference_mode()
+    def accuracy(self, model: nn.Module, part: str) -> dict[str, float]:
+        examples, right = self._parts[part], 0
+        order = by_length(examples)
+        for start in range(0, len(order), 100):
+            batch = collate([examples[place] for place in order[start : start + 100]])
+            right += int((model(batch).argmax(-1) == batch["labels"]).sum())
+        return {self.name: right / len(examples)}
+
+    def _warm_head(self, model: Classifier, seed: int) -> dict[str, torch.Tensor]:
+        some = sample(self.training(seed), 32, 320, seed)
+        with torch.no_grad():
+            features = torch.cat([pooled(model.body, batch) for batch in some])
+        labels = torch.cat([batch["labels"] for batch in some])
+        optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2, weight_decay=0.0)
+        for _ in range(50):
+            loss = functional.cross_entropy(model.head(features), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return {name: value.clone() for name, value in model.head.state_dict().items()}
+
+
+def _tokens(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]) -> Batch:
+    tokens = tokenizer(
+        texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
+    )
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def _entering(
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    block: int,
+) -> list[Example]:
+    """Return the rows as what enters a block, in their order."""
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
+    examples: dict[int, Example] = {}
+    for start in range(0, len(order), 100):
+        places = order[start : start + 100]
+        batch = _tokens(tokenizer, [rows[place][0] for place in places])
+        hidden = entering(model, batch, block)
+        for place, row, mask in zip(places, hidden, batch["attention_mask"], strict=True):
+            examples[place] = Example(row[mask.bool()].clone(), torch.tensor(rows[place][1]))
+    return [examples[place] for place in range(len(rows))]

@@ -1,0 +1,82 @@
+"""Training one method once, and what it costs."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+
+from benchmarks.evidence.cutting import Batch
+from benchmarks.evidence.task import Settings, Task, batches
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training took: seconds, steps, trained parameters and memory beside the weights."""
+
+    seconds: float
+    steps: int
+    trainable: int
+    mebibytes: float
+
+
+def train(model: nn.Module, task: Task, settings: Settings, rate: float, seed: int, spent: float):
+    """Train the adapters, and the head, for the steps that are left; return the cost.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        As `Adapter` returns it. No dropout: it stays in evaluation mode.
+    rate : float
+        Learning rate of the adapters.
+    spent : float
+        Steps that choosing P was worth, taken off the budget.
+    """
+    began = time.perf_counter()
+    steps = settings.steps - round(spent)
+    if steps < 1:
+        raise ValueError(f"expected P to cost less than {settings.steps} steps, got {spent:g}")
+    model.eval()
+    adapters = [p for p in model.body.parameters() if p.requires_grad]
+    groups = [{"params": adapters, "lr": rate}]
+    head = [p for name, p in model.named_parameters() if not name.startswith("body.")]
+    if head:
+        groups.append({"params": head, "lr": settings.head_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(
+        optimizer, round(settings.warmup * steps), steps
+    )
+    trained = [*adapters, *head]
+    kept = 0
+    # Not the seed of the batches that P is chosen from.
+    stream = batches(task.training(seed), settings.batch_size, steps, seed + 1000)
+    for step, batch in enumerate(stream):
+        if step == 0:
+            loss, kept = _counting(model, task, batch)
+        else:
+            loss = task.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+    numbers = sum(p.numel() for p in trained)
+    # Weights, gradients and the optimizer's two moments, in float32, and what backward needs.
+    return Cost(time.perf_counter() - began, steps, numbers, (kept + 16 * numbers) / 2**20)
+
+
+def _counting(model: nn.Module, task: Task, batch: Batch) -> tuple[torch.Tensor, int]:
+    """Return the loss, and the bytes of distinct tensors that its backward pass keeps."""
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = task.loss(model, batch)
+    return loss, sum(kept.values())
