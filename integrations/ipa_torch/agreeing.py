@@ -1,39 +1,133 @@
-"""One projector for all workers of a distributed training."""
+"""One projector for all processes of a group, from what each of them learned."""
 
 from __future__ import annotations
 
 import copy
-from functools import reduce
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import distributed
 
 from ipa_core import Learner, Projector
+from ipa_core.storage import pack_state, unpack_state
+from ipa_torch.errors import PeerError
+from ipa_torch.quiet import full_precision
+from ipa_torch.wire import ProcessGroup, Wire
+
+_FAILED = b"!"
+_WELL = b"."
 
 
-def alone() -> bool:
-    """Return whether this process trains by itself."""
-    return not (distributed.is_available() and distributed.is_initialized())
+def world() -> ProcessGroup | None:
+    """Return the group of all processes; None if this one is by itself."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.group.WORLD
+    return None
 
 
-def agreed(learner: Learner) -> Projector | None:
-    """Return the projector of all workers' rows, the same everywhere; None if there are no rows.
+def agreed(
+    learners: Mapping[str, Learner], group: ProcessGroup | None
+) -> dict[str, Projector | None]:
+    """Return for each learner the projector of all members' rows; None if nobody has rows.
 
-    Learners are merged in the order of the workers, on the host; the one given stays as it is.
+    For each learner the members that have rows form a binomial tree; summaries are merged from its
+    leaves to its root, always in the same order, and the root sends the projector round: it is the
+    same everywhere, to the bit. The roots take turns, so that each member sends and receives about
+    one summary for each learner, however many members there are. The learners stay as they are.
+
+    The learners are named by a layer each, for messages; all members must have them in one order.
+
+    Raises
+    ------
+    PeerError
+        Everywhere, if merging fails anywhere.
     """
-    if alone():
-        return learner.finalize() if learner.samples else None
-    states: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(states, _on_host(learner.state_dict()))
-    learners = [
-        copy.copy(learner).load_state_dict(state) for state in states if state["samples"] > 0
-    ]
-    return reduce(lambda one, other: one.merge(other), learners).finalize() if learners else None
-
-
-def _on_host(state: dict[str, Any]) -> dict[str, Any]:
+    if group is None:
+        return {name: _finalized(one) if one.samples else None for name, one in learners.items()}
+    wire = Wire(group)
+    trees = _trees([learner.samples for learner in learners.values()], wire)
+    named = [(name, learners[name], tree) for name, tree in zip(learners, trees, strict=True)]
+    done = [_reduced(one, tree, wire) if wire.me in tree else None for _, one, tree in named]
     return {
-        key: value.cpu() if isinstance(value, torch.Tensor) else value
-        for key, value in state.items()
+        name: _told(name, mine, tree, wire) if tree else None
+        for mine, (name, _, tree) in zip(done, named, strict=True)
     }
+
+
+def _trees(samples: list[int], wire: Wire) -> list[list[int]]:
+    """Return for each learner the members that have rows, the root first."""
+    mine = torch.tensor(samples, dtype=torch.int64).numpy().tobytes()
+    counts = [torch.frombuffer(bytearray(part), dtype=torch.int64) for part in wire.gather(mine)]
+    trees = []
+    for index in range(len(samples)):
+        having = [member for member in range(wire.size) if int(counts[member][index])]
+        turn = index % len(having) if having else 0
+        trees.append(having[turn:] + having[:turn])
+    return trees
+
+
+def _reduced(learner: Learner, tree: list[int], wire: Wire) -> bytes | None:
+    """Pass summaries down the tree; return the packed projector at its root."""
+    place, step = tree.index(wire.me), 1
+    total = _attempt(learner.summary, learner)
+    while step < len(tree):
+        if place % (2 * step):
+            wire.send(tree[place - step], _packed(total))
+            return None
+        if place + step < len(tree):
+            total = _merged(total, wire.receive(tree[place + step]), learner)
+        step *= 2
+    if isinstance(total, str):
+        return _FAILED + total.encode()
+    projector = _attempt(total.finalize, learner)
+    if isinstance(projector, str):
+        return _FAILED + projector.encode()
+    return _WELL + pack_state(vars(projector))
+
+
+def _merged(total: Learner | str, message: bytes, learner: Learner) -> Learner | str:
+    if isinstance(total, str):
+        return total
+    if message[:1] == _FAILED:
+        return message[1:].decode()
+
+    def merge() -> Learner:
+        state = unpack_state(message[1:], library=torch, device=_device(learner))
+        return total.merge(copy.copy(learner).load_state_dict(state))
+
+    merged: Learner | str = _attempt(merge, learner)
+    return merged
+
+
+def _device(learner: Learner) -> torch.device:
+    device: torch.device = learner.state_dict()["template"].device
+    return device
+
+
+def _finalized(learner: Learner) -> Projector:
+    with full_precision(_device(learner)):
+        return learner.finalize()
+
+
+def _attempt(work: Any, learner: Learner) -> Any:
+    """Return what work gives, or in words what went wrong: others wait for an answer."""
+    try:
+        with full_precision(_device(learner)):
+            return work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _packed(total: Learner | str) -> bytes:
+    if isinstance(total, str):
+        return _FAILED + total.encode()
+    return _WELL + pack_state(total.state_dict())
+
+
+def _told(name: str, mine: bytes | None, tree: list[int], wire: Wire) -> Projector:
+    """Return the projector that the root sends round."""
+    message = wire.broadcast(tree[0], mine)
+    if message[:1] == _FAILED:
+        raise PeerError(f"layer {name!r}: expected learners that merge, got {message[1:].decode()}")
+    return Projector(**unpack_state(message[1:], library=torch))

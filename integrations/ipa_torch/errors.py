@@ -11,6 +11,10 @@ class LayerError(IPAError, LookupError):
     """A layer is not there, was never run, or is of a kind that cannot do what is asked."""
 
 
+class PeerError(IPAError, RuntimeError):
+    """Another process of a distributed run failed; the message says which, and with what."""
+
+
 def check_choice(name: str, value: str, choices: Any) -> None:
     """Hold an argument against the ``Literal`` that lists what it may be.
 

@@ -20,11 +20,8 @@ from ipa_torch.projectors import Projectors
 from ipa_torch.quiet import full_precision
 from ipa_torch.reading import Reading, Rows, reading_of
 from ipa_torch.sharing import Histories
+from ipa_torch.standing import Standing
 from ipa_torch.weighting import RowFilter
-
-NEVER_RAN = "its forward never ran"
-BYPASSED = "its weight is used without calling it, which no hook and no adapter can see"
-NO_ROWS = "it saw no row of positive weight"
 
 
 class Listener:
@@ -108,20 +105,38 @@ class Listener:
     def finish(self, reason: str) -> Projectors:
         """Return what was learned; layers on one history get one projector."""
         made: dict[int, Projector] = {}
-        learned, missing = {}, dict(self._unfit)
-        for name, node in self._histories.at.items():
-            if name in missing:
+        learned, missing = {}, {}
+        standing = self.standing()
+        for name, node in standing.at.items():
+            if (missed := standing.missing(name)) is not None:
+                missing[name] = missed
                 continue
-            if name not in self._ran:
-                missing[name] = BYPASSED if name in self._watch.used else NEVER_RAN
-            elif node.learner.samples == 0:
-                missing[name] = NO_ROWS
-            else:
-                if id(node) not in made:
-                    made[id(node)] = self._finalized(name, node.learner)
-                learned[name] = made[id(node)]
+            if id(node) not in made:
+                made[id(node)] = self._finalized(name, node.learner)
+            learned[name] = made[id(node)]
         stopped = {name: self._stopped.get(name, reason) for name in learned}
         return Projectors(learned, missing=missing, stopped=stopped)
+
+    def standing(self) -> Standing:
+        """Return where learning stands; between batches only."""
+        return Standing(
+            dict(self._histories.at),
+            dict(self._ran),
+            dict(self._stopped),
+            dict(self._unfit),
+            frozenset(self._watch.used),
+        )
+
+    def resume(self, standing: Standing) -> None:
+        """Go on from where another listener to these layers stood."""
+        self._histories.at.update(standing.at)
+        self._ran = dict(standing.ran)
+        self._unfit = dict(standing.unfit)
+        self._watch.used |= standing.bypassed
+        for name in standing.unfit:
+            self._handles.pop(name).remove()
+        for name, reason in standing.stopped.items():
+            self._stop(name, reason)
 
     def _close(self) -> None:
         self._filter.close()

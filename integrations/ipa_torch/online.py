@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,7 @@ from ipa_core import IncrementalPCA, Learner
 from ipa_core.errors import IPAError, SettingError, with_context
 from ipa_torch.adapted import Adapted
 from ipa_torch.adapters import Scaling
-from ipa_torch.agreeing import agreed, alone
+from ipa_torch.agreeing import agreed, world
 from ipa_torch.carrying import carry
 from ipa_torch.identity import Identities
 from ipa_torch.inputs import input_of
@@ -155,15 +155,14 @@ class OnlineLearning:
             If nothing was recorded since the last step.
         """
         # Among workers nobody may leave: the others would wait for ever.
-        if not self._fresh and alone():
+        if not self._fresh and world() is None:
             raise SettingError(
                 "expected a forward pass in training mode with gradients since the last step, got "
                 "none that was seen; enter the context before it, and do not compile the model"
             )
         jumps: dict[str, float] = {}
-        for projection, layers in self._groups.items():
-            with full_precision(projection.weight.device):
-                learned = agreed(self._learners[projection])
+        found = agreed({next(iter(g)): self._learners[p] for p, g in self._groups.items()}, world())
+        for (projection, layers), learned in zip(self._groups.items(), found.values(), strict=True):
             if learned is None or learned.samples < projection.rank:
                 jumps |= dict.fromkeys(layers, 0.0)
                 continue
@@ -172,6 +171,36 @@ class OnlineLearning:
         self._fresh.clear()
         self._forward.clear()
         return jumps
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the learners' states by their first layer, to be saved beside the optimiser's.
+
+        P itself is in the model's state, and in `adapter_state_dict`. Each process of a distributed
+        training has learners of its own.
+        """
+        return {
+            next(iter(layers)): self._learners[projection].state_dict()
+            for projection, layers in self._groups.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on learning from where `state_dict` stood, with the same adapters and learner.
+
+        Raises
+        ------
+        SettingError
+            If the state is of other layers, or of a learner with other settings.
+        FileFormatError
+            If it is of another kind of learner.
+        """
+        first = {next(iter(layers)): one for one, layers in self._groups.items()}
+        if state.keys() != first.keys():
+            raise SettingError(f"expected the state of {[*first]}, got that of {[*state]}")
+        for name, projection in first.items():
+            try:
+                self._learners[projection].load_state_dict(state[name])
+            except IPAError as error:
+                raise with_context(error, f"layer {name!r}") from error
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The same tensor may come again in another batch, and counts again.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -87,6 +88,28 @@ class Convergence:
             after._score(rows, weights)
         return after
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the estimate and what the next one is made from, as tensors."""
+        numbers = [self.estimate, self._last, self._batches, self._checkpoint]
+        state = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+        for key, projector in (("half", self._half), ("now", self._now)):
+            if projector is not None:
+                totals = [projector.total_energy, projector.samples]
+                state[f"{key}.components"] = projector.components
+                state[f"{key}.mean"] = projector.mean
+                state[f"{key}.energies"] = projector.energies
+                state[f"{key}.totals"] = torch.tensor(totals, dtype=torch.float64)
+        return state if self._sums is None else state | {"sums": self._sums}
+
+    def resumed(self, state: Mapping[str, torch.Tensor]) -> Convergence:
+        """Return the estimate that `state_dict` gave, with this one's tolerance."""
+        fresh = Convergence(self.tolerance)
+        fresh.estimate, fresh._last, batches, checkpoint = state["numbers"].tolist()
+        fresh._batches, fresh._checkpoint = int(batches), int(checkpoint)
+        fresh._half, fresh._now = _projector(state, "half"), _projector(state, "now")
+        fresh._sums = state.get("sums")
+        return fresh
+
     def _advance(self, learner: Learner) -> None:
         seen = learner.samples
         if self._half is None or (self._sums is not None and seen >= 2 * self._checkpoint):
@@ -107,6 +130,14 @@ class Convergence:
             residuals = residuals * weights.to(residuals.dtype)
         sums = residuals.sum(1, dtype=torch.float64)
         self._sums = sums if self._sums is None else self._sums + sums
+
+
+def _projector(state: Mapping[str, torch.Tensor], key: str) -> Projector | None:
+    if f"{key}.components" not in state:
+        return None
+    components, mean, energies = (state[f"{key}.{p}"] for p in ("components", "mean", "energies"))
+    total, samples = state[f"{key}.totals"].tolist()
+    return Projector(components, mean, energies, total, int(samples))
 
 
 def _residual(projector: Projector, rows: torch.Tensor) -> torch.Tensor:

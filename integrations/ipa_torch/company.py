@@ -1,0 +1,206 @@
+"""Learning among the processes of a group: each on its own batches, with one result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
+
+import torch
+from torch import nn
+
+from ipa_core import Projector
+from ipa_core.errors import EmptyStreamError, SettingError
+from ipa_torch.agreeing import agreed, world
+from ipa_torch.errors import PeerError
+from ipa_torch.feeding import device_of
+from ipa_torch.listening import Listener
+from ipa_torch.projectors import Projectors
+from ipa_torch.standing import NEVER_RAN, Standing
+from ipa_torch.wire import ProcessGroup, Wire
+
+Members: TypeAlias = "ProcessGroup | Literal['world'] | None"
+
+
+class Company:
+    """The processes that learn together; also this one alone.
+
+    Whoever leaves the context by an exception tells the others, who raise `PeerError` when they
+    want to merge: nobody waits for ever. Ctrl-C is not told; the connection then breaks.
+    """
+
+    def __init__(self, members: Members) -> None:
+        group = world() if members == "world" else members
+        self.group: ProcessGroup | None = group
+        self._wire = None if group is None else Wire(group)
+        self._steps: _InStep | None = None
+        self._over = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and self._wire is not None and not self._over:
+            self._leave()
+            self._wire.gather(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
+
+    @property
+    def folder(self) -> str | None:
+        """Name of the folder in which this process keeps its own files; None if it is alone."""
+        return None if self._wire is None else f"rank-{self._wire.me}-of-{self._wire.size}"
+
+    def in_step(self, model: nn.Module, batches: Iterator[Any]) -> Iterator[Any]:
+        """Return the batches; of a sharded model, no more than every member has.
+
+        In each forward pass of a sharded model all members take part.
+        """
+        if self._wire is None or not is_sharded(model):
+            return batches
+        self._steps = _InStep(batches, self._wire)
+        return self._steps
+
+    def finish(
+        self, listener: Listener, layers: Mapping[str, nn.Module], reason: str, seen: int
+    ) -> Projectors:
+        """Return what all members learned, the same everywhere.
+
+        Raises
+        ------
+        PeerError
+            If a member failed.
+        EmptyStreamError
+            If nobody had a batch.
+        """
+        if self.group is None:
+            return listener.finish(reason)
+        self._leave()
+        standing = listener.standing()
+        reports = self._exchange(_report(standing, reason, seen))
+        if not any(report["seen"] for report in reports):
+            self._over = True
+            raise EmptyStreamError(
+                "expected at least one batch in one of the processes, got none; "
+                "check that the loaders are neither empty nor used up"
+            )
+        unfit = {name: why for report in reports for name, why in report["unfit"].items()}
+        groups = _common(standing, reports, unfit)
+        learners = {names[0]: standing.at[names[0]].learner for names in groups}
+        try:
+            found = agreed(learners, self.group)
+        except PeerError:
+            self._over = True
+            raise
+        learned: dict[str, Projector] = {}
+        for names in groups:
+            projector = found[names[0]]
+            if projector is not None:
+                device = standing.ran.get(names[0]) or device_of(layers[names[0]])
+                learned |= dict.fromkeys(names, projector.to(torch, device=device))
+        ordered = {name: learned[name] for name in standing.at if name in learned}
+        missing = {
+            name: unfit.get(name) or _joined(reports, "missing", name, NEVER_RAN)
+            for name in standing.at
+            if name not in learned
+        }
+        stopped = {name: _joined(reports, "stopped", name, reason) for name in ordered}
+        return Projectors(ordered, missing=missing, stopped=stopped)
+
+    def _exchange(self, report: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return everybody's report; raise if one is of a failure, or of other layers."""
+        assert self._wire is not None
+        reports = [json.loads(data) for data in self._wire.gather(json.dumps(report).encode())]
+        for rank, other in enumerate(reports):
+            if "failed" in other:
+                self._over = True
+                raise PeerError(f"process {rank} failed with {other['failed']}")
+        if any(other["layers"] != reports[0]["layers"] for other in reports):
+            self._over = True
+            raise SettingError(
+                "expected the same targets and ranks in all processes, got others in process "
+                f"{[other['layers'] == reports[0]['layers'] for other in reports].index(False)}"
+            )
+        return reports
+
+    def _leave(self) -> None:
+        if self._steps is not None:
+            self._steps.leave()
+
+
+class _InStep:
+    """Batches as long as every member has one; before each they tell each other."""
+
+    def __init__(self, batches: Iterable[Any], wire: Wire) -> None:
+        self._left = iter(batches)
+        self._wire = wire
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._left)
+        except StopIteration:
+            self.leave()
+            raise
+        if not self._wire.least(1):
+            self._ended = True
+            raise StopIteration
+        return batch
+
+    def leave(self) -> None:
+        """Let the others end as well."""
+        if not self._ended:
+            self._ended = True
+            self._wire.least(0)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether the processes hold parts of the model's weights (FSDP)."""
+    return any(
+        hasattr(parameter, "full_tensor") or hasattr(parameter, "_is_flat_param")
+        for parameter in model.parameters()
+    )
+
+
+def _report(standing: Standing, reason: str, seen: int) -> dict[str, Any]:
+    missing = {name: why for name in standing.at if (why := standing.missing(name)) is not None}
+    groups = [names for _, names in standing.groups()]
+    stops = {name: standing.stopped.get(name, reason) for name in standing.at}
+    return {
+        "seen": seen,
+        "layers": {name: node.learner.rank for name, node in standing.at.items()},
+        "groups": groups,
+        "unfit": dict(standing.unfit),
+        # A member without batches has no say in why there is no projector, or why learning ended.
+        "missing": missing if seen else {},
+        "stopped": {name: why for name, why in stops.items() if name not in missing},
+    }
+
+
+def _common(
+    standing: Standing, reports: list[dict[str, Any]], unfit: Mapping[str, str]
+) -> list[list[str]]:
+    """Return groups of layers that shared their inputs in every member."""
+    keys: dict[str, list[int]] = {name: [] for name in standing.at if name not in unfit}
+    for report in reports:
+        for number, names in enumerate(report["groups"]):
+            for name in names:
+                if name in keys:
+                    keys[name].append(number)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(tuple(key), []).append(name)
+    return list(groups.values())
+
+
+def _joined(reports: list[dict[str, Any]], kind: str, name: str, default: str) -> str:
+    """Return why, once for all members who say the same."""
+    reasons = dict.fromkeys(report[kind][name] for report in reports if name in report[kind])
+    return " / ".join(reasons) or default
