@@ -4,22 +4,45 @@ import argparse
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import ipa_hf
+from benchmarks import record
 from benchmarks.assets import EVALS, AssetError, fetch, smollm2
 
 RANK, RATE, SEED = 8, 3e-3, 0
+PACKAGES = ["ipa-projectors", "peft", "torch", "transformers"]
+
+# What a server without our packages does.
+STOCK = """
+import sys, warnings
+for name in ("benchmarks", "ipa_core", "ipa_torch", "ipa_hf", "ipa_timm"):
+    sys.modules[name] = None  # importing it now fails
+warnings.simplefilter("ignore")
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+base, adapter, inputs, outputs = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+with torch.no_grad():
+    save_file({"logits": model(**load_file(inputs)).logits}, outputs)
+"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +64,7 @@ class Size:
     test: int
 
 
-FULL, QUICK = Size(steps=40, batch=8, learn_from=128, test=100), Size(2, 2, 8, 4)
+FULL, QUICK = Size(steps=120, batch=8, learn_from=128, test=400), Size(2, 2, 8, 4)
 
 
 def main() -> int:
@@ -54,12 +77,13 @@ def main() -> int:
     except AssetError as error:
         print(error)
         return 1
-    run(folder, questions, QUICK if arguments.quick else FULL, arguments.out)
+    results = run(folder, questions, QUICK if arguments.quick else FULL, arguments.out)
+    record.write("demo_trainer", arguments.quick, PACKAGES, results)
     return 0
 
 
-def run(folder: Path, questions: list[Question], size: Size, out: Path) -> PeftModel:
-    """Learn P, train B, export; return the trained model."""
+def run(folder: Path, questions: list[Question], size: Size, out: Path) -> dict[str, Any]:
+    """Learn P, train B, export, load by stock PEFT; return what was measured."""
     random.Random(SEED).shuffle(questions)
     test, train = questions[: size.test], questions[size.test :]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -72,8 +96,10 @@ def run(folder: Path, questions: list[Question], size: Size, out: Path) -> PeftM
     starts = range(0, size.learn_from, size.batch)
     batches = [collate(rows[start : start + size.batch]) for start in starts]
     plain = logits(base, batches[0])
+    start = time.perf_counter()
     model = ipa_hf.get_ipa_model(base, lora, batches)
-    print(f"Logits change by at most {float((logits(model, batches[0]) - plain).abs().max()):.1e}.")
+    learning = time.perf_counter() - start
+    change = distance(logits(model, batches[0]), plain)
     model.print_trainable_parameters()
 
     arguments = TrainingArguments(
@@ -87,15 +113,39 @@ def run(folder: Path, questions: list[Question], size: Size, out: Path) -> PeftM
         seed=SEED,
         use_cpu=True,
     )
+    start = time.perf_counter()
     Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
+    training = time.perf_counter() - start
 
     after = accuracy(model, tokenizer, test)
     ipa_hf.export_lora(model, out / "adapter")
+    served = distance(logits(model, batches[0]), stock_logits(folder, out, batches[0]))
     for name, value in (("before", before), ("after", after)):
         error = (value * (1 - value) / len(test)) ** 0.5
         print(f"Social IQa, {len(test)} questions, {name}: {100 * value:.1f} ± {100 * error:.1f} %")
-    print(f"Written: {out / 'adapter'}, which plain PEFT and LoRA servers load.")
-    return model
+    print(f"Logits changed by at most {change:.1e} when the adapter was put in.")
+    print(f"Written: {out / 'adapter'}; loaded by stock PEFT, its logits differ by {served:.1e}.")
+    return {
+        "size": asdict(size) | {"rank": RANK, "learning_rate": RATE},
+        "layers": len(ipa_hf.record.AdapterRecord.read(out / "adapter").layers),
+        "accuracy": {"before": before, "after": after},
+        "seconds": {"learning": learning, "training": training},
+        "initial_logits_change": change,
+        "stock_peft_logits_difference": served,
+    }
+
+
+def stock_logits(folder: Path, out: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits that PEFT alone computes from the exported adapter, in its own process."""
+    inputs, outputs = out / "batch.safetensors", out / "logits.safetensors"
+    save_file(batch, inputs)
+    command = [sys.executable, "-I", "-c", STOCK, folder, out / "adapter", inputs, outputs]
+    subprocess.run(list(map(str, command)), check=True)
+    return load_file(outputs)["logits"]
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
 
 
 def social_iqa() -> list[Question]:

@@ -1,9 +1,6 @@
 """The worked example on SmolLM2-135M with its real weights, cut to a few steps."""
 
 import pytest
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import demo_trainer
 from benchmarks.assets import smollm2
@@ -14,20 +11,14 @@ pytestmark = [pytest.mark.assets, pytest.mark.slow, pytest.mark.filterwarnings("
 
 @pytest.fixture(scope="module")
 def folder():
-    pytest.importorskip("gguf", reason="the weights of SmolLM2 come as GGUF; see make bench")
+    pytest.importorskip("gguf", reason="the weights of SmolLM2 come as GGUF")
     return smollm2()
 
 
-def test_trained_by_trainer_exported_and_loaded_by_stock_peft(folder, tmp_path, capsys):
+def test_trained_by_trainer_exported_and_loaded_by_stock_peft(folder, tmp_path):
     questions = demo_trainer.social_iqa()
     assert len(questions) > 2000
-    model = demo_trainer.run(folder, questions, QUICK, tmp_path)
-    change = capsys.readouterr().out.split("at most ")[1].split(".\n")[0]
-    assert float(change) < 1e-5
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    batch = demo_trainer.collate([demo_trainer.encoded(tokenizer, questions[0], 0)])
-    stock = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter"
-    )
-    found, expected = (demo_trainer.logits(x, batch) for x in (stock, model))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    results = demo_trainer.run(folder, questions, QUICK, tmp_path)
+    assert results["layers"] == 30 * 7
+    assert results["initial_logits_change"] < 1e-5
+    assert results["stock_peft_logits_difference"] < 1e-5
