@@ -20,7 +20,8 @@ from ipa_torch.adapters import (
     set_adapter,
     unmerge,
 )
-from ipa_torch.errors import LayerError
+from ipa_torch.checkpointing import Checkpoints
+from ipa_torch.errors import LayerError, PeerError
 from ipa_torch.fit import fit_projectors
 from ipa_torch.gradient import fit_gradient_projectors
 from ipa_torch.online import OnlineLearning
@@ -33,9 +34,11 @@ from ipa_torch.weighting import attention_mask
 
 __all__ = [
     "Adapted",
+    "Checkpoints",
     "GradientSketch",
     "LayerError",
     "OnlineLearning",
+    "PeerError",
     "Projection",
     "Projectors",
     "adapter_state_dict",

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -60,9 +60,27 @@ class Checkpoints:
         """Return the checkpoints of what a caller gave: a folder alone has the usual ones."""
         return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
 
-    def under(self, name: str) -> Checkpoints:
+    def under(self, name: str) -> Self:
         """Return the same in a folder of that folder."""
-        return Checkpoints(Path(self.folder) / name, self.batches, self.seconds)
+        return replace(self, folder=Path(self.folder) / name)
+
+    def of_process(self, name: str | None) -> Self:
+        """Return the same for one of several processes, named ``rank-1-of-4``, say.
+
+        Raises
+        ------
+        SettingError
+            If there are checkpoints of another number of processes, whose batches were others.
+        """
+        there = {path.name.rpartition("-of-")[2] for path in Path(self.folder).glob("rank-*-of-*")}
+        alone = any(Path(self.folder).glob("step-*"))
+        wanted = None if name is None else name.rpartition("-of-")[2]
+        if there - {wanted} or (alone and name is not None):
+            raise SettingError(
+                f"expected checkpoints of {wanted or 1} processes in {self.folder}, got those of "
+                f"{', '.join(sorted(there)) or 1}; start as many, or take another folder"
+            )
+        return self if name is None else self.under(name)
 
 
 Checkpoint: TypeAlias = "Checkpoints | str | os.PathLike[str]"

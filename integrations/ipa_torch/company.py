@@ -36,6 +36,8 @@ class Company:
         self._wire = None if group is None else Wire(group)
         self._steps: _InStep | None = None
         self._over = False
+        #: Whether learning was, in this process or another, and goes no further.
+        self.interrupted = False
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +68,12 @@ class Company:
         return self._steps
 
     def finish(
-        self, listener: Listener, layers: Mapping[str, nn.Module], reason: str, seen: int
+        self,
+        listener: Listener,
+        layers: Mapping[str, nn.Module],
+        reason: str,
+        seen: int,
+        interrupted: bool,
     ) -> Projectors:
         """Return what all members learned, the same everywhere.
 
@@ -77,11 +84,14 @@ class Company:
         EmptyStreamError
             If nobody had a batch.
         """
+        self.interrupted = interrupted
         if self.group is None:
             return listener.finish(reason)
         self._leave()
         standing = listener.standing()
-        reports = self._exchange(_report(standing, reason, seen))
+        own = _report(standing, reason, seen) | {"interrupted": interrupted}
+        reports = self._exchange(own)
+        self.interrupted = any(report["interrupted"] for report in reports)
         if not any(report["seen"] for report in reports):
             self._over = True
             raise EmptyStreamError(
@@ -122,7 +132,8 @@ class Company:
         if any(other["layers"] != reports[0]["layers"] for other in reports):
             self._over = True
             raise SettingError(
-                "expected the same targets and ranks in all processes, got others in process "
+                "expected the same targets, ranks and (with max_bytes) passes in all processes, "
+                "got others in process "
                 f"{[other['layers'] == reports[0]['layers'] for other in reports].index(False)}"
             )
         return reports

@@ -12,7 +12,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ipa_core import Learner, RandomizedSVD
-from ipa_core.errors import EmptyStreamError, StreamError
+from ipa_core.errors import EmptyStreamError, SettingError, StreamError
+from ipa_torch.checkpointing import Checkpoint, Checkpoints, Journal
+from ipa_torch.company import Company, Members, is_sharded
 from ipa_torch.errors import LayerError, check_choice
 from ipa_torch.feeding import Forward, feed
 from ipa_torch.listening import Listener
@@ -48,6 +50,8 @@ def fit_projectors(
     max_seconds: float | None = None,
     tolerance: float | None = None,
     max_bytes: int | None = None,
+    process_group: Members = "world",
+    checkpoint: Checkpoint | None = None,
     on_missing: OnMissing = "warn",
     on_error: OnError = "raise",
     progress: bool = True,
@@ -97,6 +101,15 @@ def fit_projectors(
         turns, each with a pass of its own over the batches, with the same result; other budgets
         hold for each pass. `Projectors.passes` says how many there were. Counted is what learners
         hold while a batch is read, not the passing workspace of the one that is learning.
+    process_group : "world", torch.distributed.ProcessGroup or None, default "world"
+        Where `torch.distributed` is initialised, each process learns from its own batches, however
+        many, and all get the same projectors, of everybody's rows: all must make the call. "world":
+        all processes; a group: its members; None: this process alone. Budgets and ``tolerance``
+        hold in each process.
+    checkpoint : path-like or Checkpoints, optional
+        A folder in which to write down every five minutes (or as `Checkpoints` says) where learning
+        stands, and at its end. If one is there, learning goes on from it: the batches it has seen
+        are drawn, held against it and not run, and the result is that of an uninterrupted run.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
         What to do about layers whose forward never ran; the others are returned.
     on_error : {"raise", "return"}, default "raise"
@@ -118,7 +131,12 @@ def fit_projectors(
     EmptyStreamError
         If there is no batch.
     StreamError
-        If several passes may be needed and the batches can be read only once.
+        If several passes may be needed and the batches can be read only once, or the batches are
+        others than those a checkpoint has seen.
+    PeerError
+        If another process failed; the message says with what.
+    FileFormatError, SettingError
+        If a checkpoint is damaged, or of a run with other settings.
     RankError, NonFiniteError, ArrayTypeError, ShapeError, WeightError
         If a layer's input is unfit; the message names the layer.
 
@@ -143,36 +161,47 @@ def fit_projectors(
     layers = select_layers(model, targets)
     ranks = {name: rank_for(name, rank) for name in layers}
     run = feed if forward is None else forward
-    turns = [Turn(layers, 0)]
-    if max_bytes is not None:
-        batch = _first(batches)
-        turns = turns_within(
-            max_bytes, model, layers, ranks, learner, batch, run, converging=tolerance is not None
-        )
-    learned: list[Projectors] = []
-    for turn in turns:
-        budget = Budget(max_rows, max_batches, max_seconds)
-        listener = Listener(
-            turn.layers,
-            Histories({name: ranks[name] for name in turn.layers}, learner, convergence),
-            RowFilter(model, row_weights),
-            max_patches=max_patches,
-            max_rows=max_rows,
-            keep_going=on_error == "return",
-        )
-        interrupted = False
-        with undisturbed(model), listener, _bar(progress, turns, len(learned)) as bar:
-            try:
-                reason = _listen(model, batches, run, listener, budget, bar)
-            except (Exception, KeyboardInterrupt) as error:
-                if on_error == "raise" or not (learned or listener.heard):
-                    raise
-                interrupted = True
-                reason = f"interrupted by {type(error).__name__}: {error}"
-                warnings.warn(f"learning ended early, {reason}", stacklevel=2)
-        learned.append(listener.finish(reason))
-        if interrupted:
-            break
+    with Company(process_group) as company:
+        turns = [Turn(layers, 0)]
+        if max_bytes is not None:
+            batch = _first(batches)
+            turns = turns_within(
+                max_bytes,
+                model,
+                layers,
+                ranks,
+                learner,
+                batch,
+                run,
+                converging=tolerance is not None,
+            )
+        learned: list[Projectors] = []
+        for turn in turns:
+            own = {name: ranks[name] for name in turn.layers}
+            settings = {"ranks": own, "tolerance": tolerance, "max_patches": max_patches}
+            budget = Budget(max_rows, max_batches, max_seconds)
+            listener = Listener(
+                turn.layers,
+                Histories(own, learner, convergence),
+                RowFilter(model, row_weights),
+                max_patches=max_patches,
+                max_rows=max_rows,
+                keep_going=on_error == "return",
+            )
+            journal = Journal(_own(checkpoint, company, turns, turn, model), listener, settings)
+            interrupted = False
+            with undisturbed(model), listener, _bar(progress, turns, len(learned)) as bar:
+                try:
+                    reason = _listen(model, batches, run, listener, budget, bar, journal, company)
+                except (Exception, KeyboardInterrupt) as error:
+                    if on_error == "raise" or not (learned or listener.heard):
+                        raise
+                    interrupted = True
+                    reason = f"interrupted by {type(error).__name__}: {error}"
+                    warnings.warn(f"learning ended early, {reason}", stacklevel=2)
+            learned.append(company.finish(listener, turn.layers, reason, journal.seen, interrupted))
+            if company.interrupted:
+                break
     projectors = joined(learned, layers)
     report(projectors, on_missing)
     return projectors
@@ -185,21 +214,50 @@ def _listen(
     listener: Listener,
     budget: Budget,
     bar: tqdm[Any],
+    journal: Journal,
+    company: Company,
 ) -> str:
     """Run the model on the batches until one reason or another to stop; return it."""
-    seen = 0
-    for batch in _passes(batches, listener.passes):
+    left = company.in_step(model, journal.resumed(_passes(batches, listener.passes)))
+    while (reason := _enough(listener, budget, journal.seen)) is None:
+        try:
+            batch = next(left)
+        except StopIteration:
+            break
         with listener.batch(batch):
             run(model, batch)
         bar.update(listener.rows)
-        seen += 1
-        if listener.done:
-            break
-        if (reason := budget.spent(seen)) is not None:
-            return reason
-    if not seen:
+        journal.note(batch)
+    journal.write()
+    if not journal.seen and company.group is None:
         raise EmptyStreamError(_NO_BATCH)
-    return ENDED
+    return reason or ENDED
+
+
+def _enough(listener: Listener, budget: Budget, seen: int) -> str | None:
+    """Return why learning ends after so many batches, if it does."""
+    if listener.done:
+        return ENDED
+    return budget.spent(seen) if seen else None
+
+
+def _own(
+    checkpoint: Checkpoint | None,
+    company: Company,
+    turns: Sequence[Turn],
+    turn: Turn,
+    model: nn.Module,
+) -> Checkpoints | None:
+    """Return where this process writes down where this turn stands."""
+    if checkpoint is None:
+        return None
+    if company.folder is not None and is_sharded(model):
+        raise SettingError(
+            "expected no checkpoint with a model sharded among processes, whose checkpoints would "
+            "be of different batches; learn on an unsharded copy, or without"
+        )
+    own = Checkpoints.of(checkpoint).of_process(company.folder)
+    return own if len(turns) == 1 else own.under(f"pass-{turns.index(turn) + 1}-of-{len(turns)}")
 
 
 def _passes(batches: Iterable[Any], passes: int) -> Iterable[Any]:
