@@ -14,7 +14,7 @@ from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_hf.fitting import FitOptions, learn
 from ipa_hf.freezing import hold
-from ipa_hf.layers import adapted_layers, kind, lora_config, takes_projection
+from ipa_hf.layers import adapted_layers, kind, lora_config, materialise, takes_projection
 from ipa_hf.placing import check_fresh, fitted, place
 from ipa_hf.record import AdapterRecord, attach
 from ipa_hf.scaling import Scaling, check_scaling
@@ -159,6 +159,8 @@ def initialize(
     """
     layers = adapted_layers(peft_model, adapter_name)
     check_scaling(scaling)
+    for name, layer in layers.items():
+        materialise(name, layer, adapter_name)
     check_fresh(lora_config(peft_model, adapter_name), layers, adapter_name)
     linear = {name: x for name, x in layers.items() if takes_projection(x, adapter_name)}
     refused = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
@@ -58,6 +59,42 @@ def matrices(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.T
     """Return the weights A of shape (rank, features) and B of shape (out features, rank)."""
     a, b = (part[adapter_name].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
     return a, b
+
+
+def materialise(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Give A and B memory where PEFT has left them without, as it does for offloaded layers.
+
+    The weights of such a layer are loaded when it runs, on the device where accelerate runs it;
+    A and B are small, and stay there. They begin as LoRA's own.
+
+    Raises
+    ------
+    SettingError
+        If the layer's weights were never loaded, or the adapter needs them in memory (DoRA).
+    """
+    if adapter_name not in layer.lora_B or not matrices(layer, adapter_name)[1].is_meta:
+        return
+    device = _execution_device(layer.get_base_layer())
+    if device is None:
+        raise SettingError(
+            f"layer {name!r}: expected a layer with weights, got one on the meta device that "
+            "accelerate does not offload; load the model's weights first"
+        )
+    if layer.use_dora[adapter_name]:
+        raise SettingError(
+            f"layer {name!r}: expected a layer in memory, as DoRA needs norms of its weights, got "
+            "an offloaded one; load it without offloading, or use no DoRA"
+        )
+    for part in (layer.lora_A, layer.lora_B):
+        part[adapter_name].to_empty(device=device)
+    layer.reset_lora_parameters(adapter_name, True)
+
+
+def _execution_device(layer: torch.nn.Module) -> Any:
+    """Return where accelerate runs an offloaded layer; None if it is none."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    return next((one.execution_device for one in hooks if getattr(one, "offload", False)), None)
 
 
 @contextmanager
