@@ -1,0 +1,36 @@
+"""A run that learns with checkpoints, slowly enough to be killed: FOLDER [--store]."""
+
+import sys
+import time
+from pathlib import Path
+
+from ipa_torch import Checkpoints, fit_projectors
+from tests.scale import runs
+
+COUNT = 40
+
+
+def main(folder, pause=0.01):
+    """Learn, and save the projectors when done."""
+
+    def forward(model, batch):
+        time.sleep(pause)
+        model(batch)
+
+    folder = Path(folder)
+    projectors = fit_projectors(
+        runs.model(),
+        runs.batches(COUNT),
+        4,
+        targets=lambda name, module: hasattr(module, "weight"),
+        max_patches=50,
+        tolerance=1e-6,
+        checkpoint=Checkpoints(folder / "checkpoints", batches=1),
+        forward=forward,
+        progress=False,
+    )
+    projectors.save(folder / "done.safetensors")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
