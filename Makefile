@@ -9,7 +9,7 @@ SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs test-search test-jax clean
+.PHONY: help demo test check bench docs test-search test-jax test-quantised clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -39,6 +39,9 @@ test-search: .venv/.installed-test  ## search longer, from a fresh seed, for cou
 test-jax: .venv/.installed-jax  ## the core tests with JAX among the array libraries
 	$(PYTEST) --hypothesis-profile=jax tests/core -k jax
 
+test-quantised: .venv/.installed-quantised  ## PEFT on bases in 4 and 8 bits
+	$(PYTEST) tests/hf/test_quantised.py
+
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -61,4 +64,8 @@ clean:  ## remove what the other targets made
 
 .venv/.installed-jax: .venv/.installed-test
 	$(INSTALL) --editable '.[jax]'
+	touch $@
+
+.venv/.installed-quantised: .venv/.installed-test
+	$(INSTALL) --group quantised
 	touch $@

@@ -42,11 +42,29 @@ def _without_cache(model: torch.nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
+@contextmanager
+def _as_stored(model: torch.nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from rounding 4-bit weights anew.
+
+    On CPUs with bfloat16 instructions its layers repack their weights in the first evaluation, with
+    scales of less precision, and keep them so.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    repacking = [module for module in model.modules() if getattr(module, flag, False)]
+    try:
+        for module in repacking:
+            setattr(module, flag, False)
+        yield
+    finally:
+        for module in repacking:
+            setattr(module, flag, True)
+
+
 def learn(
     peft_model: PeftModel, ranks: Mapping[str, int], batches: Iterable[Any], options: FitOptions
 ) -> Projectors:
     """Return projectors of the adapted layers with these names in the base model."""
-    with base_model_only(peft_model), _without_cache(peft_model):
+    with base_model_only(peft_model), _without_cache(peft_model), _as_stored(peft_model):
         return fit_projectors(
             peft_model.get_base_model(),
             batches,
