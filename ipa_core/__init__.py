@@ -26,10 +26,12 @@ from ipa_core.quality import effective_rank, excess_error, principal_angles, ran
 from ipa_core.randomized_svd import RandomizedSVD
 from ipa_core.ranks import allocate_ranks
 from ipa_core.storage import load, load_state, save, save_state
+from ipa_core.store import ActivationStore
 
 __version__ = _version("ipa-projectors")
 
 __all__ = [
+    "ActivationStore",
     "ArrayTypeError",
     "EmptyStreamError",
     "ExactCovariance",

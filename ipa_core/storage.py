@@ -62,7 +62,7 @@ def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLik
         for part in ("components", "mean", "energies"):
             tensors[f"{name}/{part}"] = getattr(projector, part)
     content = {"single": single, "projectors": entries}
-    _replace(Path(path), _pack(_PROJECTORS, content, tensors))
+    replace_file(Path(path), _pack(_PROJECTORS, content, tensors))
 
 
 def load(
@@ -96,7 +96,7 @@ def load(
 
 def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a learner's `state_dict` to a safetensors file, whole or not at all."""
-    _replace(Path(path), pack_state(state))
+    replace_file(Path(path), pack_state(state))
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
@@ -190,7 +190,7 @@ def _pack(kind: str, content: Mapping[str, Any], tensors: Mapping[str, Array]) -
     return data
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path`` in one step: a reader sees the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

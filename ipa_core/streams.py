@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,7 @@ from ipa_core._array import Array, is_array
 from ipa_core.errors import FileFormatError, MissingDependencyError, StreamError
 
 Batch: TypeAlias = "Array | tuple[Array, Array]"
-ActivationStream: TypeAlias = "Array | Iterable[Batch] | str | PathLike[str]"
+ActivationStream: TypeAlias = "Array | Iterable[Batch | str | PathLike[str]] | str | PathLike[str]"
 
 _ROWS_AT_A_TIME = 8192
 
@@ -27,9 +27,10 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     ----------
     stream : array, iterable or path
         An array of shape (..., features), memory-mapped or not, of the array API or with
-        ``__dlpack__``; an iterable (list, generator, ``DataLoader``) of such arrays or of pairs
-        (batch, weights); a ``.npy`` file, a ``.safetensors`` file (each tensor a batch), or a
-        folder of them, read in the order of their names, 8,192 rows at a time.
+        ``__dlpack__``; an iterable (list, generator, ``DataLoader``) of such arrays, of pairs
+        (batch, weights) or of paths; a ``.npy`` file, a ``.safetensors`` file (each tensor a
+        batch), a ``.zarr`` array, or a folder of them, read in the order of their names, at most
+        8,192 rows at a time.
 
     Raises
     ------
@@ -45,13 +46,15 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     [(2, 3), (1, 3)]
     """
     if isinstance(stream, (str, PathLike)):
-        for file in _files(Path(stream)):
-            yield from _read(file)
+        yield from _read_path(Path(stream))
     elif _is_arraylike(stream):
         yield from _cut(_as_array(stream))
     elif isinstance(stream, Iterable):
         for number, item in enumerate(stream):
-            yield _pair(item, number)
+            if isinstance(item, (str, PathLike)):
+                yield from _read_path(Path(item))
+            else:
+                yield _pair(item, number)
     else:
         raise StreamError(
             "expected an array, an iterable of batches or a path as activation stream, "
@@ -93,23 +96,40 @@ def _cut(array: Array) -> Iterator[tuple[Array, None]]:
         yield array[start : min(start + _ROWS_AT_A_TIME, array.shape[0]), ...], None
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
+def _read_path(path: Path) -> Iterator[tuple[Array, None]]:
+    for file in files_of(path):
+        yield from _read(file)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files of a folder in the order of their names; a file, or a Zarr array, is one.
+
+    Raises
+    ------
+    StreamError
+        If there are none, or the folder holds the activations of several layers.
+    """
+    if not path.is_dir() or path.suffix == ".zarr":
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".safetensors"))
+    if (path / "index.json").exists():
+        raise StreamError(
+            f"expected activations of one layer in the folder {path}, got a store of several; "
+            "read one of them with ipa_core.ActivationStore(folder)[name]"
+        )
+    found = sorted(file for file in path.iterdir() if file.suffix in _READERS)
     if not found:
-        raise StreamError(f"expected .npy or .safetensors files in the folder {path}, got none")
+        raise StreamError(
+            f"expected .npy, .safetensors or .zarr files in the folder {path}, got none"
+        )
     return found
 
 
 def _read(file: Path) -> Iterator[tuple[Array, None]]:
-    if file.suffix == ".npy":
-        yield from _read_npy(file)
-    elif file.suffix == ".safetensors":
-        yield from _read_safetensors(file)
+    if file.suffix in _READERS:
+        yield from _READERS[file.suffix](file)
     else:
         raise StreamError(
-            f"expected a .npy or .safetensors file or a folder of them, got {file}; "
+            f"expected a .npy, .safetensors or .zarr file or a folder of them, got {file}; "
             "save the activations with numpy.save or safetensors"
         )
 
@@ -147,3 +167,30 @@ def _framework(file: Path) -> str:
             "run pip install 'ipa-projectors[torch]'"
         )
     return "pt"
+
+
+def _read_zarr(file: Path) -> Iterator[tuple[Array, None]]:
+    """Read some 8,192 rows at a time, in whole chunks: each is decompressed once."""
+    if find_spec("zarr") is None:
+        raise MissingDependencyError(
+            f"{file}: expected zarr to be installed; run pip install 'ipa-projectors[dask]'"
+        )
+    import zarr
+
+    try:
+        array = zarr.open_array(file, mode="r")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such Zarr array") from error
+        raise FileFormatError(f"{file}: expected a Zarr array of numbers, got {error}") from error
+    chunk = int(array.chunks[0])
+    step = max(1, _ROWS_AT_A_TIME // chunk) * chunk
+    for start in range(0, array.shape[0], step):
+        yield np.asarray(array[start : start + step]), None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[Array, None]]]] = {
+    ".npy": _read_npy,
+    ".safetensors": _read_safetensors,
+    ".zarr": _read_zarr,
+}

@@ -29,6 +29,7 @@ from ipa_torch.projection import Projection, energy_scale
 from ipa_torch.projectors import Projectors
 from ipa_torch.saving import adapter_state_dict, load_adapter_state_dict
 from ipa_torch.sketch import GradientSketch
+from ipa_torch.storing import store_activations
 from ipa_torch.targets import select_layers
 from ipa_torch.weighting import attention_mask
 
@@ -54,5 +55,6 @@ __all__ = [
     "merge",
     "select_layers",
     "set_adapter",
+    "store_activations",
     "unmerge",
 ]

@@ -124,7 +124,7 @@ class Journal:
         if steps:
             index = _load(steps, self.listener, self.settings)
             self.seen = self._written = index["seen"]
-            self._digest = _skip(left, self.seen, index["digest"], steps[-1])
+            self._digest = skip(left, self.seen, index["digest"], steps[-1])
             torch.set_rng_state(index["random"])
         return left
 
@@ -232,7 +232,7 @@ def _standing(folder: Path, index: dict[str, Any], fresh: Mapping[str, Node]) ->
     )
 
 
-def _skip(batches: Iterator[Any], count: int, wanted: str, folder: Path) -> str:
+def skip(batches: Iterator[Any], count: int, wanted: str, folder: Path) -> str:
     """Go past the batches that were learned from, if they are the same; return their digest."""
     digest = ""
     for number in range(count):

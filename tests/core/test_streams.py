@@ -86,6 +86,32 @@ def test_safetensors_and_folders_of_shards(tmp_path):
     assert_fits(fit(tmp_path))
 
 
+def test_lists_of_paths(tmp_path):
+    np.save(tmp_path / "1.npy", X[:9000])
+    save_file({"x": X[9000:]}, tmp_path / "0.safetensors")
+    assert_fits(fit([tmp_path / "1.npy", str(tmp_path / "0.safetensors")]))
+    assert_fits(fit(path for path in tmp_path.iterdir()))
+
+
+def test_zarr(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    array = zarr.create_array(tmp_path / "x.zarr", shape=X.shape, chunks=(3000, 5), dtype="f4")
+    array[:] = X
+    assert_fits(fit(tmp_path / "x.zarr"))
+    assert_fits(fit(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        fit(tmp_path / "absent.zarr")
+    (tmp_path / "broken.zarr").mkdir()
+    with pytest.raises(FileFormatError, match=r"broken\.zarr"):
+        fit(tmp_path / "broken.zarr")
+
+
+def test_zarr_without_zarr(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"ipa-projectors\[dask\]"):
+        fit(tmp_path / "x.zarr")
+
+
 def test_bfloat16_shards(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file as save_torch
@@ -138,7 +164,7 @@ def test_files_that_are_no_activations(tmp_path):
     with pytest.raises(StreamError, match="in the folder"):
         fit(tmp_path)
     (tmp_path / "x.txt").write_text("1 2 3")
-    with pytest.raises(StreamError, match=r"\.npy or \.safetensors file"):
+    with pytest.raises(StreamError, match=r"\.npy, \.safetensors or \.zarr file"):
         fit(tmp_path / "x.txt")
     (tmp_path / "x.npy").write_bytes(b"nothing")
     with pytest.raises(FileFormatError, match=r"x\.npy"):
