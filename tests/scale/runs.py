@@ -52,13 +52,18 @@ def same(one, other):
     )
 
 
+def environment():
+    """Return the environment of child processes: they import what is tested, with one thread."""
+    paths = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
 def start(module, *arguments):
     """Start ``python -m tests.scale.<module>`` in a group of its own."""
-    paths = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, "-m", f"tests.scale.{module}", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,0 +1,176 @@
+"""What each of several processes does: FOLDER. Its outcomes are saved for the test to compare."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ipa_core import ExactCovariance
+from ipa_torch import Checkpoints, OnlineLearning, attach, fit_projectors
+from tests.scale import runs
+
+BATCHES = 7
+
+
+def share(rank, size, count=BATCHES):
+    """Return a process's batches: the first one has none, the others unequal numbers of them."""
+    if size == 1:
+        return runs.batches(count)
+    return runs.batches(count)[rank - 1 :: size - 1] if rank else []
+
+
+def learn(batches, model=None, **options):
+    """Learn about all layers with weights."""
+    options.setdefault("targets", lambda name, module: hasattr(module, "weight"))
+    options.setdefault("learner", ExactCovariance)
+    return fit_projectors(
+        runs.model() if model is None else model, batches, 3, progress=False, **options
+    )
+
+
+def outcome(work):
+    """Return the projectors' tensors, or the error in words."""
+    try:
+        found = work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    tensors = {
+        name: (p.components, p.energies, p.total_energy, p.samples) for name, p in found.items()
+    }
+    return {
+        "learned": tensors,
+        "shared": found.shared,
+        "missing": dict(found.missing),
+        "stopped": dict(found.stopped),
+    }
+
+
+class Parting(nn.Module):
+    """Query and value share their input, unless a pixel is above 100."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.value, self.never = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        other = x.clone() if x.max() > 100 else x
+        return self.query(x) + self.value(other)
+
+
+def rows(rank, features=6):
+    return torch.randn(50, features, generator=torch.Generator().manual_seed(rank))
+
+
+def failing(rank, at):
+    """Return a forward that fails in one process."""
+
+    def forward(model, batch):
+        if rank == at:
+            raise ValueError("no such token")
+        model(batch)
+
+    return forward
+
+
+def parted(rank):
+    batch = rows(rank)
+    if rank == 1:
+        batch[0, 0] = 101.0
+    torch.manual_seed(0)
+    return learn([batch], Parting(), on_missing="ignore")
+
+
+def resumed(rank, size, folder):
+    """Fail in the last process at its second batch, then go on."""
+    passed = 0
+
+    def forward(model, batch):
+        nonlocal passed
+        passed += 1
+        if rank == size - 1 and passed == 2:
+            raise ValueError("killed")
+        model(batch)
+
+    where = Checkpoints(folder / "checkpoints", batches=1)
+    first = outcome(lambda: learn(share(rank, size), checkpoint=where, forward=forward))
+    passed = 10
+    again = outcome(lambda: learn(share(rank, size), checkpoint=where, forward=forward))
+    return first, again, passed - 10
+
+
+def online(rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4))
+    attach(model, fit_projectors(model, [rows(99)], 2, process_group=None, progress=False))
+    parallel = DistributedDataParallel(model)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    seen = []
+    with OnlineLearning(parallel, learner=ExactCovariance) as learning:
+        for step in range(3):
+            parallel(rows(10 * step + rank)).square().mean().backward()
+            optimiser.step()
+            learning.step(optimiser)
+            seen.append(model[0].projection("default").weight.detach().clone())
+    return seen
+
+
+def sharded(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    mesh = init_device_mesh("cpu", (size,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    batches = [rows(10 * rank + n) for n in range(2 + rank)]
+    return outcome(lambda: learn(batches, model, targets="all-linear"))
+
+
+class Counted(nn.Module):
+    """DDP sends its buffer round in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def main(folder):
+    """Do all there is to do, and save it."""
+    distributed.init_process_group("gloo")
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    own = share(rank, size)
+    done = {
+        "exact": outcome(lambda: learn(own)),
+        "default": outcome(
+            lambda: fit_projectors(
+                runs.model(), own, 3, targets=["query", "value", "out"], progress=False
+            )
+        ),
+        "parted": outcome(lambda: parted(rank)),
+        "failed": outcome(lambda: learn(own, forward=failing(rank, size - 1))),
+        "unequal": outcome(lambda: learn([rows(0, 6 + rank)], nn.Sequential(nn.LazyLinear(4)))),
+        "targets": outcome(lambda: learn(own, targets=["query"] if rank else ["value"])),
+        "empty": outcome(lambda: learn([])),
+        "resumed": resumed(rank, size, folder),
+        "online": online(rank),
+        "sharded": sharded(rank, size),
+        "alone": outcome(lambda: learn(runs.batches(2 + rank), process_group=None)),
+        "wrapped": outcome(lambda: learn([rows(rank)] * rank, DistributedDataParallel(Counted()))),
+    }
+    pair = distributed.new_group([size - 2, size - 1])
+    if rank >= size - 2:
+        done["pair"] = outcome(lambda: learn(own, process_group=pair))
+    done["after"] = outcome(lambda: learn(own))
+    torch.save(done, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,174 @@
+"""Several processes, started as users start them: what one has learned, all have."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ipa_core import Projector, RandomizedSVD
+from ipa_torch import Projectors, fit_projectors
+from tests.scale import company_run, runs
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def launch(*command):
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def outcomes(request, tmp_path_factory):
+    """The outcomes of 2 and of 4 processes under torchrun."""
+    folder = tmp_path_factory.mktemp("company")
+    launch(*TORCHRUN, request.param, "-m", "tests.scale.company_run", folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+def projector(entry):
+    components, energies, total, samples = entry
+    return Projector(components, torch.zeros(components.shape[1]), energies, total, samples)
+
+
+def excess(one, rows):
+    """Return the excess of the reconstruction error of the rows."""
+    rows = rows.double()
+    p = one.components.double()
+    left = rows.square().sum() - (rows @ p.T).square().sum()
+    best = torch.linalg.svdvals(rows)[len(p) :].square().sum()
+    return float(left / best - 1)
+
+
+def captured(batches):
+    """Return the rows that the linear layers see."""
+    model, seen = runs.model(), {}
+    for name in ("query", "value", "out"):
+        getattr(model, name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach())
+        )
+    for batch in batches:
+        model(batch)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def equal(outcomes, key):
+    """Return the one outcome that all processes have, to the bit."""
+    first, *others = (outcome[key] for outcome in outcomes)
+    for other in others:
+        assert other["learned"].keys() == first["learned"].keys()
+        for name, entry in first["learned"].items():
+            assert torch.equal(other["learned"][name][0], entry[0]), name
+            assert torch.equal(other["learned"][name][1], entry[1]), name
+            assert other["learned"][name][2:] == entry[2:], name
+        assert {k: v for k, v in other.items() if k != "learned"} == {
+            k: v for k, v in first.items() if k != "learned"
+        }
+    return first
+
+
+def test_unequal_shares_and_none_give_the_result_of_one_process(outcomes):
+    found = equal(outcomes, "exact")
+    whole = company_run.learn(runs.batches(company_run.BATCHES))
+    assert [list(names) for names in found["shared"]] == [list(n) for n in whole.shared]
+    for name, entry in found["learned"].items():
+        assert entry[3] == whole[name].samples
+    for name, rows in captured(runs.batches(company_run.BATCHES)).items():
+        assert excess(projector(found["learned"][name]), rows) < 1e-5
+    assert set(found["stopped"].values()) == {"the batches ended"}
+
+
+def test_default_learner_keeps_its_bound(outcomes):
+    found = equal(outcomes, "default")
+    for name, rows in captured(runs.batches(company_run.BATCHES)).items():
+        assert excess(projector(found["learned"][name]), rows) < RandomizedSVD.guarantee.excess
+
+
+def test_layers_parted_in_one_process_are_parted_in_all(outcomes):
+    found = equal(outcomes, "parted")
+    assert found["shared"] == [("query",), ("value",)]
+    assert found["missing"] == {"never": "its forward never ran"}
+    assert found["learned"]["query"][3] == 50 * len(outcomes)
+
+
+def test_failure_of_one_is_told_to_the_others(outcomes):
+    *others, last = (outcome["failed"] for outcome in outcomes)
+    assert last == "ValueError: no such token"
+    told = f"PeerError: process {len(others)} failed with ValueError: no such token"
+    assert others == [told] * len(others)
+
+
+def test_what_cannot_be_merged_is_an_error_everywhere(outcomes):
+    messages = {outcome["unequal"] for outcome in outcomes}
+    assert len(messages) == 1 and "PeerError: layer '0'" in (message := messages.pop())
+    assert "features" in message
+    assert all("expected the same targets" in outcome["targets"] for outcome in outcomes)
+    assert all(outcome["empty"].startswith("EmptyStreamError") for outcome in outcomes)
+
+
+def test_each_process_resumes_from_its_own_checkpoint(outcomes):
+    size = len(outcomes)
+    assert all(outcome["resumed"][0].split(":")[0] == "PeerError" for outcome in outcomes[:-1])
+    whole = equal(outcomes, "exact")
+    for rank, outcome in enumerate(outcomes):
+        _, again, passed = outcome["resumed"]
+        for name, entry in again["learned"].items():
+            # The convolution draws other patches after a failure in its own process only.
+            assert torch.equal(entry[0], whole["learned"][name][0]), name
+        assert passed == (len(company_run.share(rank, size)) - 1 if rank == size - 1 else 0)
+
+
+def test_online_modes_stay_in_step(outcomes):
+    first, *others = (outcome["online"] for outcome in outcomes)
+    for other in others:
+        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+    rows = [company_run.rows(10 * s + r) for s in range(3) for r in range(len(outcomes))]
+    everything = projector((first[-1], None, 0.0, 0))
+    assert excess(everything, torch.cat(rows)) < 1e-4
+
+
+def test_sharded_model_ends_with_the_first_that_ends(outcomes):
+    found = equal(outcomes, "sharded")
+    assert found["learned"]["0"][3] == 2 * 50 * len(outcomes)
+    rows = [company_run.rows(10 * rank + n) for rank in range(len(outcomes)) for n in range(2)]
+    assert excess(projector(found["learned"]["0"]), torch.cat(rows)) < 1e-4
+
+
+def test_wrapped_model_with_buffers_and_unequal_batches(outcomes):
+    found = equal(outcomes, "wrapped")
+    assert found["learned"]["fc"][3] == 50 * sum(range(len(outcomes)))
+
+
+def test_groups_and_processes_alone(outcomes):
+    for rank, outcome in enumerate(outcomes):
+        assert outcome["alone"]["learned"]["out"][3] == 24 * (2 + rank)
+    found = equal(outcomes[-2:], "pair")
+    size = len(outcomes)
+    count = sum(len(company_run.share(rank, size)) for rank in (size - 2, size - 1))
+    assert found["learned"]["out"][3] == 24 * count
+    # After all these failures the processes still understand each other.
+    after, before = equal(outcomes, "after"), equal(outcomes, "exact")
+    assert torch.equal(after["learned"]["out"][0], before["learned"]["out"][0])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_accelerate(tmp_path, size):
+    launch("tests.scale.accelerate_run", tmp_path, size)
+    first, *others = (
+        Projectors.load(tmp_path / f"{rank}-of-{size}.safetensors") for rank in range(size)
+    )
+    assert all(runs.same(first, other) for other in others)
+    whole = fit_projectors(
+        runs.model(), runs.batches(8), 3, targets=["query", "value", "out"], progress=False
+    )
+    assert first.shared == whole.shared
+    for name, rows in captured(runs.batches(8)).items():
+        assert first[name].samples == whole[name].samples
+        assert excess(first[name], rows) < RandomizedSVD.guarantee.excess
