@@ -306,7 +306,10 @@ def report(projectors: Projectors, on_missing: OnMissing) -> None:
     missing = projectors.missing
     if not missing or (on_missing == "ignore" and len(projectors)):
         return
-    listed = "; ".join(f"{name!r}: {reason}" for name, reason in missing.items())
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        by_reason.setdefault(reason, []).append(name)
+    listed = "; ".join(f"{_some(names)}: {reason}" for reason, names in by_reason.items())
     message = (
         f"expected a projector for every layer, got none for {len(missing)} ({listed}); "
         "leave them out of the targets, or feed batches that reach them"
@@ -314,3 +317,9 @@ def report(projectors: Projectors, on_missing: OnMissing) -> None:
     if on_missing == "raise" or not len(projectors):
         raise LayerError(message)
     warnings.warn(message, stacklevel=3)
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first of many names: a model may lack dozens for one reason."""
+    shown = ", ".join(map(repr, names[:limit]))
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
