@@ -96,6 +96,13 @@ def wide_sum(xp: Namespace, array: Array) -> float:
     return float(xp.sum(array, dtype=wide_dtype(xp, device(array))))
 
 
+def group_sums(array: Array, ends: list[int]) -> list[list[float]]:
+    """Return for each group of columns of a (m, n) array its m sums, in float64 on the host."""
+    host = np.asarray(to_numpy(array), dtype=np.float64)
+    sums: list[list[float]] = np.add.reduceat(host, [0, *ends[:-1]], axis=1).T.tolist()
+    return sums
+
+
 def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
     return xp.astype(array, dtype, copy=False)
 

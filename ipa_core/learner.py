@@ -77,6 +77,8 @@ class Learner(ABC):
     guarantee: ClassVar[Guarantee]
     #: Number of passes over the stream that the learner asks for.
     passes: int = 1
+    #: Whether `_absorb_rows` takes any number of whole blocks at once.
+    _takes_runs: ClassVar[bool] = False
 
     _settings: ClassVar[tuple[str, ...]] = ("rank", "center", "seed")
     _numbers: ClassVar[tuple[str, ...]] = ("samples", "_weight", "_energy")
@@ -104,7 +106,7 @@ class Learner(ABC):
 
     @abstractmethod
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        """Fold a block of rows into the summary, by rebinding attributes."""
+        """Fold a block of rows, or a run of them, into the summary, by rebinding attributes."""
 
     def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
         """Fold in the one row that stands for the distance of two means."""
@@ -310,17 +312,19 @@ class Learner(ABC):
         self.samples += rows.count
         if rows.count == 0:
             return
-        xp, size = self._xp, self._block_rows
+        xp, size, start = self._xp, self._block_rows, 0
         waiting = sum(part.count for part in self._pending)
-        start = min(size - waiting, rows.count) if waiting else 0
-        if start:
-            self._pending += (rows.cut(0, start).own(xp),)
-            if waiting + start == size:
-                block, self._pending = join(xp, self._pending), ()
-                self._absorb_block(xp, block)
-        while rows.count - start >= size:
-            self._absorb_block(xp, rows.cut(start, start + size))
-            start += size
+        if waiting and waiting + rows.count >= size:
+            start = size - waiting
+            block, self._pending = join(xp, (*self._pending, rows.cut(0, start))), ()
+            self._absorb_block(xp, block)
+        if not self._pending:
+            whole = (rows.count - start) // size * size
+            # Centred, each block is taken about its own mean: the blocks must not depend on cuts.
+            step = max(whole, size) if self._takes_runs and not self.center else size
+            for begin in range(start, start + whole, step):
+                self._absorb_block(xp, rows.cut(begin, begin + step))
+            start += whole
         if start < rows.count:
             self._pending += (rows.cut(start, rows.count).own(xp),)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Self
 
 from ipa_core import _array
@@ -20,6 +21,10 @@ from ipa_core.learner import Guarantee, Learner
 # then sees several bases, and on a long one their cost is forgotten.
 _FIRST_SEGMENT = 16
 _LONGEST_SEGMENT = 400
+# Rows that a basis is chosen on, or looked at for novelty, at a time; and rows at the start of a
+# stream that are decomposed exactly.
+_BLOCK = 128
+_EXACT = 256
 # A block that misses this many times the usual share of its energy holds something new.
 _NOVEL = 2.0
 
@@ -36,8 +41,8 @@ class RandomizedSVD(Learner):
     :math:`C \approx Y (O^\top Y)^{-1} Y^\top`, and folded into a factor F of 2k rows. The next
     basis holds the leading rows of F and k/4 probes: randomly signed sums of the rows about to
     come, power-iterated once on them, which look for what F does not know. Segments double in
-    length from 16 k to 400 k rows. A block whose energy the basis misses twice as much as usual
-    ends the segment and is decomposed exactly, as the very first block is.
+    length from 16 k to 400 k rows. A block of 128 rows whose energy the basis misses twice as much
+    as usual ends the segment and is decomposed exactly, as the first 256 rows of all are.
 
     Guarantee: bounded. Time two products, O(4 k d) for a row, and about 3 % on a long stream;
     memory O(4 k d). With k >= features it is exact.
@@ -69,12 +74,14 @@ class RandomizedSVD(Learner):
     """
 
     guarantee = Guarantee("bounded", 0.05)
+    _takes_runs = True
     _settings: ClassVar[tuple[str, ...]] = (*Learner._settings, "oversample")
     _numbers: ClassVar[tuple[str, ...]] = (
         *Learner._numbers,
         "_segments",
         "_segment_rows",
         "_unit",
+        "_decomposed",
         "_missed",
         "_watched",
     )
@@ -91,6 +98,7 @@ class RandomizedSVD(Learner):
         self._basis: Array = None  # O / unit, open segment
         self._image: Array = None  # Y^T / unit, open segment
         self._unit = 1.0
+        self._decomposed = 0
         self._segments = 0
         self._segment_rows = 0
         self._missed = 0.0
@@ -102,28 +110,50 @@ class RandomizedSVD(Learner):
 
     @property
     def _block_rows(self) -> int:
-        return max(512, 2 * self._width)
+        return max(_BLOCK, 2 * self._width)
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        if self._factor is None:
-            return self._stack(xp, rows.scaled(xp))
-        watch = self._basis is not None
-        if not watch:
-            # The basis was chosen on this block, which therefore says nothing about novelty.
-            self._open(xp, rows)
-        seen = rows.x @ self._basis
-        if watch and self._is_novel(xp, rows, seen):
+        while rows.count:
+            rows = rows.cut(self._absorb_some(xp, rows), rows.count)
+
+    def _absorb_some(self, xp: Namespace, rows: Rows) -> int:
+        """Absorb the first block exactly, or familiar ones in a segment; return how many rows."""
+        if self._decomposed < _EXACT:
+            return self._decompose(xp, rows)
+        opening = self._basis is None
+        if opening:
+            self._open(xp, rows.cut(0, self._ends(rows)[0]))
+        space = self._segment_limit() - self._segment_rows
+        ends = self._ends(rows)[: math.ceil(space / self._block_rows)]
+        seen = rows.x[: ends[-1], :] @ self._basis
+        known = self._familiar(xp, rows.cut(0, ends[-1]), seen, ends, opening)
+        if not known:
             self._close(xp)
-            return self._stack(xp, rows.scaled(xp))
-        self._image = self._image + rows.weigh(seen).T @ rows.x
-        self._segment_rows += rows.count
+            return self._decompose(xp, rows)
+        rows = rows.cut(0, known)
+        self._image = self._image + rows.weigh(seen[:known, :]).T @ rows.x
+        self._segment_rows += known
         if self._segment_rows >= self._segment_limit():
             self._close(xp)
+        return known
+
+    def _ends(self, rows: Rows) -> list[int]:
+        """Return where the blocks of a run end; the last one takes what exceeds whole blocks."""
+        size = self._block_rows
+        return [*range(size, rows.count - size + 1, size), rows.count]
+
+    def _decompose(self, xp: Namespace, rows: Rows) -> int:
+        """Fold the first block into the factor as it is."""
+        end = self._ends(rows)[0]
+        self._stack(xp, rows.cut(0, end).scaled(xp))
+        self._decomposed += end
+        return end
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         self._close(xp)
         other._close(xp)
         self._stack(xp, other._factor)
+        self._decomposed += other._decomposed
         self._missed += other._missed
         self._watched += other._watched
 
@@ -138,18 +168,25 @@ class RandomizedSVD(Learner):
         doublings = min(self._segments, 16)
         return self._width * min(_FIRST_SEGMENT << doublings, _LONGEST_SEGMENT)
 
-    def _is_novel(self, xp: Namespace, rows: Rows, seen: Array) -> bool:
-        """Compare the energy that the basis misses with what it missed so far."""
-        energy = rows.energy(xp)
-        kept = _array.wide_sum(xp, rows.weigh(_array.row_squares(xp, seen))) * self._unit**2
-        missed = max(0.0, energy - kept)
+    def _familiar(
+        self, xp: Namespace, rows: Rows, seen: Array, ends: list[int], opening: bool
+    ) -> int:
+        """Return where the leading blocks end of which the basis misses no more than usual."""
+        kept = _array.row_squares(xp, seen) * self._unit**2
+        both = xp.stack([rows.weigh(rows.squares), rows.weigh(kept)])
         rounding = 100 * float(xp.finfo(rows.x.dtype).eps)
-        usual = self._missed / self._watched if self._watched else 1.0
-        if missed > (_NOVEL * usual + rounding) * energy:
-            return True
-        self._missed += missed
-        self._watched += energy
-        return False
+        begin = 0
+        for end, (energy, caught) in zip(ends, _array.group_sums(both, ends), strict=True):
+            # The basis was chosen on its first block, which therefore says nothing about novelty.
+            if begin or not opening:
+                missed = max(0.0, energy - caught)
+                usual = self._missed / self._watched if self._watched else 1.0
+                if missed > (_NOVEL * usual + rounding) * energy:
+                    return begin
+                self._missed += missed
+                self._watched += energy
+            begin = end
+        return begin
 
     def _open(self, xp: Namespace, rows: Rows) -> None:
         """Choose the basis: the leading rows of F, and probes of the block about to come."""
