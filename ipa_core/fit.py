@@ -25,9 +25,10 @@ def fit_projector(
     Parameters
     ----------
     activation_stream : array, iterable of batches, or path
-        An array (..., features); an iterable of batches or of pairs (batch, weights), for example
-        a list, a generator or a torch ``DataLoader``; a ``.npy`` or ``.safetensors`` file or a
-        folder of them. See `ipa_core.streams`.
+        An array (..., features), a Dask array too; an iterable of batches, of pairs (batch,
+        weights) or of paths, for example a list, a generator or a torch ``DataLoader``; a ``.npy``,
+        ``.safetensors`` or ``.zarr`` file or a folder of them. See `ipa_core.streams`. A Dask array
+        is learned on its cluster, as are shards with `ipa_core.on_dask.fit_projector`.
     rank : int
         Number of directions, between 1 and the number of features.
     learner : callable, default `RandomizedSVD`
@@ -61,6 +62,11 @@ def fit_projector(
     >>> fit_projector(stream, rank=8)
     Projector(rank=8, features=100, captured=0.932, samples=1280, numpy float64 on cpu)
     """
+    if hasattr(activation_stream, "__dask_graph__"):
+        # Dask is imported only where the caller has done so.
+        from ipa_core import on_dask
+
+        return on_dask.fit_projector(activation_stream, rank, learner=learner)
     pupil = learner(rank)
     if pupil.passes > 1 and is_one_shot(activation_stream):
         raise StreamError(

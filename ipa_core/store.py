@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -234,6 +235,15 @@ class StoredLayer:
     def samples(self) -> int:
         """Number of its rows."""
         return sum(shard.rows for shard in self.shards)
+
+    def parts(self) -> list[StoredLayer]:
+        """Return one stream for each shard, light enough to be sent to where it is read."""
+        parts = []
+        for shard in self.shards:
+            own = copy.copy(self.store)
+            own.index = replace(own.index, layers={self.name: (shard,)}, writer={})
+            parts.append(StoredLayer(own, self.name, (shard,)))
+        return parts
 
     def __iter__(self) -> Iterator[tuple[Array, Array] | Array]:
         for shard in self.shards:
