@@ -1,4 +1,4 @@
-"""Learners against each other, against their floor and against scikit-learn.
+"""Learners against each other and against their floor.
 
 python -m benchmarks.learners [--quick]
 
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from sklearn.decomposition import IncrementalPCA as SklearnIncrementalPCA
 from threadpoolctl import threadpool_limits
 
 from benchmarks import record
@@ -147,27 +146,6 @@ def long_stream(features: int, rows: int, total: int, repeats: int) -> dict[str,
     return {name: statistics.median(values) for name, values in ratios.items()}
 
 
-def against_scikit_learn(features: int, rows: int, rank: int, repeats: int) -> dict[str, float]:
-    """Return how many times faster than scikit-learn's second partial_fit a batch is learned."""
-    pool = decaying(features, rows, 4)
-    ratios: dict[str, list[float]] = {"RandomizedSVD": [], "IncrementalPCA": []}
-    warm = {name: LEARNERS[name](rank) for name in ratios}
-    for learner in warm.values():
-        learn(learner, pool, 4)
-    for _ in range(repeats):
-        peer = SklearnIncrementalPCA(rank).partial_fit(pool[0])
-        theirs = seconds(partial(peer.partial_fit, pool[1]))
-        for name, learner in warm.items():
-            ours = seconds(partial(learn, learner, pool, 12)) / 12
-            ratios[name].append(theirs / ours)
-        print(
-            f"scikit-learn {theirs:.1f} s a batch; "
-            + ", ".join(f"{name} {values[-1]:.0f} times faster" for name, values in ratios.items()),
-            flush=True,
-        )
-    return {name: statistics.median(values) for name, values in ratios.items()}
-
-
 def main() -> None:
     """Run all parts and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -188,11 +166,8 @@ def main() -> None:
             "long_stream": long_stream(
                 *((1024, 1024, 65_536, 1) if args.quick else (4096, 2048, 262_144, 3))
             ),
-            "times_faster_than_scikit_learn": against_scikit_learn(
-                *((1024, 1024, 16, 1) if args.quick else (4096, 2048, 32, 3))
-            ),
         }
-    packages = ["ipa-projectors", "numpy", "scikit-learn"]
+    packages = ["ipa-projectors", "numpy"]
     path = record.write("learners", args.quick, packages, results)
     path.with_suffix(".md").write_text(tables(results))
 

@@ -1,0 +1,131 @@
+"""What a batch costs the default learner and its peers, and how well each learns.
+
+    python -m benchmarks.peers [--quick]
+
+2,048 rows of 4,096 features, energies like 1 / k, rank 32, float32, one thread. Peers are timed on
+their second batch, which they merge with the first; ours on the mean of twelve later ones and the
+projector at their end. Errors are over four batches, as excess over the float64 optimum about the
+origin (the data's mean is zero).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from peft.utils.incremental_pca import IncrementalPCA as PeftIncrementalPCA
+from sklearn.decomposition import IncrementalPCA as SklearnIncrementalPCA
+from threadpoolctl import threadpool_limits
+
+from benchmarks import record
+from benchmarks.learners import decaying
+from ipa_core import ExactCovariance, IncrementalPCA, Projector, RandomizedSVD
+
+OWN = {"RandomizedSVD": RandomizedSVD, "IncrementalPCA": IncrementalPCA}
+PACKAGES = ["ipa-projectors", "numpy", "peft", "scikit-learn", "torch"]
+
+
+def others(rank: int, pool: list[np.ndarray]) -> dict[str, tuple[Any, list[Any]]]:
+    """Return the peers, ready to learn, and the batches as they want them."""
+    tensors = [torch.from_numpy(batch) for batch in pool]
+    quick = PeftIncrementalPCA(rank, lowrank=True, lowrank_seed=0)
+    return {
+        "scikit-learn IncrementalPCA": (SklearnIncrementalPCA(rank), pool),
+        "PEFT IncrementalPCA": (PeftIncrementalPCA(rank), tensors),
+        "PEFT IncrementalPCA, lowrank": (quick, tensors),
+    }
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def own_seconds(make: type[RandomizedSVD] | type[IncrementalPCA], rank: int, pool: Any) -> float:
+    learner = make(rank)
+    for batch in pool:
+        learner.update(batch)
+
+    def go() -> None:
+        for batch in 3 * pool:
+            learner.update(batch)
+        learner.finalize()
+
+    return seconds(go) / (3 * len(pool))
+
+
+def compare(features: int, rows: int, rank: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Return the time ratios to the default learner and the excess errors."""
+    pool = decaying(features, rows, 4)
+    times: dict[str, list[float]] = {}
+    learned: dict[str, Any] = {}
+    for _ in range(repeats):
+        for name, make in OWN.items():
+            times.setdefault(name, []).append(own_seconds(make, rank, pool))
+        for name, (peer, batches) in others(rank, pool).items():
+            peer.partial_fit(batches[0])
+            second = seconds(lambda peer=peer, batch=batches[1]: peer.partial_fit(batch))
+            times.setdefault(name, []).append(second)
+            learned[name] = peer, batches[2:]
+        x = torch.from_numpy(pool[0])
+        name = "torch.pca_lowrank, one batch alone"
+        alone = seconds(lambda x=x: torch.pca_lowrank(x, q=2 * rank, center=False))
+        times.setdefault(name, []).append(alone)
+        print({name: f"{values[-1]:.2f} s" for name, values in times.items()}, flush=True)
+    errors = excess_errors(pool, rank, learned)
+    own = times["RandomizedSVD"]
+    return {
+        name: {
+            "seconds_median": statistics.median(values),
+            "time_ratio": statistics.median(t / o for t, o in zip(values, own, strict=True)),
+            "excess": errors[name] if name in errors else None,
+        }
+        for name, values in times.items()
+    }
+
+
+def excess_errors(pool: list[np.ndarray], rank: int, learned: dict[str, Any]) -> dict[str, float]:
+    oracle = ExactCovariance(rank)
+    for batch in pool:
+        oracle.update(batch.astype(np.float64))
+    best = oracle.residual(oracle.finalize())
+    rows = {}
+    for name, make in OWN.items():
+        learner = make(rank)
+        for batch in pool:
+            learner.update(batch)
+        rows[name] = np.asarray(learner.finalize().components)
+    for name, (peer, rest) in learned.items():
+        for batch in rest:
+            peer.partial_fit(batch)
+        rows[name] = np.asarray(peer.components_)
+    zeros = np.zeros(pool[0].shape[1])
+    errors = {}
+    for name, components in rows.items():
+        basis = np.linalg.qr(components.astype(np.float64).T)[0].T
+        projector = Projector(basis, zeros, np.zeros(rank), 1.0, 1)
+        errors[name] = oracle.residual(projector) / best - 1
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller, once")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        figures = compare(*((1024, 1024, 16, 1) if quick else (4096, 2048, 32, 3)))
+    rows = [
+        [name, f"{f['time_ratio']:.1f}", "-" if f["excess"] is None else f"{f['excess']:.0e}"]
+        for name, f in figures.items()
+    ]
+    print(record.table(["learner", "time, ours = 1", "excess error"], rows))
+    record.write("peers", quick, PACKAGES, {"threads": 1, "peers": figures})
+
+
+if __name__ == "__main__":
+    main()
