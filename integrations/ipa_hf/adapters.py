@@ -167,6 +167,11 @@ def initialize(
         name: f"{kind(x)} take no projection" for name, x in layers.items() if name not in linear
     }
     _report(refused, on_missing)  # before learning, which takes long
+    if not linear:
+        raise LayerError(
+            f"expected an adapter {adapter_name!r} with a linear layer, got none; nothing is to be "
+            "learned, use it as LoRA begins it"
+        )
     if isinstance(data, Mapping):
         if options:
             raise SettingError(f"expected no {sorted(options)} beside projectors that are learned")
