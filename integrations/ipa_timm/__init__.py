@@ -1,1 +1,30 @@
-"""What is particular to timm models."""
+"""Learned projections in timm's vision models, transformers and convnets alike."""
+
+from ipa_core.errors import MissingDependencyError
+
+try:
+    import timm  # noqa: F401
+    import torch  # noqa: F401
+    import tqdm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise MissingDependencyError(
+        f"ipa_timm needs {error.name}; install it with: pip install 'ipa-projectors[timm]'"
+    ) from error
+
+from ipa_timm.adapting import adapt, attach, detach, merge
+from ipa_timm.fitting import fit_projectors
+from ipa_timm.images import prepare
+from ipa_timm.storage import load, save
+from ipa_timm.targets import default_targets
+
+__all__ = [
+    "adapt",
+    "attach",
+    "default_targets",
+    "detach",
+    "fit_projectors",
+    "load",
+    "merge",
+    "prepare",
+    "save",
+]
