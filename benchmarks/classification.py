@@ -19,6 +19,9 @@ from benchmarks.evidence.texts import SOURCES, TextTask
 
 RESULTS = FOLDER / "classification.jsonl"
 
+#: Reviews are twice as long as headlines.
+SETTINGS = {"headlines": Settings(), "reviews": Settings(batch_size=16, learn_from=160)}
+
 MAIN = [
     "LoRA",
     "LoRA, half rank",
@@ -49,7 +52,9 @@ def main() -> int:
         print(error)
         return 1
     cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.classification", *sys.argv[1:]]))
-    Study(arguments.study, task, Settings(), cells).run(arguments.methods, range(arguments.seeds))
+    Study(arguments.study, task, SETTINGS[task.name], cells).run(
+        arguments.methods, range(arguments.seeds)
+    )
     return 0
 
 

@@ -79,6 +79,7 @@ def cut(model: nn.Module, block: int, batch: Batch) -> nn.Module:
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, blocks[block:])
     model.config.num_hidden_layers -= block  # read at run time by decoders
+    model.config.use_cache = False  # a cache would number blocks as before
     if isinstance(getattr(model, "embeddings", None), nn.Module):
         model.embeddings = _Passing()  # of an encoder: these would add positions once more
     inputs = {"inputs_embeds": hidden, "attention_mask": batch["attention_mask"]}

@@ -44,7 +44,7 @@ class Study:
         """
         tried: dict[int, Cell] = {}
         # A frozen A wants more than one that is trained along.
-        first = RATES.index(3e-3 if METHODS[name].trainable else 1e-2)
+        first = RATES.index(1e-2 if METHODS[name].trainable else 3e-2)
         wanted = [first, first - 1, first + 1]
         while wanted:
             for index in wanted:

@@ -21,7 +21,9 @@ class Cost:
     mebibytes: float
 
 
-def train(model: nn.Module, task: Task, settings: Settings, rate: float, seed: int, spent: float):
+def train(
+    model: nn.Module, task: Task, settings: Settings, rate: float, seed: int, spent: float
+) -> Cost:
     """Train the adapters, and the head, for the steps that are left; return the cost.
 
     Parameters
@@ -40,7 +42,11 @@ def train(model: nn.Module, task: Task, settings: Settings, rate: float, seed: i
     model.eval()
     adapters = [p for p in model.body.parameters() if p.requires_grad]
     groups = [{"params": adapters, "lr": rate}]
-    head = [p for name, p in model.named_parameters() if not name.startswith("body.")]
+    head = [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.startswith("body.")
+    ]
     if head:
         groups.append({"params": head, "lr": settings.head_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)

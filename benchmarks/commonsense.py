@@ -1,0 +1,84 @@
+"""Questions of common sense by a causal language model: python -m benchmarks.commonsense main.
+
+By default SmolLM2-135M and sets from packages, its upper blocks adapted. With --data, a folder with the paper's files (commonsense_170k.json and SET/test.json), --model, any
+causal model of transformers, --adapted 0 for all blocks, --loss-on-prompt and the paper's settings,
+it is the protocol of the paper.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.assets import AssetError
+from benchmarks.classification import quieten
+from benchmarks.evidence.cells import FOLDER, Cells
+from benchmarks.evidence.language import LanguageTask
+from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.questions import from_instructions, packaged
+from benchmarks.evidence.study import Study
+from benchmarks.evidence.task import Settings
+
+RESULTS = FOLDER / "commonsense.jsonl"
+
+MAIN = [
+    "LoRA",
+    "LoRA, half rank",
+    "random A, frozen",
+    "IPA, frozen",
+    "IPA, trainable",
+    "gradient, frozen",
+    "damped gradient, frozen",
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=["main"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="folder of a causal model, with tokenizer")
+    parser.add_argument("--data", type=Path, help="folder of the paper's files")
+    parser.add_argument("--adapted", type=int, default=6, help="upper blocks to adapt, 0 for all")
+    parser.add_argument("--loss-on-prompt", action="store_true")
+    parser.add_argument("--float32", action="store_true", help="in the place of bfloat16")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learn-from", type=int, default=96, help="questions to choose P from")
+    arguments = parser.parse_args()
+    quieten()
+    try:
+        task = language_task(arguments)
+    except AssetError as error:
+        print(error)
+        return 1
+    settings = Settings(
+        rank=arguments.rank,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learn_from=arguments.learn_from,
+    )
+    cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.commonsense", *sys.argv[1:]]))
+    Study(arguments.study, task, settings, cells).run(arguments.methods, range(arguments.seeds))
+    return 0
+
+
+def language_task(arguments: argparse.Namespace) -> LanguageTask:
+    """Return the task that the command line asks for."""
+    data, model = arguments.data, arguments.model
+    names = [model.name if model else "SmolLM2-135M", data.name if data else "packaged"]
+    return LanguageTask(
+        " ".join(names),
+        from_instructions(data, 120) if data else packaged(1200, 150),
+        adapted=arguments.adapted or None,
+        folder=model,
+        on_prompt=arguments.loss_on_prompt,
+        dtype=torch.float32 if arguments.float32 else torch.bfloat16,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

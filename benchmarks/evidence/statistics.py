@@ -1,0 +1,58 @@
+"""Means over seeds and paired differences with their confidence intervals."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from benchmarks.evidence.cells import TUNING, Cell
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of differences paired by seed; `half` is half of the 95 % confidence interval."""
+
+    mean: float
+    half: float
+    pairs: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half:.1f}"
+
+
+def of_method(cells: Sequence[Cell], method: str) -> list[Cell]:
+    """Return the tested cells of a method, by seed."""
+    own = (cell for cell in cells if cell.method == method and cell.seed != TUNING)
+    return sorted(own, key=lambda cell: cell.seed)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation; of a single value, the latter is not known."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def paired(cells: Sequence[Cell], others: Sequence[Cell]) -> Difference:
+    """Return the difference in test accuracy over the seeds that both have, in points.
+
+    The interval is Student's, for the spread over training sets, heads, orders and starts. All
+    seeds share the test data, whose own sampling error is not in it.
+
+    Raises
+    ------
+    ValueError
+        If fewer than two seeds are common.
+    """
+    first, second = ({cell.seed: cell.accuracy for cell in some} for some in (cells, others))
+    common = sorted(first.keys() & second.keys())
+    if len(common) < 2:
+        raise ValueError(f"expected at least 2 seeds in common, got {len(common)}")
+    differences = [first[seed] - second[seed] for seed in common]
+    mean, deviation = mean_and_deviation(differences)
+    quantile = float(stats.t.ppf(0.975, len(common) - 1))
+    return Difference(mean, quantile * deviation / len(common) ** 0.5, len(common))
