@@ -1,0 +1,108 @@
+"""What loaders yield, and what a model takes."""
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm")
+
+from timm.data import ImageDataset, create_loader, resolve_model_data_config
+
+import ipa_timm
+from ipa_core.errors import ArrayTypeError, ShapeError
+from ipa_timm.images import images_of, prepare
+
+IMAGES = torch.randn(2, 3, 64, 64)
+
+
+def vit():
+    return timm.create_model(
+        "vit_tiny_patch16_224", num_classes=3, img_size=64, depth=1, embed_dim=32, num_heads=2
+    )
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        IMAGES,
+        (IMAGES, torch.zeros(2)),
+        [IMAGES, torch.zeros(2), "path"],
+        {"image": IMAGES, "label": torch.zeros(2)},
+        {"label": torch.zeros(2), "pixel_values": IMAGES},
+        ({"images": IMAGES}, torch.zeros(2)),
+    ],
+)
+def test_images_are_found(batch):
+    assert images_of(batch) is IMAGES
+    projectors = ipa_timm.fit_projectors(vit(), [batch], 2, progress=False)
+    assert projectors["blocks.0.attn.qkv"].samples == 2 * 17
+
+
+@pytest.mark.parametrize(
+    "batch,found", [({"label": 1, "pixels": 2}, r"keys \['label', 'pixels'\]"), ("x", "str")]
+)
+def test_no_images(batch, found):
+    with pytest.raises(ArrayTypeError, match=f"expected a batch of images.*got {found}"):
+        ipa_timm.fit_projectors(vit(), [batch], 2, progress=False)
+
+
+def test_bytes_are_normalised_by_the_data_config():
+    model = vit()
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    size = config["input_size"][-2:]
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    torch.testing.assert_close(prepare(model, images), (images / 255 - mean) / std)
+    small = torch.full((2, 3, 20, 30), 51, dtype=torch.uint8)
+    torch.testing.assert_close(prepare(model, small), ((0.2 - mean) / std).expand(2, 3, *size))
+
+
+def test_floating_images_are_taken_as_they_are_in_the_dtype_of_the_model():
+    model = vit()
+    assert prepare(model, IMAGES) is IMAGES
+    assert prepare(model.bfloat16(), IMAGES).dtype == torch.bfloat16
+    projectors = ipa_timm.adapt(model, [(IMAGES, 0)], 2, progress=False)
+    assert projectors["blocks.0.mlp.fc1"].components.dtype == torch.float32
+    assert model(prepare(model, IMAGES)).dtype == torch.bfloat16
+
+
+def test_what_is_no_batch_of_images():
+    with pytest.raises(ShapeError, match="expected images of shape .* got \\(3, 64, 64\\)"):
+        prepare(vit(), IMAGES[0])
+    with pytest.raises(ArrayTypeError, match="floating or uint8, got torch.int64"):
+        prepare(vit(), IMAGES.long())
+
+
+# timm leaves files open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_loader_of_timm(tmp_path):
+    from PIL import Image
+
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(2):
+            Image.new("RGB", (70, 80), (90 * number, 10, 200)).save(
+                tmp_path / label / f"{number}.png"
+            )
+    loader = create_loader(
+        ImageDataset(tmp_path), (3, 64, 64), 2, use_prefetcher=False, num_workers=0
+    )
+    projectors = ipa_timm.fit_projectors(vit(), loader, 2, progress=False)
+    assert projectors["blocks.0.attn.qkv"].samples == 4 * 17
+
+
+def test_padded_patches_of_naflex_do_not_count():
+    model = timm.create_model("naflexvit_base_patch16_gap", num_classes=3, depth=1, embed_dim=96,
+                              num_heads=2)  # fmt: skip
+    batch = {
+        "patches": torch.randn(2, 6, 16 * 16 * 3),
+        "patch_coord": torch.stack(
+            torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"), -1
+        ).reshape(1, 6, 2).repeat(2, 1, 1),
+        "patch_valid": torch.tensor([[True] * 6, [True] * 4 + [False] * 2]),
+    }  # fmt: skip
+    projectors = ipa_timm.fit_projectors(
+        model, [(batch, torch.zeros(2))], 2, targets=[r"blocks.0.mlp.fc1"], progress=False
+    )
+    tokens = projectors["blocks.0.mlp.fc1"].samples
+    prefix = model.embeds.num_prefix_tokens
+    assert tokens == (10 if not prefix else 12 + 2 * prefix)
