@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from ipa_core.errors import IPAError
 from ipa_hf.adapters import get_ipa_model
 from ipa_hf.record import AdapterRecord
 from ipa_hf.samples import Samples
+from ipa_torch import Checkpoints
+
+#: How often the command writes down where learning stands.
+SECONDS = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def fit(chosen: argparse.Namespace) -> None:
-    """Learn P for a model's layers and write an adapter that begins with it."""
+    """Learn P for a model's layers and write an adapter that begins with it.
+
+    Where learning stands is written beside the adapter, in ``OUT.learning``, from where the same
+    command goes on if it was ended; with the adapter written, that is removed.
+    """
     samples = Samples(
         chosen.data,
         chosen.model,
@@ -49,6 +58,7 @@ def fit(chosen: argparse.Namespace) -> None:
         target_modules=chosen.targets,
         task_type=TaskType.CAUSAL_LM if causal else None,
     )
+    unfinished = chosen.out.with_name(f"{chosen.out.name}.learning")
     adapter = get_ipa_model(
         model,
         config,
@@ -56,8 +66,11 @@ def fit(chosen: argparse.Namespace) -> None:
         trainable=chosen.trainable,
         scaling=chosen.scaling,
         on_missing="warn",
+        max_bytes=chosen.max_bytes,
+        checkpoint=Checkpoints(unfinished, seconds=SECONDS),
     )
     adapter.save_pretrained(str(chosen.out))
+    shutil.rmtree(unfinished)
     print(table(AdapterRecord.read(chosen.out)))
     print(f"\nWritten to {chosen.out}: start any trainer of LoRA adapters from it.")
 
@@ -130,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--samples", type=int, default=1000, help="how many to learn from")
     learn.add_argument("--batch-size", type=int, default=8)
     learn.add_argument("--max-length", type=int, default=512, help="tokens of a text to keep")
+    learn.add_argument("--max-bytes", type=int, help="memory for learners; more passes if short")
     learn.add_argument("--seed", type=int, default=0, help="of the draw of samples")
     learn.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     learn.add_argument("--allow-pickle", action="store_true", help="load weights that can run code")

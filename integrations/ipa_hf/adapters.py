@@ -135,7 +135,7 @@ def initialize(
     **options
         Passed to `ipa_torch.fit_projectors` where ``data`` is batches: ``learner``,
         ``row_weights``, ``forward``, ``max_rows``, ``max_batches``, ``max_seconds``,
-        ``tolerance``, ``max_bytes``, ``progress``.
+        ``tolerance``, ``max_bytes``, ``checkpoint``, ``progress``.
 
     Returns
     -------

@@ -12,6 +12,7 @@ from peft import PeftModel
 from ipa_core import Learner
 from ipa_hf.layers import base_model_only
 from ipa_torch import Projectors, fit_projectors
+from ipa_torch.checkpointing import Checkpoint
 
 
 class FitOptions(TypedDict, total=False):
@@ -25,6 +26,7 @@ class FitOptions(TypedDict, total=False):
     max_seconds: float | None
     tolerance: float | None
     max_bytes: int | None
+    checkpoint: Checkpoint | None
     progress: bool
 
 

@@ -151,3 +151,61 @@ def test_nothing_to_learn_from(model, tmp_path, capsys):
 def test_as_a_module():
     done = subprocess.run([sys.executable, "-m", "ipa_hf", "fit", "--help"], capture_output=True)
     assert done.returncode == 0 and b"--targets" in done.stdout
+
+
+KILLED = """
+import os, signal, sys
+from transformers import LlamaForCausalLM
+from ipa_hf import __main__ as command
+
+command.SECONDS = 1e-9  # write after each batch
+forward, runs = LlamaForCausalLM.forward, []
+
+def counted(self, *args, **kwargs):
+    runs.append(1)
+    if len(runs) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, *args, **kwargs)
+
+LlamaForCausalLM.forward = counted
+command.main(sys.argv[1:])
+"""
+
+
+# Two of five batches are learned from at the end; or, after a look at the first one, one of five
+# in the first of two passes.
+@pytest.mark.parametrize(
+    ("options", "left"), [([], 5 - 2), (["--max-bytes", "100000"], 1 + (5 - 1) + 5)]
+)
+def test_goes_on_after_a_kill(model, tmp_path, monkeypatch, options, left):
+    data, out = tmp_path / "texts.txt", tmp_path / "adapter"
+    data.write_text("a b c d e\n" * 3 + "f g h i j\n" * 3 + "k l m a b\n" * 4)
+    options = ["--rank", "2", "--batch-size", "2", *options]
+    assert fit(model, data, tmp_path / "whole", *options) == 0
+    command = [sys.executable, "-c", KILLED, "fit", model, data, "--out", out, *options]
+    assert subprocess.run(list(map(str, command)), capture_output=True).returncode == -9
+    assert (tmp_path / "adapter.learning").is_dir() and not out.exists()
+
+    forward, runs = transformers.LlamaForCausalLM.forward, []
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM,
+        "forward",
+        lambda self, *args, **kwargs: runs.append(1) or forward(self, *args, **kwargs),
+    )
+    assert fit(model, data, out, *options) == 0
+    assert len(runs) == left
+    assert not (tmp_path / "adapter.learning").exists()
+    one, two = (tmp_path / x / "adapter_model.safetensors" for x in ("whole", "adapter"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_goes_on_with_the_same_command_only(model, texts, tmp_path, monkeypatch, capsys):
+    def stop(self, directory):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", stop)
+        assert fit(model, texts, tmp_path / "adapter") == 1
+    assert fit(model, texts, tmp_path / "adapter", "--rank", "3") == 1
+    assert "start anew" in capsys.readouterr().err
+    assert fit(model, texts, tmp_path / "adapter") == 0

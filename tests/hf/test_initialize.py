@@ -284,8 +284,15 @@ def test_dora_trains_its_magnitude(batches):
 
 
 def test_in_turns_under_a_budget_of_memory(batches):
+    runs = []
+
+    def forward(model, batch):
+        runs.append(1)
+        model(**batch)
+
     expected = layers_of(built("llama", batches))
-    found = layers_of(built("llama", batches, max_bytes=500_000))
+    found = layers_of(built("llama", batches, max_bytes=100_000, forward=forward))
+    assert len(runs) > 2 * len(batches)
     for name, layer in expected.items():
         assert torch.equal(found[name].lora_A["default"].weight, layer.lora_A["default"].weight)
     with pytest.raises(SettingError, match=r"layer 'model.layers.0.self_attn.q_proj'.*max_bytes"):
