@@ -1,8 +1,9 @@
 """Questions of common sense by a causal language model: python -m benchmarks.commonsense main.
 
-By default SmolLM2-135M and sets from packages, its upper blocks adapted. With --data, a folder with the paper's files (commonsense_170k.json and SET/test.json), --model, any
-causal model of transformers, --adapted 0 for all blocks, --loss-on-prompt and the paper's settings,
-it is the protocol of the paper.
+By default SmolLM2-135M and sets from packages, its upper blocks adapted. With --data, a folder with
+the paper's files (commonsense_170k.json and SET/test.json), --model, any causal model of
+transformers, --adapted 0 for all blocks, --loss-on-prompt and the paper's settings, it is the
+protocol of the paper.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", type=Path, help="folder of a causal model, with tokenizer")
     parser.add_argument("--data", type=Path, help="folder of the paper's files")
-    parser.add_argument("--adapted", type=int, default=6, help="upper blocks to adapt, 0 for all")
+    parser.add_argument("--adapted", type=int, default=4, help="upper blocks to adapt, 0 for all")
     parser.add_argument("--loss-on-prompt", action="store_true")
     parser.add_argument("--float32", action="store_true", help="in the place of bfloat16")
     parser.add_argument("--rank", type=int, default=8)
@@ -72,7 +73,7 @@ def language_task(arguments: argparse.Namespace) -> LanguageTask:
     names = [model.name if model else "SmolLM2-135M", data.name if data else "packaged"]
     return LanguageTask(
         " ".join(names),
-        from_instructions(data, 120) if data else packaged(1200, 150),
+        from_instructions(data, 120) if data else packaged(1200, 200),
         adapted=arguments.adapted or None,
         folder=model,
         on_prompt=arguments.loss_on_prompt,

@@ -1,0 +1,161 @@
+"""The figures of the documentation: python -m benchmarks.evidence.figures.
+
+In the style of the paper's, from the results files; those that are not there are passed over.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from benchmarks.evidence.cells import FOLDER, Cell, read  # noqa: E402
+from benchmarks.evidence.methods import METHODS  # noqa: E402
+from benchmarks.evidence.statistics import mean_and_deviation, of_method  # noqa: E402
+
+DOCS = Path(__file__).parents[2] / "docs" / "figures"
+COLOURS = {"LoRA": "#0072b2", "IPA, frozen": "#e69f00", "IPA, trainable": "#009e73"}
+# Text stays text, and the same results give the same file.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder to write")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    cells = [cell for path in sorted(FOLDER.glob("*.jsonl")) for cell in read(path)]
+    similarity = FOLDER / "similarity.json"
+    found = json.loads(similarity.read_text()) if similarity.is_file() else {}
+    drawings: dict[str, tuple[Callable[[Any], Figure], Any]] = {
+        "methods": (methods, [cell for cell in cells if cell.study == "main"]),
+        "rank_and_share": (rank_and_share, cells),
+        "likeness": (likeness, found),
+        "before_and_after": (before_and_after, found),
+    }
+    for name, (draw, data) in drawings.items():
+        if not data:
+            print(f"{name}: no results")
+            continue
+        with plt.rc_context(STYLE):
+            figure = draw(data)
+            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+            plt.close(figure)
+        print(f"written to {out / name}.svg")
+    return 0
+
+
+def methods(cells: Sequence[Cell]) -> Figure:
+    """Draw the accuracy of each method on each task: the paper's figure 3."""
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    names = [name for name in reversed(METHODS) if of_method(cells, name)]
+    size = (3.2 * len(tasks) + 1.5, 0.26 * len(names) + 1)
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=size, sharey=True, layout="constrained", squeeze=False
+    )
+    for place, task in zip(axes[0], tasks, strict=True):
+        of_task = [cell for cell in cells if cell.task == task]
+        for height, name in enumerate(names):
+            values = [cell.accuracy for cell in of_method(of_task, name)]
+            if not values:
+                continue
+            trained = METHODS[name].trainable
+            colour = "#0072b2" if trained else "#e69f00"
+            place.plot(values, [height] * len(values), ".", color=colour, alpha=0.4)
+            mean, deviation = mean_and_deviation(values)
+            error = deviation / len(values) ** 0.5
+            mark = "o" if trained else "s"
+            place.errorbar(mean, height, xerr=error, fmt=mark, color=colour, capsize=3)
+        lora = [cell.accuracy for cell in of_method(of_task, "LoRA")]
+        if lora:
+            place.axvline(mean_and_deviation(lora)[0], color="0.7", linewidth=0.8, zorder=0)
+        place.set(title=task, xlabel="test accuracy (%)", yticks=range(len(names)))
+        place.set_yticklabels(names)
+        _tidy(place, "x")
+    return figure
+
+
+def rank_and_share(cells: Sequence[Cell]) -> Figure:
+    """Draw accuracy against rank, and against the texts P is learned from: the paper's figure 4."""
+    tasks = list(dict.fromkeys(c.task for c in cells if c.study in ("rank", "share")))
+    figure, axes = plt.subplots(
+        len(tasks), 2, figsize=(8, 3 * len(tasks)), layout="constrained", squeeze=False
+    )
+    for row, task in zip(axes, tasks, strict=True):
+        own = [cell for cell in cells if cell.task == task]
+        at_rank = [cell for cell in own if cell.study in ("rank", "main")]
+        _curves(row[0], at_rank, "rank", f"{task}: rank")
+        _curves(row[1], [c for c in own if c.study == "share"], "learn_from", "texts that P saw")
+    return figure
+
+
+def likeness(found: dict[str, Any]) -> Figure:
+    """Draw cosines of A, of B and of updates between trained adapters: the paper's figure 1."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained", sharey=True)
+    names = found["adapters"]
+    for place, (key, title) in zip(
+        axes, {"a": "A", "b": "B", "update": "update B A"}.items(), strict=True
+    ):
+        image = place.imshow(found[key], vmin=0, vmax=1, cmap="viridis")
+        place.set(title=title, xticks=range(len(names)), yticks=range(len(names)))
+        place.set_xticklabels(names, rotation=90)
+        place.set_yticklabels(names)
+    figure.colorbar(image, ax=axes, label="cosine, mean over layers", shrink=0.8)
+    return figure
+
+
+def before_and_after(found: dict[str, Any]) -> Figure:
+    """Draw how alike A and A x are before and after fine-tuning: the paper's figure 5."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
+    for place, (key, title) in zip(
+        axes,
+        {
+            "a_before_and_after": "cosine of A",
+            "features_before_and_after": "likeness of A x (linear CKA)",
+        }.items(),
+        strict=True,
+    ):
+        for task, values in found[key].items():
+            place.plot(list(values.values()), ".-", label=task, linewidth=0.8)
+        place.set(title=title, xlabel="adapted layer", ylim=(0, 1.02))
+        _tidy(place, "y")
+    axes[0].legend(frameon=False)
+    axes[0].set_ylabel("before to after")
+    return figure
+
+
+def _curves(place: Axes, cells: Sequence[Cell], varied: str, title: str) -> None:
+    for name, colour in COLOURS.items():
+        steps = sorted({getattr(c, varied) for c in of_method(cells, name)})
+        if len(steps) < 2:
+            continue
+        points = [
+            mean_and_deviation(
+                [c.accuracy for c in of_method(cells, name) if getattr(c, varied) == step]
+            )
+            for step in steps
+        ]
+        means, deviations = zip(*points, strict=True)
+        place.errorbar(
+            steps, means, deviations, fmt="o-", color=colour, label=name, capsize=3, markersize=4
+        )
+    place.set(xscale="log", xlabel=title, ylabel="test accuracy (%)")
+    place.legend(frameon=False)
+    _tidy(place, "y")
+
+
+def _tidy(axes: Axes, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="0.9")
+    axes.set_axisbelow(True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
