@@ -2,7 +2,8 @@
 
     python -m benchmarks.torch_learning [--quick]
 
-MiniLM, all linear layers of the encoder, rank 16, every real token of movie reviews, two threads.
+MiniLM, all linear layers of the encoder, rank 16; SmolLM2-135M, all linear layers of its blocks,
+rank 32; every real token of movie reviews, two threads.
 Bare and learning forward passes alternate batch by batch, on twins of the model, so that whatever
 else the machine does falls on both.
 """
@@ -18,8 +19,9 @@ import torch
 from torch import nn
 
 from benchmarks import assets, record
-from ipa_core import ExactCovariance, RandomizedSVD
+from ipa_core import ExactCovariance
 from ipa_torch import Projectors, fit_projectors, select_layers
+from ipa_torch.targets import Targets
 
 RANK = 16
 THREADS = 2
@@ -61,7 +63,11 @@ def excess(components: torch.Tensor, oracle: Any) -> float:
     return left / best - 1
 
 
-def learn(model: nn.Module, batches: list[Any]) -> dict[str, Any]:
+def blocks(name: str, module: nn.Module) -> bool:
+    return name.startswith("layers.") and isinstance(module, nn.Linear)
+
+
+def learn(model: nn.Module, batches: list[Any], rank: int, targets: Targets) -> dict[str, Any]:
     """Time bare and learning passes in turn; what learning does outside of them counts too."""
     twin, spent = copy.deepcopy(model), {"bare": 0.0, "learning": 0.0}
 
@@ -75,7 +81,7 @@ def learn(model: nn.Module, batches: list[Any]) -> dict[str, Any]:
 
     start = time.perf_counter()
     projectors = fit_projectors(
-        model, batches, RANK, targets=linear, learner=RandomizedSVD, forward=forward, progress=False
+        model, batches, rank, targets=targets, forward=forward, progress=False
     )
     total = time.perf_counter() - start - spent["bare"]
     return {
@@ -156,6 +162,25 @@ def against_eva(model: nn.Module, batches: list[Any], seconds: float) -> dict[st
     }
 
 
+def language_model(texts: list[str], count: int) -> dict[str, Any]:
+    """Learn over SmolLM2: texts run together into whole sequences, as for pretraining."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = assets.smollm2()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().base_model
+    ids = AutoTokenizer.from_pretrained(folder)("\n".join(texts[:4000]), return_tensors="pt")
+    rows = ids["input_ids"][0, : count * 8 * 256].reshape(count, 8, 256)
+    batches = [{"input_ids": part, "use_cache": False} for part in rows]
+    learn(model, batches[:1], 32, blocks)  # warm up
+    cost = learn(model, batches, 32, blocks)
+    del cost["projectors"]
+    print(
+        f"SmolLM2, {rows.numel():,} tokens: bare {cost['bare_s']:.1f} s, learning "
+        f"{cost['learning_s']:.1f} s, ratio {cost['ratio']:.3f} (target 1.20)"
+    )
+    return cost | {"tokens": rows.numel()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer batches, EVA for a minute")
@@ -166,8 +191,8 @@ def main() -> None:
     batches = cut(tokenizer, texts, 64, 8 if quick else 64)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     places = sum(batch["attention_mask"].numel() for batch in batches)
-    learn(model, batches[:2])  # warm up
-    cost = learn(model, batches)
+    learn(model, batches[:2], RANK, linear)  # warm up
+    cost = learn(model, batches, RANK, linear)
     oracle = moments(model, batches)
     own = [excess(p.components, oracle[name]) for name, p in cost.pop("projectors").items()]
     cost |= {
@@ -190,7 +215,13 @@ def main() -> None:
         f"{versus['eva_forward_passes']} passes, {versus['speed_up']:.1f} times as fast (target "
         f"10); excess mean {versus['own_excess_mean']:.1e} against {versus['eva_excess_mean']}"
     )
-    results = {"threads": THREADS, "learning": cost, "against_eva": versus}
+    language = language_model(texts, 2 if quick else 16)
+    results = {
+        "threads": THREADS,
+        "learning": cost,
+        "language_model": language,
+        "against_eva": versus,
+    }
     record.write("torch_learning", quick, PACKAGES, results)
 
 

@@ -1,9 +1,10 @@
-"""What a training step costs with frozen, shared projections, beside PEFT's LoRA.
+"""What a training step and a forward pass cost with frozen, shared projections, beside PEFT.
 
     python -m benchmarks.torch_training [--quick]
 
 MiniLM with a linear head, rank 16 on all linear layers of the encoder, the same batch of 32
-reviews. Steps of both alternate, so that whatever else the machine does falls on both.
+reviews, against PEFT's LoRA and DoRA, unmerged. All take turns, so that whatever else the machine
+does falls on all.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +63,30 @@ def saved_bytes(model: nn.Module, batch: Any) -> int:
     return total
 
 
+def runner(model: nn.Module, batch: Any) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            model(**batch)
+
+    return run
+
+
+def in_turns(actions: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
+    """Time actions in turns; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(count + 1):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], other: str) -> float:
+    return statistics.median(o / p for o, p in zip(times["ipa"], times[other], strict=True))
+
+
 def main() -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -72,45 +98,45 @@ def main() -> None:
     body, tokenizer, texts = load()
     batches = cut(tokenizer, texts, 32, 8)
     targets = list(select_layers(body, linear))
+    config = partial(LoraConfig, r=RANK, lora_alpha=RANK, target_modules=targets)
 
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
-    lora = Classifier(get_peft_model(copy.deepcopy(body), config)).train()
-    ipa = Classifier(copy.deepcopy(body)).train()
+    models = {
+        "ipa": Classifier(copy.deepcopy(body)),
+        "lora": Classifier(get_peft_model(copy.deepcopy(body), config())),
+        "dora": Classifier(get_peft_model(copy.deepcopy(body), config(use_dora=True))),
+    }
+    ipa = models["ipa"]
     ipa.requires_grad_(False)
     attach(ipa.body, fit_projectors(ipa.body, batches, RANK, targets=linear, progress=False))
-    for model in (lora, ipa):
-        model.head.requires_grad_(True)
+    for model in models.values():
+        model.train().head.requires_grad_(True)
 
-    steps = {"lora": stepper(lora, batches[0]), "ipa": stepper(ipa, batches[0])}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for count in range(5 if quick else 40):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if count:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    pairs = zip(times["ipa"], times["lora"], strict=True)
-    ratio = statistics.median(own / other for own, other in pairs)
-    memory = {"lora": saved_bytes(lora, batches[0]), "ipa": saved_bytes(ipa, batches[0])}
+    repeats = 5 if quick else 40
+    steps = in_turns({name: stepper(m, batches[0]) for name, m in models.items()}, repeats)
+    memory = {name: saved_bytes(model, batches[0]) for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    forwards = in_turns({name: runner(m, batches[0]) for name, m in models.items()}, repeats)
 
-    ipa.eval()
     with torch.no_grad():
         before = ipa(**batches[1])
         merge(ipa.body)
         detach(ipa.body)
         difference = float((ipa(**batches[1]) - before).abs().max())
 
-    print(
-        f"step {1e3 * statistics.median(times['ipa']):.0f} ms against LoRA's "
-        f"{1e3 * statistics.median(times['lora']):.0f} ms, median ratio {ratio:.3f} (target 0.95); "
-        f"saved for backward {memory['ipa'] / 2**20:.0f} MiB against "
-        f"{memory['lora'] / 2**20:.0f} MiB; merged output differs by {difference:.1e}"
-    )
+    for name in ("lora", "dora"):
+        print(
+            f"against {name}: step {ratio(steps, name):.3f} of its time (target 0.90), forward "
+            f"{ratio(forwards, name):.3f} (target 0.90), saved for backward "
+            f"{memory['ipa'] / 2**20:.0f} MiB of {memory[name] / 2**20:.0f} (target 0.90)"
+        )
+    print(f"merged output differs by {difference:.1e}")
     results = {
         "threads": THREADS,
-        "ratio_median": ratio,
-        "step_seconds_median": {name: statistics.median(all_) for name, all_ in times.items()},
-        "step_seconds_least": {name: min(all_) for name, all_ in times.items()},
+        "step_ratio_median": {name: ratio(steps, name) for name in ("lora", "dora")},
+        "forward_ratio_median": {name: ratio(forwards, name) for name in ("lora", "dora")},
+        "step_seconds_median": {name: statistics.median(all_) for name, all_ in steps.items()},
+        "forward_seconds_median": {n: statistics.median(all_) for n, all_ in forwards.items()},
         "saved_bytes": memory,
         "merged_difference": difference,
     }
