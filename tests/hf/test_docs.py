@@ -23,3 +23,17 @@ def test_table_is_true():
     rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in lines[head + 2 :][: len(FAMILIES)]]
     assert [row[0] for row in rows] == list(FAMILIES)
     assert all(set(row[1:]) == {f"`[{row[0]}]`"} for row in rows)
+
+
+def test_features_name_tests_that_exist():
+    text = GUIDE.read_text(encoding="utf-8")
+    rows = text[text.index("| feature | test |") :].splitlines()[2:]
+    assert len(rows) > 15
+    for row in rows:
+        file = None
+        for name in re.findall(r"`(test_\w+(?:\.py)?)`", row):
+            if name.endswith(".py"):
+                file = (Path(__file__).parent / name).read_text(encoding="utf-8")
+            else:
+                assert file is not None and f"def {name}(" in file, name
+        assert file is not None, row

@@ -130,6 +130,51 @@ def test_experts_see_flat_rows():
     assert len(found) == 2
 
 
+class Routed(nn.Module):
+    """A mixture of experts that hands each row to one of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        chosen = (flat[:, 0] > 0).long()
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            out[chosen == number] = expert(flat[chosen == number])
+        return out.reshape(x.shape)
+
+
+def test_experts_learn_from_the_rows_that_are_routed_to_them():
+    batches = [
+        {"x": torch.randn(5, 6, 8) * torch.linspace(2, 1, 8), "attention_mask": torch.ones(5, 6)}
+        for _ in range(6)
+    ]
+    lora = LoraConfig(r=3, target_modules=["experts.0", "experts.1"])
+    options = {"learner": ExactCovariance, "forward": lambda model, batch: model(batch["x"])}
+    found = learned(Routed(), lora, batches, **options)
+    flat = torch.cat([batch["x"].flatten(0, 1) for batch in batches])
+    for number in range(2):
+        own = flat[(flat[:, 0] > 0) == bool(number)]
+        a = found[f"experts.{number}"]
+        best = torch.linalg.svd(own).Vh[:3]
+        angles = torch.linalg.svdvals(a / a[0].norm() @ best.T)
+        torch.testing.assert_close(angles, torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_a_tight_tolerance_ends_with_the_data(llama):
+    read = []
+
+    def loader():
+        for batch in text_batches(count=15):
+            read.append(batch)
+            yield batch
+
+    learned(llama, config(), loader(), tolerance=1e-12)
+    assert len(read) == 15
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_does_not_count(side):
     whole = text_batches(count=2, size=6, length=8, padding=0)

@@ -1,0 +1,35 @@
+"""A PEFT model begun in several processes, each with a share of the data."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .models import text_batches
+from .processes_run import learned
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_all_have_what_one_learns_from_all_data(tmp_path):
+    paths = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.hf.processes_run", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = learned(text_batches())
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert len(expected) == 10
+    for name, a in expected.items():
+        assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one[name], a, atol=1e-4, rtol=1e-3)
