@@ -78,7 +78,10 @@ def _table(cells: Cells) -> str:
             ]
         )
     average = "mean of groups" if groups else "mean"
-    header = ["method", "trainable", *names, *(f"mean {g}" for g in groups), average]
+    shares = [
+        f"{g} ({sum(_KNOWN.get(name) == g for name in names)} of {len(GROUPS[g])})" for g in groups
+    ]
+    header = ["method", "trainable", *names, *shares, average]
     return table(header, rows)
 
 

@@ -1,0 +1,26 @@
+"""The guide's code runs, and its table is of the families there are."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+timm = pytest.importorskip("timm")
+
+from timm.models import list_modules
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "timm.md").read_text(encoding="utf-8")
+
+
+def test_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    assert len(blocks) > 1
+    exec("\n".join(blocks), {"__name__": "guide"})
+
+
+def test_table_of_families_is_of_this_timm():
+    table = (ROOT / "benchmarks" / "results" / "timm_families.md").read_text(encoding="utf-8")
+    assert table.startswith(f"timm {timm.__version__}: ")
+    assert set(re.findall(r"^\| (\w+) \| `", table, re.MULTILINE)) == set(list_modules())
