@@ -1,0 +1,185 @@
+"""Activations on disk that outgrow memory, learned by two Dask workers of one thread each.
+
+    python -m benchmarks.scaling_dask [--quick]
+
+8 GB of 4,096 features: eigenvalues k^-1, mixed by three Householder reflections. Measured beside
+learning, by the same workers over the same files, which are put out of the page cache each time:
+a plain sequential read, and the two bare products that a sketch cannot do without, on rows that are
+in memory already. Both are measured before and after learning. The excess is that over the optimum
+of the distribution, which is known.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from ipa_core import Projector, RandomizedSVD, on_dask
+
+FEATURES, SHARD_ROWS = 4096, 16_384
+PACKAGES = ["dask", "distributed", "ipa-projectors", "numpy"]
+
+
+def reflections() -> np.ndarray:
+    v = np.random.default_rng(7).standard_normal((3, FEATURES)).astype("float32")
+    return v / np.linalg.norm(v, axis=1, keepdims=True)
+
+
+def mixed(rows: np.ndarray) -> np.ndarray:
+    for v in reflections():
+        rows -= 2 * np.outer(rows @ v, v)
+    return rows
+
+
+def generate(path: Path, seed: int) -> None:
+    scale = np.arange(1, FEATURES + 1, dtype="float32") ** -0.5
+    rows = np.random.default_rng(seed).standard_normal((SHARD_ROWS, FEATURES), dtype="float32")
+    rows *= scale
+    mixed(rows)
+    with path.open("wb") as file:
+        np.save(file, rows)
+        os.fsync(file.fileno())
+
+
+def excess(projector: Projector) -> float:
+    """The distribution's, of which the spectrum is known."""
+    back = projector.components.astype(float)
+    for v in reflections()[::-1].astype(float):
+        back = back - 2 * np.outer(back @ v, v)
+    values = 1 / np.arange(1, FEATURES + 1)
+    left = values.sum() - float((back**2 @ values).sum())
+    return left / values[projector.rank :].sum() - 1
+
+
+def evict(paths: list[Path]) -> None:
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(path: Path) -> int:
+    buffer, total = bytearray(16 << 20), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            total += count
+    return total
+
+
+def products(path: Path, width: int) -> None:
+    """Both products for as many rows as a file has; the rows are made once in a worker."""
+    x, basis = _in_memory(width)
+    image = np.zeros((width, FEATURES), dtype="float32")
+    for _ in range(SHARD_ROWS // len(x)):
+        image += (x @ basis).T @ x
+
+
+_made: dict[int, Any] = {}
+
+
+def _in_memory(width: int) -> Any:
+    if width not in _made:
+        rng = np.random.default_rng(0)
+        _made[width] = (
+            rng.standard_normal((8192, FEATURES), dtype="float32"),
+            np.linalg.qr(rng.standard_normal((FEATURES, width)))[0].astype("float32"),
+        )
+    return _made[width]
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def on_workers(paths: list[Path], work: Callable[[Path], Any]) -> float:
+    """Seconds that fresh workers take for all files."""
+    with cluster() as client:
+        client.run(work, paths[0])  # imports and first pages are not counted
+        evict(paths)
+        start = time.perf_counter()
+        client.gather(client.map(work, paths, pure=False))
+        return time.perf_counter() - start
+
+
+class cluster:
+    """Two workers of one thread and 2 GB each."""
+
+    def __enter__(self) -> Any:
+        from distributed import Client, LocalCluster
+
+        self._cluster = LocalCluster(
+            n_workers=2, threads_per_worker=1, memory_limit="2GB", dashboard_address=None
+        )
+        self._client = Client(self._cluster)
+        return self._client
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        self._cluster.close()
+
+
+def learn(paths: list[Path], rank: int) -> dict[str, Any]:
+    with cluster() as client:
+        client.run(partial(_warm, rank))
+        idle = client.run(peak)
+        evict(paths)
+        start = time.perf_counter()
+        projector = on_dask.fit_projector(paths, rank)
+        seconds = time.perf_counter() - start
+        peaks = client.run(peak)
+    return {
+        "learning_s": seconds,
+        "peak_bytes_a_worker": max(peaks.values()),
+        "of_which_before_learning": max(idle.values()),
+        "excess": excess(projector),
+        "samples": projector.samples,
+    }
+
+
+def _warm(rank: int) -> None:
+    RandomizedSVD(rank).update(np.ones((4, 2 * rank), dtype="float32"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="1 GB")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 16])
+    args = parser.parse_args()
+    count = 4 if args.quick else 30
+    folder = Path(tempfile.mkdtemp(prefix="ipa-scaling-"))
+    try:
+        paths = [folder / f"{number:03d}.npy" for number in range(count)]
+        with cluster() as client:
+            client.gather(client.map(generate, paths, range(count)))
+        size = sum(path.stat().st_size for path in paths)
+        runs = []
+        for rank in args.ranks:
+            bare = partial(products, width=2 * rank + 8)
+            before = on_workers(paths, read), on_workers(paths, bare)
+            run = learn(paths, rank)
+            after = on_workers(paths, read), on_workers(paths, bare)
+            reading, multiplying = map(statistics.mean, zip(before, after, strict=True))
+            floor = max(reading, multiplying)
+            run = {"rank": rank, "bytes": size} | run
+            run |= {"read_s": reading, "two_products_s": multiplying}
+            run |= {"read_s_each": [before[0], after[0]]}
+            run |= {"two_products_s_each": [before[1], after[1]]}
+            run |= {"ratio_to_the_larger": run["learning_s"] / floor}
+            print(run, flush=True)
+            runs.append(run)
+    finally:
+        shutil.rmtree(folder)
+    record.write("scaling_dask", args.quick, PACKAGES, {"workers": 2, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
