@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipa_core._array import to_numpy
-from ipa_core.errors import MissingDependencyError
+from ipa_core.errors import MissingDependencyError, ShapeError
 from ipa_core.projector import Projector
+from ipa_core.quality import principal_angles
 
 
 def scree(projectors: Projector | Mapping[str, Projector]) -> Any:
@@ -36,15 +39,8 @@ def scree(projectors: Projector | Mapping[str, Projector]) -> Any:
     >>> [axes.get_ylabel() for axes in figure.axes]
     ['share of the energy', 'captured so far']
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "expected matplotlib to be installed, which draws; "
-            "run pip install 'ipa-projectors[plot]'"
-        ) from error
     named = {"": projectors} if isinstance(projectors, Projector) else projectors
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = _figure(9, 3.6)
     each, summed = figure.subplots(1, 2)
     for name, projector in named.items():
         shares = to_numpy(projector.energies) / (projector.total_energy or 1.0)
@@ -57,9 +53,208 @@ def scree(projectors: Projector | Mapping[str, Projector]) -> Any:
     for axes in (each, summed):
         axes.set_xlabel("direction")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
+        _tidy(axes)
     if 1 < len(named) <= 12:
         figure.legend(
             *each.get_legend_handles_labels(), loc="outside right center", fontsize="small"
         )
     return figure
+
+
+def captured(projectors: Mapping[str, Projector]) -> Any:
+    """Draw what each layer's projector captures at every rank up to its own, as a heat map.
+
+    Parameters
+    ----------
+    projectors : mapping of str to Projector
+        From layer names, as `ipa_torch.fit_projectors` gives it.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import fit_projector
+    >>> wide, narrow = np.diag([3.0, 2.0, 1.0]), np.diag([3.0, 0.1])
+    >>> figure = captured({"up": fit_projector(wide, 2), "down": fit_projector(narrow, 1)})
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['up', 'down']
+    """
+    figure = _figure(7, 1.2 + 0.22 * len(projectors))
+    axes = figure.subplots()
+    most = max(projector.rank for projector in projectors.values())
+    shares = [
+        (to_numpy(p.energies) / (p.total_energy or 1.0)).cumsum().tolist()
+        + [math.nan] * (most - p.rank)
+        for p in projectors.values()
+    ]
+    image = axes.imshow(
+        shares, vmin=0, vmax=1, aspect="auto", extent=(0.5, most + 0.5, len(shares) - 0.5, -0.5)
+    )
+    axes.set_yticks(range(len(shares)), list(projectors), fontsize=7)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("rank")
+    figure.colorbar(image, ax=axes, label="captured energy")
+    return figure
+
+
+def angles(projectors: Mapping[str, Projector]) -> Any:
+    """Draw the mean principal angle between every two projectors, in degrees, as a heat map.
+
+    0: the smaller span lies in the larger one; 90: they have nothing in common. Left blank where
+    projectors have different features.
+
+    Parameters
+    ----------
+    projectors : mapping of str to Projector
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+
+    Notes
+    -----
+    Cost: a QR and a small SVD for each pair.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import fit_projector
+    >>> one, other = fit_projector(np.eye(4)[:2], 2), fit_projector(np.eye(4)[2:], 2)
+    >>> figure = angles({"one": one, "other": other})
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['0', '90', '90', '0']
+    """
+    values = [[_angle(a, b) for b in projectors.values()] for a in projectors.values()]
+    return heat_map(
+        values, list(projectors), label="mean principal angle (degrees)", limits=(0, 90)
+    )
+
+
+def heat_map(
+    values: Sequence[Sequence[float]],
+    names: Sequence[str],
+    *,
+    label: str = "cosine",
+    limits: tuple[float, float] = (0, 1),
+) -> Any:
+    """Draw how alike things are, pair by pair: adapters of several tasks, say.
+
+    Parameters
+    ----------
+    values : square, of n x n numbers
+        NaN is left blank.
+    names : sequence of n str
+    label : str, default "cosine"
+        Beside the scale of colours.
+    limits : pair of float, default (0, 1)
+        Ends of that scale.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ShapeError
+        If the values are not one for each pair of names.
+    MissingDependencyError
+        If matplotlib is not installed.
+
+    Examples
+    --------
+    >>> figure = heat_map([[1.0, 0.25], [0.25, 1.0]], ["task", "other task"])
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['1', '0.25', '0.25', '1']
+    """
+    count = len(names)
+    if [len(row) for row in values] != [count] * count:
+        raise ShapeError(
+            f"expected {count} x {count} values, one for each pair of names, got rows of "
+            f"{[len(row) for row in values]}"
+        )
+    figure = _figure(2.4 + 0.4 * count, 1.6 + 0.4 * count)
+    axes = figure.subplots()
+    image = axes.imshow(values, vmin=limits[0], vmax=limits[1])
+    axes.set_xticks(range(count), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(count), names, fontsize=7)
+    if count <= 12:
+        middle = sum(limits) / 2
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if not math.isnan(value):
+                    colour = "white" if value < middle else "black"
+                    axes.text(j, i, f"{value:.2g}", ha="center", va="center", c=colour, fontsize=7)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def trade_off(runs: Mapping[str, tuple[int, Sequence[float]]]) -> Any:
+    """Draw accuracy against the number of trained parameters, with the spread over seeds.
+
+    Parameters
+    ----------
+    runs : mapping of str to (int, sequence of float)
+        For each method its trained parameters and the accuracies of its seeds.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+
+    Examples
+    --------
+    >>> figure = trade_off({"LoRA": (2000, [80.1, 80.9]), "IPA, frozen": (1000, [79.8, 81.0])})
+    >>> figure.axes[0].get_xlabel()
+    'trained parameters'
+    """
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    for name, (parameters, accuracies) in runs.items():
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        axes.errorbar(
+            parameters, statistics.fmean(accuracies), spread, fmt="o", capsize=3, label=name
+        )
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy, and its deviation")
+    _tidy(axes)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+def _angle(one: Projector, other: Projector) -> float:
+    if one.features != other.features:
+        return math.nan
+    found = to_numpy(principal_angles(one, other))
+    return float(abs(math.degrees(found.mean())))
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            "expected matplotlib to be installed, which draws; "
+            "run pip install 'ipa-projectors[plot]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
