@@ -39,8 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     backbone = models.backbone(chosen.backbone, chosen.weights, chosen.text)
     for name in names:
         run(name, chosen, backbone, QUICK if chosen.quick else Settings())
-    path = table.write(chosen.results)
-    print(f"written to {path}")
+    print(f"written to {table.write(chosen.results)}")
     return 0
 
 
@@ -71,6 +70,7 @@ def run(
         scratch = folder / f"{table.slug(method)}.{os.getpid()}"
         scratch.write_text(json.dumps(result, indent=1) + "\n")
         scratch.rename(folder / f"{table.slug(method)}.json")
+        table.write(chosen.results)
         tests = [f"{100 * one['test']:.1f}" for one in result["runs"]]
         print(f"{name}, {method}: {', '.join(tests)} % ({result['seconds']} s)", flush=True)
 

@@ -80,11 +80,14 @@ def choose(model: nn.Module, targets: Targets | None) -> tuple[dict[str, int], d
             )
     else:
         names = list(select_layers(model, targets))
+    heads = {id(module) for head in heads_of(model) for module in head.modules()}
     able: dict[str, int] = {}
     refused: dict[str, str] = {}
     for name in names:
         try:
             layer = layer_of(model, name)
+            if id(layer) in heads:
+                raise LayerError("it belongs to the classifier, all of which is trained anyway")
             reading_of(layer)
             able[name] = features_of(layer)
         except IPAError as error:

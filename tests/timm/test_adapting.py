@@ -155,6 +155,14 @@ def test_attention_without_the_switch_is_refused_with_the_reason():
         ipa_timm.fit_projectors(model, loader(), 4, on_missing="raise", progress=False)
 
 
+def test_the_classifier_is_trained_and_not_adapted():
+    model = vit()
+    with pytest.warns(UserWarning, match="'head': it belongs to the classifier, all of which is"):
+        projectors = adapt(model, targets=["head", "qkv"])
+    assert list(projectors) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    assert type(model.head) is nn.Linear
+
+
 def test_standardised_weights_are_refused_with_the_reason():
     model = timm.create_model("nf_resnet26", num_classes=3)
     with pytest.raises(LayerError, match="and 25 more: .* got ScaledStdConv2d with a forward of"):
