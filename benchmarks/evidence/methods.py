@@ -96,8 +96,10 @@ class Adapter:
             if not method.trainable:
                 ipa_hf.freeze_projections(model.body)
         elif method.projection == "eva":
-            model.body = get_peft_model(model.body, config)
-            initialize_lora_eva_weights(model.body, eva_state_dict=learned)
+            model.body = get_peft_model(model.body, config, low_cpu_mem_usage=True)
+            # It takes what it finds out of the mapping, and names layers as the PEFT model does.
+            state = {f"base_model.model.{name}": rows for name, rows in learned.items()}
+            initialize_lora_eva_weights(model.body, eva_state_dict=state)
         else:
             model.body = ipa_hf.get_ipa_model(
                 model.body, config, learned, trainable=method.trainable, scaling=method.scaling

@@ -1,0 +1,184 @@
+"""The methods: each begins as the base model, trains what it says, and costs what it says."""
+
+import pytest
+import torch
+
+from benchmarks.evidence.methods import METHODS, Adapter
+from benchmarks.evidence.projections import (
+    COMMON,
+    Sample,
+    gradient,
+    leading,
+    less_inputs,
+    outputs,
+    second_moments,
+    short_update,
+    weight_gradients,
+)
+from benchmarks.evidence.similarity import matrix, of_a, of_b, of_features, of_update, pairs_of
+from benchmarks.evidence.task import Settings, sample
+from benchmarks.evidence.texts import TextTask
+from benchmarks.evidence.training import train
+from tests.benchmarks import evidence_models as tiny
+
+SETTINGS = Settings(rank=2, steps=60, batch_size=16, learn_from=48)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tiny.bert(tmp_path_factory.mktemp("bert"))
+    return TextTask("toy", adapted=2, rows=tiny.rows(200), folder=folder, sizes=(100, 80, 40, 60))
+
+
+@pytest.fixture
+def some(task):
+    batches = sample(task.training(0), 16, 48, 0)
+    return Sample(task.fresh(0), batches, task.loss, rank=2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def adapter(task):
+    return Adapter(task, SETTINGS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method(name, task, adapter):
+    method = METHODS[name]
+    model, spent = adapter(method, seed=0)
+    batch = sample(task.training(0), 16, 16, 0)[0]
+    plain = task.fresh(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch), plain(batch), atol=1e-5, rtol=1e-4)
+    before = pairs_of(model.body)
+    cost = train(model, task, SETTINGS, 1e-2, 0, spent)
+    after = pairs_of(model.body)
+    still = all(torch.equal(before[layer].a, after[layer].a) for layer in before)
+    assert still == (not method.trainable)
+    assert any(pair.b.any() for pair in after.values())
+    assert cost.steps == SETTINGS.steps - round(spent)
+    head = sum(p.numel() for p in model.head.parameters())
+    count = sum(pair.b.numel() + method.trainable * pair.a.numel() for pair in after.values())
+    magnitudes = sum(p.numel() for n, p in model.named_parameters() if "lora_magnitude_vector" in n)
+    assert cost.trainable == count + head + magnitudes
+
+
+def test_eva_is_eva_each_time(adapter):
+    for _ in range(2):
+        for pair in pairs_of(adapter(METHODS["EVA"], seed=0)[0].body).values():
+            unit = torch.eye(len(pair.a), dtype=pair.a.dtype)
+            torch.testing.assert_close(pair.a @ pair.a.T, unit, atol=1e-4, rtol=0)
+
+
+def test_what_choosing_costs(adapter):
+    costs = {
+        name: adapter(METHODS[name], seed=0)[1]
+        for name in ("LoRA", "orthonormal, frozen", "IPA, frozen", "gradient, frozen")
+    }
+    assert list(costs.values()) == [0, 0, 1.5, 3]  # steps, for three batches
+    assert adapter(METHODS["EVA"], seed=0)[1] >= 1.5
+
+
+def test_frozen_keep_less_for_the_backward_pass(task, adapter):
+    kept = {}
+    for name in ("LoRA", "IPA, frozen"):
+        model, _ = adapter(METHODS[name], seed=0)
+        kept[name] = train(model, task, SETTINGS, 1e-2, 0, 0.0).mebibytes
+    assert kept["IPA, frozen"] < kept["LoRA"]
+
+
+def test_training_learns(task, adapter):
+    model, _ = adapter(METHODS["LoRA"], seed=0)
+    batches = sample(task.training(0), 16, 80, 0)
+
+    def loss():
+        with torch.no_grad():
+            return sum(float(task.loss(model, batch)) for batch in batches)
+
+    before = loss()
+    train(model, task, SETTINGS, 3e-2, 0, 0.0)
+    assert loss() < 0.8 * before
+
+
+def test_choosing_for_all_steps_is_refused(task, adapter):
+    with pytest.raises(ValueError, match="expected P to cost less than 60 steps, got 60"):
+        train(adapter(METHODS["LoRA"], seed=0)[0], task, SETTINGS, 1e-2, 0, 60.0)
+
+
+def test_second_moments(some):
+    name, seen = "encoder.layer.1.intermediate.dense", []
+    layer = some.model.body.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for batch in some.batches:
+        with torch.no_grad():
+            some.loss(some.model, batch)
+        seen[-1] = seen[-1][batch["attention_mask"].bool()]
+    handle.remove()
+    x = torch.cat(seen).double()
+    torch.testing.assert_close(second_moments(some)[name], x.T @ x / len(x), atol=1e-5, rtol=1e-4)
+
+
+def test_sketched_gradient_is_the_gradient(some):
+    exact, sketched = weight_gradients(some), gradient(some)
+    for name, g in exact.items():
+        rows = leading(g, 2)
+        kept = (g @ torch.as_tensor(sketched[f"body.{name}"].components).double().T).norm()
+        assert kept > 0.98 * (g @ rows.T).norm()
+    assert not any(p.requires_grad for p in some.model.body.parameters())
+    assert all(p.grad is None for p in some.model.parameters())
+
+
+def test_less_inputs_is_orthogonal_to_common_directions(some):
+    moments = second_moments(some)
+    for name, p in less_inputs(some).items():
+        common = torch.linalg.eigh(moments[name]).eigenvectors[:, -COMMON:]
+        assert (p.components.double() @ common).abs().max() < 1e-5
+
+
+def test_outputs_rebuild_best(some):
+    """W x from P x: the optimum is the tail of the singular values of W C^1/2."""
+    moments = second_moments(some)
+    for name, p in outputs(some).items():
+        w, c = some.layers[name].weight.detach().double(), moments[name]
+        rows = p.components.double()
+        rebuilt = w @ c @ rows.T @ torch.linalg.inv(rows @ c @ rows.T)
+        error = (w - rebuilt @ rows) @ c @ (w - rebuilt @ rows).T
+        best = torch.linalg.eigvalsh(w @ c @ w.T)[:-2].sum()
+        assert float(error.trace()) == pytest.approx(float(best), rel=1e-3)
+
+
+def test_short_update_gives_the_weights_back(some):
+    before = {name: layer.weight.clone() for name, layer in some.layers.items()}
+    projectors = short_update(some)
+    for name, layer in some.layers.items():
+        assert torch.equal(layer.weight, before[name])
+        assert not layer.weight.requires_grad
+        rows = projectors[name].components
+        torch.testing.assert_close(rows @ rows.T, torch.eye(2), atol=1e-5, rtol=0)
+
+
+def test_likeness(task, adapter):
+    pairs = []
+    for seed in (0, 1):
+        model, _ = adapter(METHODS["LoRA"], seed=0)
+        train(model, task, SETTINGS, 1e-2, seed, 0.0)
+        pairs.append(pairs_of(model.body))
+    name = next(iter(pairs[0]))
+    one, other = (found[name] for found in pairs)
+    dense = torch.cosine_similarity((one.b @ one.a).flatten(), (other.b @ other.a).flatten(), dim=0)
+    assert of_update(one, other) == pytest.approx(float(dense))
+    for likeness in (of_a, of_b, of_update):
+        values = torch.tensor(matrix(pairs, likeness))
+        torch.testing.assert_close(values, values.T)
+        torch.testing.assert_close(values.diag(), torch.ones(2))
+        assert values.max() <= 1 + 1e-6
+
+
+def test_likeness_of_features_looks_past_rotations():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    assert of_features(a, 2 * rotation @ a, x.T @ x) == pytest.approx(1)
+    grams = [(x @ m.T) @ (x @ m.T).T for m in (a, b)]
+    cka = (grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm())
+    assert of_features(a, b, x.T @ x) == pytest.approx(float(cka))

@@ -1,0 +1,169 @@
+"""Studies: chosen on validation, resumable, tested once; statistics, tables and figures."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from scipy import stats
+
+from benchmarks.evidence import figures
+from benchmarks.evidence.cells import TUNING, Cell, Cells, read
+from benchmarks.evidence.methods import METHODS, Adapter
+from benchmarks.evidence.statistics import of_method, paired
+from benchmarks.evidence.study import RATES, Study
+from benchmarks.evidence.tables import tables
+from benchmarks.evidence.task import Settings
+from benchmarks.evidence.texts import TextTask
+from tests.benchmarks import evidence_models as tiny
+
+SETTINGS = Settings(rank=2, steps=6, batch_size=16, learn_from=32)
+CELL = Cell(
+    study="main",
+    task="toy",
+    method="LoRA",
+    rank=8,
+    steps=100,
+    learn_from=320,
+    seed=0,
+    rate=1e-2,
+    validation={"toy": 0.5},
+    test={"toy": 0.5},
+    steps_of_p=0,
+    trainable=10,
+    mebibytes=1.0,
+    seconds_of_p=0.0,
+    seconds=1.0,
+)
+
+
+def cells(method, accuracies, **changes):
+    return [
+        replace(CELL, method=method, seed=seed, test={"toy": value}, **changes)
+        for seed, value in enumerate(accuracies)
+    ]
+
+
+@pytest.fixture
+def study(tmp_path):
+    task = TextTask(
+        "toy",
+        adapted=1,
+        rows=tiny.rows(120),
+        folder=tiny.bert(tmp_path / "bert"),
+        sizes=(60, 40, 30, 30),
+    )
+    return Study("main", task, SETTINGS, Cells(tmp_path / "cells.jsonl", "python -m toy"))
+
+
+def test_study(study):
+    study.run(["LoRA", "IPA, frozen"], range(2))
+    lines = study.cells.path.read_text().splitlines()
+    run = json.loads(lines[0])["run"]
+    assert run["command"] == "python -m toy"
+    assert {"date", "machine", "versions"} < set(run)
+    found = list(read(study.cells.path))
+    assert len(found) == len(lines) - 1 == len({cell.key for cell in found})
+    for name in ("LoRA", "IPA, frozen"):
+        own = [cell for cell in found if cell.method == name]
+        tuned = {cell.rate: cell.validated for cell in own if cell.seed == TUNING}
+        assert all((cell.test is None) == (cell.seed == TUNING) for cell in own)
+        (rate,) = {cell.rate for cell in own if cell.seed != TUNING}
+        assert tuned[rate] == max(tuned.values())
+        place = RATES.index(rate)
+        assert {RATES[i] for i in (place - 1, place + 1) if 0 <= i < len(RATES)} <= set(tuned)
+
+
+def test_study_goes_on_where_it_was(study):
+    study.run(["LoRA"], range(2))
+    written = study.cells.path.read_text()
+    lines = written.splitlines()
+    again = replace(study, cells=Cells(study.cells.path, "python -m toy"))
+    again.run(["LoRA"], range(2))
+    assert study.cells.path.read_text() == written
+    study.cells.path.write_text("\n".join(lines[:-1]) + "\n")
+    resumed = replace(study, cells=Cells(study.cells.path, "python -m toy"))
+    resumed.run(["LoRA"], range(2))
+    last = json.loads(study.cells.path.read_text().splitlines()[-1])
+    lost = json.loads(lines[-1])
+    assert {**last, "seconds": 0, "seconds_of_p": 0} == {**lost, "seconds": 0, "seconds_of_p": 0}
+
+
+def test_same_seed_same_cell(study, tmp_path):
+    adapter = Adapter(study.task, SETTINGS)
+    first = study.cell(adapter, "gradient, frozen", 0, 1e-2)
+    other = replace(study, cells=Cells(tmp_path / "other.jsonl", ""))
+    second = other.cell(Adapter(study.task, SETTINGS), "gradient, frozen", 0, 1e-2)
+    assert (first.test, first.validation) == (second.test, second.validation)
+
+
+def test_paired_difference():
+    one, other = [0.81, 0.84, 0.80], [0.80, 0.82, 0.81]
+    found = paired(cells("IPA, frozen", one), cells("LoRA", other))
+    interval = stats.ttest_rel(one, other).confidence_interval()
+    assert found.mean - found.half == pytest.approx(100 * interval.low)
+    assert found.mean + found.half == pytest.approx(100 * interval.high)
+    assert not found.clear
+    with pytest.raises(ValueError, match="expected at least 2 seeds in common, got 1"):
+        paired(cells("IPA, frozen", one), cells("LoRA", other[:1]))
+
+
+def test_a_cell_of_tuning_has_no_accuracy():
+    with pytest.raises(ValueError, match="expected a tested cell"):
+        _ = replace(CELL, seed=TUNING, test=None).accuracy
+    assert of_method([replace(CELL, seed=TUNING, test=None)], "LoRA") == []
+
+
+def test_tables():
+    some = [
+        *cells("LoRA", [0.80, 0.82, 0.84]),
+        *cells("random A, frozen", [0.70, 0.72, 0.73]),
+        *cells("IPA, frozen", [0.9], study="rank", rank=4),
+        *cells("IPA, frozen", [0.5], study="rank", rank=8),
+    ]
+    found = tables(some)
+    assert set(found) == {"toy", "toy_rank"}
+    lora, random = found["toy"].splitlines()[2:]
+    assert "| 82.0 ± 2.0 | 3 | - | **+10.3 ± 1.4** |" in lora
+    assert "| 71.7 ± 1.5 | 3 | **-10.3 ± 1.4** | - |" in random
+    assert found["toy_rank"].splitlines()[-1].startswith("| IPA, frozen | 90.0")
+
+
+def test_figures_are_the_same_each_time(tmp_path, monkeypatch):
+    some = [
+        *cells("LoRA", [0.80, 0.82]),
+        *cells("IPA, frozen", [0.7, 0.8]),
+        *cells("IPA, frozen", [0.6, 0.7], study="rank", rank=4),
+        *cells("IPA, frozen", [0.6, 0.7], study="share", learn_from=2),
+        *cells("IPA, frozen", [0.6, 0.7], study="share", learn_from=20),
+    ]
+    curves = {"toy": {"layer 0": 0.9, "layer 1": 0.8}}
+    found = {
+        "adapters": ["a", "b"],
+        **dict.fromkeys(("a", "b", "update"), [[1, 0.5], [0.5, 1]]),
+        **dict.fromkeys(("a_before_and_after", "features_before_and_after"), curves),
+    }
+    results = tmp_path / "results"
+    store = Cells(results / "toy.jsonl", "")
+    for cell in some:
+        store.add(cell)
+    (results / "similarity.json").write_text(json.dumps(found))
+    monkeypatch.setattr(figures, "FOLDER", results)
+    drawn = []
+    for name in ("one", "two"):
+        monkeypatch.setattr("sys.argv", ["figures", "--out", str(tmp_path / name)])
+        assert figures.main() == 0
+        drawn.append({path.name: path.read_text() for path in (tmp_path / name).iterdir()})
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) == {
+        "methods.svg",
+        "rank_and_share.svg",
+        "likeness.svg",
+        "before_and_after.svg",
+    }
+
+
+def test_every_method_has_a_kind_that_is_known():
+    from benchmarks.evidence.projections import KINDS
+
+    kinds = {method.projection for method in METHODS.values()}
+    assert kinds - {None, "eva"} == set(KINDS)
