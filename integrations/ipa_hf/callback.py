@@ -20,8 +20,8 @@ class OnlineCallback(TrainerCallback):
     Parameters
     ----------
     online : OnlineLearning
-        Entered around ``train()``. Its learners are not part of the trainer's checkpoints: resumed
-        training begins with those that it is given.
+        Entered around ``train()``, with ``save_strategy="no"``: transformers does not write models
+        whose layers share a tensor, as these share P. Save `ipa_torch.adapter_state_dict`.
 
     Attributes
     ----------

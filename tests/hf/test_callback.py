@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ipa_core import ExactCovariance, SettingError
 from ipa_hf import OnlineCallback
-from ipa_torch import OnlineLearning, attach, fit_projectors
+from ipa_torch import (
+    OnlineLearning,
+    adapter_state_dict,
+    attach,
+    fit_projectors,
+    load_adapter_state_dict,
+)
 
-from .models import TARGETS, base_state, make, same_state, text_batches
+from .models import TARGETS, base_state, make, outputs, same_state, text_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trainer's own dependencies
 
@@ -89,3 +96,13 @@ def test_a_model_that_runs_unseen_is_an_error(tmp_path):
         pass  # left before training
     with pytest.raises(SettingError, match="enter the context"):
         train(model, tmp_path, [OnlineCallback(online)], max_steps=1)
+
+
+def test_what_was_trained_is_saved_and_attached_again(tmp_path):
+    model, batch = prepared(), text_batches()[0]
+    with OnlineLearning(model) as online:
+        train(model, tmp_path, [OnlineCallback(online)], max_steps=2)
+    save_file(adapter_state_dict(model), tmp_path / "adapter.safetensors")
+    again = make("llama")
+    load_adapter_state_dict(again, load_file(tmp_path / "adapter.safetensors"))
+    torch.testing.assert_close(outputs(again, batch), outputs(model, batch))
