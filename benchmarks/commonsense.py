@@ -36,35 +36,44 @@ MAIN = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=["main"])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model", type=Path, help="folder of a causal model, with tokenizer")
-    parser.add_argument("--data", type=Path, help="folder of the paper's files")
-    parser.add_argument("--adapted", type=int, default=4, help="upper blocks to adapt, 0 for all")
-    parser.add_argument("--loss-on-prompt", action="store_true")
-    parser.add_argument("--float32", action="store_true", help="in the place of bfloat16")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learn-from", type=int, default=96, help="questions to choose P from")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     quieten()
     try:
         task = language_task(arguments)
     except AssetError as error:
         print(error)
         return 1
-    settings = Settings(
+    cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.commonsense", *sys.argv[1:]]))
+    study = Study(arguments.study, task, settings(arguments), cells)
+    study.run(arguments.methods, range(arguments.seeds))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("study", choices=["main"])
+    made.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--model", type=Path, help="folder of a causal model, with tokenizer")
+    made.add_argument("--data", type=Path, help="folder of the paper's files")
+    made.add_argument("--adapted", type=int, default=4, help="upper blocks to adapt, 0 for all")
+    made.add_argument("--loss-on-prompt", action="store_true")
+    made.add_argument("--float32", action="store_true", help="in the place of bfloat16")
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--steps", type=int, default=60)
+    made.add_argument("--batch-size", type=int, default=16)
+    made.add_argument("--learn-from", type=int, default=96, help="questions to choose P from")
+    return made
+
+
+def settings(arguments: argparse.Namespace) -> Settings:
+    """Return the settings that the command line asks for."""
+    return Settings(
         rank=arguments.rank,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         learn_from=arguments.learn_from,
     )
-    cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.commonsense", *sys.argv[1:]]))
-    Study(arguments.study, task, settings, cells).run(arguments.methods, range(arguments.seeds))
-    return 0
 
 
 def language_task(arguments: argparse.Namespace) -> LanguageTask:
@@ -73,7 +82,7 @@ def language_task(arguments: argparse.Namespace) -> LanguageTask:
     names = [model.name if model else "SmolLM2-135M", data.name if data else "packaged"]
     return LanguageTask(
         " ".join(names),
-        from_instructions(data, 120) if data else packaged(1200, 200),
+        from_instructions(data, 120) if data else packaged(600, 150),
         adapted=arguments.adapted or None,
         folder=model,
         on_prompt=arguments.loss_on_prompt,

@@ -77,7 +77,7 @@ class LanguageTask:
     longest : int
         Tokens of prompt and answer; what is longer loses its beginning.
     dtype : torch.dtype
-        Of the adapted part, apart from the adapters, which are float32.
+        Of the model; adapters are float32.
     """
 
     def __init__(
@@ -103,8 +103,15 @@ class LanguageTask:
         blocks = blocks_of(self._whole)[1]
         self._first = len(blocks) - (adapted or len(blocks))
         self._targets, self._on_prompt = targets, on_prompt
-        self._share, self._longest, self._dtype = share, longest, dtype
+        self._share, self._longest = share, longest
         self._questions = parts
+        some = [next(iter(rows)) for rows in parts["train"].values()]
+        batch = self._tokens([self._encoded(question, question.right) for question in some])
+        upper = cut(copy.deepcopy(self._whole), self._first, batch)
+        self._body, self._output = upper.base_model, upper.get_output_embeddings()
+        self._check(batch)
+        for part in (self._body, self._output, self._whole):
+            part.to(dtype)
         self._pool = self._entering(
             [(question, question.right) for rows in parts["train"].values() for question in rows]
         )
@@ -112,13 +119,6 @@ class LanguageTask:
             part: {name: self._all_choices(rows) for name, rows in parts[part].items()}
             for part in ("validation", "test")
         }
-        some = [next(iter(rows)) for rows in parts["train"].values()]
-        batch = self._tokens([self._encoded(question, question.right) for question in some])
-        upper = cut(copy.deepcopy(self._whole), self._first, batch)
-        self._body, self._output = upper.base_model, upper.get_output_embeddings()
-        self._check(batch)
-        self._body.to(dtype)
-        self._output.to(dtype)
 
     def training(self, seed: int) -> Sequence[Example]:
         return random.Random(seed).sample(self._pool, round(self._share * len(self._pool)))
@@ -128,6 +128,9 @@ class LanguageTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return model(batch)[0].mean()
+
+    def size(self, part: str) -> int:
+        return sum(len(sets.answers) for sets in self._choices[part].values())
 
     @torch.inference_mode()
     def accuracy(self, model: nn.Module, part: str) -> dict[str, float]:
@@ -161,7 +164,7 @@ class LanguageTask:
 
     def assembled(self, model: nn.Module) -> nn.Module:
         """Return the whole model with the adapted blocks of `model` in their place."""
-        whole = copy.deepcopy(self._whole).to(self._dtype)
+        whole = copy.deepcopy(self._whole)
         blocks = blocks_of(whole)[1]
         for index, block in enumerate(blocks_of(model.body)[1]):
             blocks[self._first + index] = block
@@ -208,8 +211,7 @@ class LanguageTask:
             batch = self._tokens([encoded[place] for place in places])
             hidden = entering(self._whole, batch, self._first)
             for place, row, mask in zip(places, hidden, batch["attention_mask"], strict=True):
-                kept = row[mask.bool()].to(self._dtype, copy=True)
-                examples[place] = Example(kept, encoded[place][1])
+                examples[place] = Example(row[mask.bool()].clone(), encoded[place][1])
         return [examples[place] for place in range(len(encoded))]
 
     def _encoded(

@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
     "inputs by gradient norm, frozen": Method("inputs by gradient norm", False),
     "damped gradient, frozen": Method("damped gradient", False),
     "damped gradient, trainable": Method("damped gradient"),
+    "damped gradient (32), frozen": Method("damped gradient, 32 directions", False),
     "outputs, frozen": Method("outputs", False),
     "short update, frozen": Method("short update", False),
     "short update, trainable": Method("short update"),

@@ -59,12 +59,14 @@ def target_names(model: nn.Module) -> list[str]:
     ]
 
 
-def inputs(sample: Sample, **options: Any) -> Projectors:
+def inputs(
+    sample: Sample, rank: int | Mapping[str, int] | None = None, **options: Any
+) -> Projectors:
     """Return the leading directions of the layers' inputs: IPA."""
     return fit_projectors(
         sample.model.body,
         sample.batches,
-        sample.rank,
+        sample.rank if rank is None else rank,
         targets=target_names(sample.model),
         forward=run,
         progress=False,
@@ -118,6 +120,26 @@ def damped(sample: Sample) -> Projectors:
         return leading(torch.linalg.solve(c + unit, g.T).T, sample.rank)
 
     return by_matrices(sample, choose)
+
+
+def damped_by_few(sample: Sample, directions: int = 32) -> Projectors:
+    """Return what `damped` does, with C known along its leading directions only.
+
+    Off them it is taken as a multiple of the identity: no features x features matrix is needed.
+    """
+    layers = sample.layers.items()
+    known = inputs(sample, {n: min(directions, x.in_features - 1) for n, x in layers})
+    moments = second_moments(sample)  # for the energies only
+    made = {}
+    for name, g in weight_gradients(sample).items():
+        p = known[name]
+        rows, energies = p.components.double(), p.energies.double()
+        unit = p.total_energy / p.features
+        rest = (p.total_energy - energies.sum()) / (p.features - p.rank)
+        along = g @ rows.T
+        solved = (g - along @ rows) / (rest + unit) + (along / (energies + unit)) @ rows
+        made[name] = of_rows(leading(solved, sample.rank), moments[name])
+    return Projectors(made)
 
 
 def outputs(sample: Sample) -> Projectors:
@@ -238,6 +260,7 @@ KINDS: dict[str, Kind] = {
     "inputs by gradient norm": Kind(partial(gradient, source="inputs"), 2),
     "gradient less inputs": Kind(less_inputs, 2),
     "damped gradient": Kind(damped, 2),
+    "damped gradient, 32 directions": Kind(damped_by_few, 2),
     "outputs": Kind(outputs, 1),
     "short update": Kind(short_update, 2),
 }

@@ -47,6 +47,9 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the loss of a batch as `collate` makes it."""
 
+    def size(self, part: str) -> int:
+        """Return how many examples a part has, all its sets together."""
+
     def accuracy(self, model: nn.Module, part: str) -> dict[str, float]:
         """Return the accuracy on each set of a part, "validation" or "test"."""
 

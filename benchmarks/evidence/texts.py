@@ -101,6 +101,9 @@ class TextTask:
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return functional.cross_entropy(model(batch), batch["labels"])
 
+    def size(self, part: str) -> int:
+        return len(self._parts[part])
+
     @torch.inference_mode()
     def accuracy(self, model: nn.Module, part: str) -> dict[str, float]:
         examples, right = self._parts[part], 0

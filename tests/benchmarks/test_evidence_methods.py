@@ -7,6 +7,8 @@ from benchmarks.evidence.methods import METHODS, Adapter
 from benchmarks.evidence.projections import (
     COMMON,
     Sample,
+    damped,
+    damped_by_few,
     gradient,
     leading,
     less_inputs,
@@ -132,6 +134,19 @@ def test_less_inputs_is_orthogonal_to_common_directions(some):
     for name, p in less_inputs(some).items():
         common = torch.linalg.eigh(moments[name]).eigenvectors[:, -COMMON:]
         assert (p.components.double() @ common).abs().max() < 1e-5
+
+
+def test_damped_gradient_is_a_damped_step(some):
+    gradients, moments = weight_gradients(some), second_moments(some)
+    few = damped_by_few(some, directions=1000)
+    for name, p in damped(some).items():
+        c = moments[name]
+        unit = c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype)
+        step = gradients[name] @ torch.linalg.inv(c + unit)
+        rows = p.components.double()
+        assert (step @ rows.T).norm() == pytest.approx(float((step @ leading(step, 2).T).norm()))
+        cosines = torch.linalg.svdvals(rows @ few[name].components.double().T)
+        assert cosines.min() > 0.99
 
 
 def test_outputs_rebuild_best(some):
