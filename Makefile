@@ -11,7 +11,7 @@ VISION := PYTHONPATH=.venv/vision
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs test-search test-jax test-quantised test-timm \
+.PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantised test-timm \
 	test-families clean
 
 help:  ## list the targets
@@ -33,6 +33,10 @@ check: .venv/.installed-test docs  ## style, types, doctests, documentation
 
 bench: .venv/.installed-bench  ## the quick benchmarks
 	$(BIN)/python -m benchmarks --quick
+
+evidence-quick: .venv/.installed-bench .venv/.installed-vision  ## one cell of each table again
+	$(BIN)/python -m benchmarks.evidence.quick
+	$(VISION) $(BIN)/python -m benchmarks.evidence.quick_vision
 
 docs: .venv/.installed-test  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
