@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from os import PathLike
@@ -139,7 +140,15 @@ def _read_npy(file: Path) -> Iterator[tuple[Array, None]]:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise FileFormatError(f"{file}: expected a .npy file of numbers, got {error}") from error
-    yield from _cut(array)
+    with file.open("rb") as raw:
+        start = 0
+        for batch, weights in _cut(array):
+            # The disk brings the next batch while this one is learned from.
+            start += batch.nbytes
+            if hasattr(os, "posix_fadvise"):
+                where = array.offset + start
+                os.posix_fadvise(raw.fileno(), where, batch.nbytes, os.POSIX_FADV_WILLNEED)
+            yield batch, weights
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[Array, None]]:
