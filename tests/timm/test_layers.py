@@ -89,6 +89,19 @@ def test_excess_over_the_optimum(kind):
     assert abs(excess(projectors[target], rows)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_resnet", "test_convnext"])
+def test_excess_of_every_layer_that_is_adapted(name):
+    model = timm.create_model(name, num_classes=3).eval()
+    batches = [torch.randn(3, 3, sized(model), sized(model))]
+    projectors = ipa_timm.adapt(
+        model, batches, 4, learner=ExactCovariance, max_patches=None, progress=False
+    )
+    ipa_timm.detach(model)
+    assert list(projectors) == ipa_timm.default_targets(model)
+    for target, projector in projectors.items():
+        assert abs(excess(projector, captured(model, target, batches))) < 1e-5, target
+
+
 @pytest.mark.parametrize("size", [(7, 8), (9, 6), (16, 16)])
 @pytest.mark.parametrize("kernel,stride,dilation", [(3, 2, 1), (5, 3, 1), (2, 1, 1), (3, 2, 2)])
 def test_same_padding_merges_exactly(size, kernel, stride, dilation):
