@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import benchmarks.vision  # noqa: F401  isort: skip  (before timm)
 import peft
 from torch import nn
 
