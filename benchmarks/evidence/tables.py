@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks import record
+from benchmarks.evidence import claims
 from benchmarks.evidence.cells import FOLDER, Cell, read
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.statistics import mean_and_deviation, of_method, paired
@@ -24,11 +25,22 @@ HEADER = [
 
 
 def main() -> None:
+    every: list[Cell] = []
     for path in sorted(FOLDER.glob("*.jsonl")):
-        for name, text in tables(list(read(path))).items():
-            target = FOLDER / f"{path.stem}_{name}.md"
-            target.write_text(text + "\n", encoding="utf-8")
-            print(f"written to {target}")
+        cells = list(read(path))
+        every += cells
+        for name, text in tables(cells).items():
+            _write(f"{path.stem}_{name}", text)
+    _write("claims", claims.table(claims.CLAIMS, every))
+    _write("own", claims.table(claims.OWN, every))
+    if any(cell.study == "share" for cell in every):
+        _write("shares", claims.shares(every))
+
+
+def _write(name: str, text: str) -> None:
+    path = FOLDER / f"{name}.md"
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"written to {path}")
 
 
 def tables(cells: Sequence[Cell]) -> dict[str, str]:

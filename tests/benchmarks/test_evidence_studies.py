@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from benchmarks.evidence import figures
+from benchmarks.evidence import claims, figures
 from benchmarks.evidence.cells import TUNING, Cell, Cells, read
 from benchmarks.evidence.methods import METHODS, Adapter
-from benchmarks.evidence.statistics import of_method, paired
+from benchmarks.evidence.statistics import Difference, of_method, paired
 from benchmarks.evidence.study import RATES, Study
 from benchmarks.evidence.tables import tables
 from benchmarks.evidence.task import Settings
@@ -126,6 +126,43 @@ def test_tables():
     assert "| 82.0 ± 2.0 | 3 | - | **+10.3 ± 1.4** |" in lora
     assert "| 71.7 ± 1.5 | 3 | **-10.3 ± 1.4** | - |" in random
     assert found["toy_rank"].splitlines()[-1].startswith("| IPA, frozen | 90.0")
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "better", "equal"),
+    [
+        (2.0, 1.0, "yes", "no"),
+        (-2.0, 1.0, "no", "no"),
+        (0.5, 2.0, "not shown", "not shown"),
+        (0.3, 0.5, "not shown", "yes"),
+        (0.5, 0.2, "yes", "yes"),
+    ],
+)
+def test_answers(mean, half, better, equal):
+    difference = Difference(mean, half, 3)
+    assert claims.answer(difference, equal=False) == better
+    assert claims.answer(difference, equal=True) == equal
+
+
+def test_claims_name_what_was_run():
+    some = [*cells("LoRA", [0.80, 0.82, 0.84]), *cells("IPA, frozen", [0.70, 0.72, 0.73])]
+    lines = claims.table(claims.CLAIMS, some).splitlines()[2:]
+    assert len(lines) == 2  # above LoRA, equal to LoRA
+    assert all("-10.3 ± 1.4 | 3 | no |" in line for line in lines)
+    methods = {c.method for c in (*claims.CLAIMS, *claims.OWN)}
+    assert methods | {c.other for c in (*claims.CLAIMS, *claims.OWN)} <= set(METHODS)
+
+
+def test_shares_are_compared_with_all_texts():
+    sizes = {2: [0.7, 0.7, 0.7], 20: [0.79, 0.81, 0.80], 2000: [0.80, 0.81, 0.80]}
+    some = [
+        cell
+        for size, values in sizes.items()
+        for cell in cells("IPA, frozen", values, study="share", learn_from=size)
+    ]
+    few, more = claims.shares(some).splitlines()[2:]
+    assert "from 2 texts - from 2000" in few and few.endswith("| no |")
+    assert "from 20 texts - from 2000" in more and "-0.3 ± 1.4" in more
 
 
 def test_figures_are_the_same_each_time(tmp_path, monkeypatch):

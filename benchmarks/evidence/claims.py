@@ -1,0 +1,96 @@
+"""The paper's claims, each answered from the cells by one rule.
+
+A claim of being better is answered "yes" if the 95 % interval of the paired difference lies above
+zero, "no" if it lies below, and "not shown" otherwise. A claim of being equal is answered "yes" if
+the interval lies within `MARGIN` points, "no" if it leaves zero out, and "not shown" otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import record
+from benchmarks.evidence.cells import Cell
+from benchmarks.evidence.statistics import Difference, of_method, paired
+
+#: Points of accuracy below which two methods count as equal.
+MARGIN = 1.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another, better or equal."""
+
+    claim: str
+    method: str
+    other: str
+    equal: bool = False
+
+
+CLAIMS = [
+    *(
+        Comparison("IPA is above LoRA at equal rank", method, "LoRA")
+        for method in ("IPA, trainable", "IPA, frozen")
+    ),
+    Comparison("IPA frozen equals LoRA, with half to train", "IPA, frozen", "LoRA", equal=True),
+    *(
+        Comparison("IPA is better than EVA, PiSSA and DoRA", method, other)
+        for method in ("IPA, trainable", "IPA, frozen")
+        for other in ("EVA", "PiSSA", "DoRA")
+    ),
+]
+#: What was found beside them.
+OWN = [
+    *(
+        Comparison("a frozen learned P is above frozen random A", method, "random A, frozen")
+        for method in ("IPA, frozen", "gradient, frozen", "damped gradient, frozen")
+    ),
+    *(
+        Comparison(
+            "a frozen P by the damped gradient equals", "damped gradient, frozen", other, True
+        )
+        for other in ("LoRA", "LoRA, half rank")
+    ),
+    Comparison("LoRA needs its rank", "LoRA", "LoRA, half rank"),
+]
+
+
+def table(comparisons: Sequence[Comparison], cells: Sequence[Cell]) -> str:
+    """Return each comparison on each task, with its answer; what was not run is left out."""
+    rows = []
+    for one in comparisons:
+        for task in dict.fromkeys(cell.task for cell in cells):
+            own = [cell for cell in cells if cell.task == task and cell.study == "main"]
+            methods = of_method(own, one.method), of_method(own, one.other)
+            if len({c.seed for c in methods[0]} & {c.seed for c in methods[1]}) < 2:
+                continue
+            found = paired(*methods)
+            compared = f"{one.method} - {one.other}"
+            seeds = str(found.pairs)
+            rows.append([one.claim, compared, task, str(found), seeds, answer(found, one.equal)])
+    return record.table(["claim", "difference of", "task", "points", "seeds", "answer"], rows)
+
+
+def shares(cells: Sequence[Cell]) -> str:
+    """Return what P from fewer texts loses against P from all."""
+    swept = [cell for cell in cells if cell.study == "share"]
+    rows = []
+    for task, method in dict.fromkeys((cell.task, cell.method) for cell in swept):
+        own = of_method([cell for cell in swept if cell.task == task], method)
+        sizes = sorted({cell.learn_from for cell in own})
+        every = [cell for cell in own if cell.learn_from == sizes[-1]]
+        for size in sizes[:-1]:
+            found = paired([cell for cell in own if cell.learn_from == size], every)
+            compared = f"{method}: P from {size} texts - from {sizes[-1]}"
+            rows.append([compared, task, str(found), str(found.pairs), answer(found, equal=True)])
+    return record.table(["difference of", "task", "points", "seeds", "equal?"], rows)
+
+
+def answer(found: Difference, equal: bool) -> str:
+    """Return what the rule above says."""
+    if equal:
+        if abs(found.mean) + found.half <= MARGIN:
+            return "yes"
+        return "no" if found.clear else "not shown"
+    if not found.clear:
+        return "not shown"
+    return "yes" if found.mean > 0 else "no"
