@@ -123,8 +123,10 @@ def main() -> None:
         [name, f"{f['time_ratio']:.1f}", "-" if f["excess"] is None else f"{f['excess']:.0e}"]
         for name, f in figures.items()
     ]
-    print(record.table(["learner", "time, ours = 1", "excess error"], rows))
-    record.write("peers", quick, PACKAGES, {"threads": 1, "peers": figures})
+    text = record.table(["learner", "time, ours = 1", "excess error"], rows)
+    print(text)
+    path = record.write("peers", quick, PACKAGES, {"threads": 1, "peers": figures})
+    path.with_suffix(".md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

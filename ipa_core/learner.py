@@ -35,6 +35,12 @@ class Guarantee:
         ``excess`` once the stream is long beside the rank.
     excess : float
         residual / optimal residual - 1.
+
+    Examples
+    --------
+    >>> from ipa_core import RandomizedSVD
+    >>> RandomizedSVD.guarantee
+    Guarantee(kind='bounded', excess=0.05)
     """
 
     kind: Literal["exact", "bounded", "statistical"]
@@ -72,6 +78,15 @@ class Learner(ABC):
     ------
     RankError
         If ``rank`` is not a positive integer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import IncrementalPCA, Learner
+    >>> x = np.random.default_rng(0).standard_normal((100, 8)) / np.arange(1, 9)
+    >>> here, there = IncrementalPCA(rank=2).update(x[:60]), IncrementalPCA(rank=2).update(x[60:])
+    >>> here.merge(there).finalize()
+    Projector(rank=2, features=8, captured=0.779, samples=100, numpy float64 on cpu)
     """
 
     guarantee: ClassVar[Guarantee]

@@ -83,6 +83,15 @@ def load(
         If the file is not one of `save`'s, is damaged, or was written by a newer version.
     OSError
         If it cannot be read.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from ipa_core import fit_projector, load, save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(fit_projector(np.eye(3), rank=2), f"{folder}/p.safetensors")
+    ...     load(f"{folder}/p.safetensors")
+    Projector(rank=2, features=3, captured=0.667, samples=3, numpy float64 on cpu)
     """
     content, tensors = _read(path, _PROJECTORS)
     own = {
@@ -95,7 +104,26 @@ def load(
 
 
 def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a learner's `state_dict` to a safetensors file, whole or not at all."""
+    """Write a learner's `state_dict` to a safetensors file, whole or not at all.
+
+    Parameters
+    ----------
+    state : mapping
+        From `Learner.state_dict`.
+    path : path-like
+        The file; its folder must exist.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from ipa_core import IncrementalPCA, load_state, save_state
+    >>> learner = IncrementalPCA(rank=2).update(np.ones((5, 3)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state(learner.state_dict(), f"{folder}/state.safetensors")
+    ...     state = load_state(f"{folder}/state.safetensors")
+    >>> IncrementalPCA(rank=2).load_state_dict(state).samples
+    5
+    """
     replace_file(Path(path), pack_state(state))
 
 

@@ -156,6 +156,19 @@ def initialize(
     Notes
     -----
     Cost: one forward pass for each batch, and the learner's; see `ipa_torch.fit_projectors`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import BertConfig, BertModel
+    >>> import ipa_hf
+    >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    >>> peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
+    >>> loader = [{"input_ids": torch.randint(0, 99, (4, 6))}]
+    >>> peft_model = ipa_hf.initialize(peft_model, loader, progress=False)
+    >>> peft_model.print_trainable_parameters()  # doctest: +ELLIPSIS
+    trainable params: 16 ...
     """
     layers = adapted_layers(peft_model, adapter_name)
     check_scaling(scaling)

@@ -44,6 +44,22 @@ def load(
     ------
     FileFormatError
         If the directory holds no record, or one of a newer version.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from peft import LoraConfig
+    >>> from transformers import BertConfig, BertModel
+    >>> import ipa_hf
+    >>> shape = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> loader = [{"input_ids": torch.randint(0, 99, (4, 6))}]
+    >>> config = LoraConfig(r=2, target_modules=["query"])
+    >>> model = ipa_hf.get_ipa_model(BertModel(shape), config, loader, progress=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     again = ipa_hf.load(BertModel(shape), folder, is_trainable=True)
+    >>> [name.split(".")[-3] for name, p in again.named_parameters() if p.requires_grad]
+    ['lora_B']
     """
     record = AdapterRecord.read(directory)
     if isinstance(model, PeftModel):

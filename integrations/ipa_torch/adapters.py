@@ -117,7 +117,17 @@ def check_new(model: nn.Module, adapter: str) -> None:
 
 
 def adapters_of(model: nn.Module) -> list[str]:
-    """Return the names of the adapters of a model."""
+    """Return the names of the adapters of a model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import adapters_of, attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> adapters_of(model)
+    ['default']
+    """
     return list(dict.fromkeys(name for _, layer in wrapped(model) for name in layer.lifts))
 
 
@@ -128,6 +138,16 @@ def set_adapter(model: nn.Module, adapter: str | None) -> None:
     ------
     SettingError
         If the model has no such adapter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors, set_adapter
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> set_adapter(model, None)
+    >>> any(parameter.requires_grad for parameter in model.parameters())
+    False
     """
     if adapter is not None:
         _checked(model, adapter)
@@ -183,6 +203,15 @@ def merge(model: nn.Module, adapter: str | None = None) -> None:
         If a layer is quantised, or wrapped by another library; nothing is merged then.
     SettingError
         If the model has no such adapter, or none is active.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors, merge, unmerge
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> merge(model)
+    >>> unmerge(model)
     """
     named = [(name, layer, adapter or layer.active or "") for name, layer in wrapped(model)]
     chosen = [(name, layer, one) for name, layer, one in named if one in layer.lifts]
@@ -199,7 +228,16 @@ def merge(model: nn.Module, adapter: str | None = None) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the old weights back, bit by bit."""
+    """Put the old weights back, bit by bit.
+
+    Examples
+    --------
+    See `merge`.
+
+    >>> import torch
+    >>> from ipa_torch import unmerge
+    >>> unmerge(torch.nn.Linear(2, 2))  # nothing is merged: nothing to do
+    """
     for _, layer in wrapped(model):
         layer.unmerge()
 
@@ -214,6 +252,18 @@ def detach(model: nn.Module, adapter: str | None = None) -> None:
     ------
     SettingError
         If the model has no such adapter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, detach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> detach(model)
+    >>> model
+    Sequential(
+      (0): Linear(in_features=16, out_features=4, bias=True)
+    )
     """
     for name in adapters_of(model) if adapter is None else [_checked(model, adapter)]:
         for _, layer in wrapped(model):

@@ -33,6 +33,16 @@ class Projection(nn.Module):
     reading : LastAxis or Patches
         How the layers read their input.
     trainable : bool
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> projection = model[0].projection("default")
+    >>> projection(torch.randn(5, 16)).shape, projection.trainable
+    (torch.Size([5, 2]), False)
     """
 
     scale: torch.Tensor

@@ -29,6 +29,15 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     ------
     SettingError
         If the model has no such adapter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import adapter_state_dict, attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> sorted(adapter_state_dict(model))[:2]
+    ['layers.0.lift', 'layers.0.projection']
     """
     if adapter not in (known := adapters_of(model)):
         raise SettingError(f"expected an adapter among {known}, got {adapter!r}")
@@ -74,6 +83,15 @@ def load_adapter_state_dict(
         If an entry is missing or does not fit.
     LayerError, ShapeError
         If the model's layers are others.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import adapter_state_dict, attach, fit_projectors, load_adapter_state_dict
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> again = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> load_adapter_state_dict(again, adapter_state_dict(model))
     """
     model = plain(model)
     layers = _layers(state)
