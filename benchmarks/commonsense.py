@@ -82,7 +82,7 @@ def language_task(arguments: argparse.Namespace) -> LanguageTask:
     names = [model.name if model else "SmolLM2-135M", data.name if data else "packaged"]
     return LanguageTask(
         " ".join(names),
-        from_instructions(data, 120) if data else packaged(600, 150),
+        from_instructions(data, 120) if data else packaged(400, 200),
         adapted=arguments.adapted or None,
         folder=model,
         on_prompt=arguments.loss_on_prompt,

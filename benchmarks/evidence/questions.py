@@ -4,11 +4,11 @@ import json
 import random
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.assets import EVALS, fetch
+from benchmarks.assets import EVALS, fetch, movie_reviews, sarcastic_headlines
 
 #: The eight sets of the paper, each as NAME/train.json and NAME/test.json where they are at hand.
 ORIGINAL = (
@@ -46,21 +46,24 @@ def social_iqa() -> list[Question]:
     return found
 
 
-def quartz() -> list[Question]:
-    """Return 3,860 questions about qualities that rise and fall together, of two answers each."""
-    found = []
-    for row in _rows("quartz/samples.jsonl"):
-        text, *answers = re.split(r"\s*\n\s*[AB]: ", row["input"][-1]["content"])
-        if len(answers) == 2:
-            found.append(
-                Question(text, tuple(a.strip() for a in answers), "AB".index(row["ideal"]))
-            )
-    return found
+def sarcasm() -> list[Question]:
+    """Return 28,614 headlines, each asked whether it is sarcastic."""
+    return _yes_or_no("Is this headline sarcastic?", sarcastic_headlines())
+
+
+def sentiment() -> list[Question]:
+    """Return 10,043 sentences of reviews, each asked whether it praises the film."""
+    return _yes_or_no("Does this review praise the film?", movie_reviews())
+
+
+def _yes_or_no(asked: str, rows: Iterable[tuple[str, int]]) -> list[Question]:
+    return [Question(f"{asked} {text}", ("no", "yes"), label) for text, label in rows]
 
 
 PACKAGED: dict[str, Callable[[], list[Question]]] = {
     "social_iqa": social_iqa,
-    "quartz": quartz,
+    "sarcasm": sarcasm,
+    "sentiment": sentiment,
 }
 
 

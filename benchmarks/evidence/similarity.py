@@ -107,17 +107,13 @@ def _cosine(inner: torch.Tensor, norms: torch.Tensor) -> float:
 
 
 def sources() -> dict[str, list[Row]]:
-    """Return sets of labelled texts: two that MiniLM can learn, and questions with their answers.
-
-    Of a question, each text is the question and one of its answers, the label whether it is right.
-    """
+    """Return sets of labelled texts; of a question, each answer is labelled right or wrong."""
     found = {name: load() for name, load in SOURCES.items()}
-    for name, load in questions.PACKAGED.items():
-        found[name] = [
-            (f"{question.instruction} {choice}", int(index == question.right))
-            for question in load()[:1500]
-            for index, choice in enumerate(question.choices)
-        ]
+    found["social_iqa"] = [
+        (f"{question.instruction} {choice}", int(index == question.right))
+        for question in questions.social_iqa()
+        for index, choice in enumerate(question.choices)
+    ]
     return found
 
 
