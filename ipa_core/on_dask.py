@@ -17,8 +17,11 @@ from ipa_core.streams import files_of, iterate
 
 try:
     import dask.array
-    from dask.base import compute, is_dask_collection
+    from dask import core
+    from dask.base import compute, is_dask_collection, optimize
     from dask.delayed import delayed
+    from dask.local import get_sync
+    from dask.optimization import cull
     from dask.system import CPU_COUNT
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
@@ -99,8 +102,7 @@ def _parts(source: Any) -> list[tuple[str, Any]]:
     """Return streams with their names: delayed blocks, or paths, or shards."""
     if isinstance(source, dask.array.Array):
         array: Any = source.rechunk({source.ndim - 1: -1})  # type: ignore[no-untyped-call]
-        blocks = array.to_delayed().ravel()
-        return [(f"block {number}", block) for number, block in enumerate(blocks)]
+        return [(f"block {number}", block) for number, block in enumerate(_blocks(array))]
     if isinstance(source, StoredLayer):
         return [(part.shards[0].file, part) for part in source.parts()]
     if isinstance(source, (str, PathLike)):
@@ -112,6 +114,35 @@ def _parts(source: Any) -> list[tuple[str, Any]]:
         )
     files = [file for path in source for file in files_of(Path(path))]
     return [(str(file), str(file)) for file in files]
+
+
+class _Block:
+    """A block that is computed within the task that learns from it.
+
+    As a task of its own it would be computed ahead of its turn, and wait in memory with others.
+    """
+
+    def __init__(self, graph: dict[Any, Any], key: Any) -> None:
+        self._graph = graph
+        self._key = key
+
+    def compute(self) -> Any:
+        return get_sync(self._graph, self._key)
+
+
+def _blocks(array: Any) -> list[Any]:
+    """Return the blocks of an array: to be computed, or delayed if a cluster holds data of it."""
+    if any(map(_is_future, dict(array.__dask_graph__()).values())):
+        return list(array.to_delayed().ravel())
+    (array,) = optimize(array)  # type: ignore[no-untyped-call]
+    graph = dict(array.__dask_graph__())
+    keys = core.flatten(array.__dask_keys__())  # type: ignore[no-untyped-call]
+    return [_Block(cull(graph, [key])[0], key) for key in keys]  # type: ignore[no-untyped-call]
+
+
+def _is_future(node: Any) -> bool:
+    value = getattr(node, "value", node)
+    return type(value).__module__.partition(".")[0] == "distributed"
 
 
 def _threads() -> int:
@@ -144,6 +175,7 @@ def _run(pupil: Learner, parts: list[tuple[str, Any]]) -> Any:
 def _absorbed(pupil: Learner, stream: Any, name: str) -> Learner:
     after = copy.copy(pupil)
     try:
+        stream = stream.compute() if isinstance(stream, _Block) else stream
         for batch, weights in iterate(stream):
             after.update(batch, weights)
     except IPAError as error:

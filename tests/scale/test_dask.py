@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import weakref
 from functools import partial
 
 import numpy as np
@@ -127,6 +128,34 @@ def test_layer_of_a_store(cluster, tmp_path):
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(FileFormatError, match=victim.name):
         on_dask.fit_projector(layer, 4)
+
+
+class Tracked(np.ndarray):
+    """An array that counts its fellows."""
+
+    alive = 0
+    most = 0
+
+    @classmethod
+    def of(cls, block):
+        made = block.view(cls)
+        cls.alive += 1
+        cls.most = max(cls.most, cls.alive)
+        weakref.finalize(made, cls.end)
+        return made
+
+    @classmethod
+    def end(cls):
+        cls.alive -= 1
+
+
+def test_a_thread_holds_one_block_at_a_time(cluster):
+    lazy = da.random.default_rng(0).standard_normal((20_000, 32), chunks=(500, 32))
+    lazy = lazy.map_blocks(Tracked.of, meta=X[:0])
+    fit_projector(lazy, 4)
+    most = cluster.run(lambda: Tracked.most)
+    assert sum(most.values()) >= 1
+    assert max(most.values()) <= 2, most
 
 
 def slow(block, folder):
