@@ -19,15 +19,21 @@ _TRANSFORMER = (
     r"(.+\.)?blocks\.\d+\.(attn|mlp)\.(qkv|q_proj|k_proj|v_proj|proj|fc1|fc1_g|fc1_x|fc2|w12|w3)"
 )
 
+# With the parts of mixed convolutions, and the names of MobileNetV4.
+_INVERTED = (
+    r"blocks\.\d+\.\d+\.(conv(_pw|_pwl|_exp)?(\.\d+)?|pw_(exp|proj)\.conv|"
+    r"attn\.(query|key|value|output)\.proj)|conv_head"
+)
+
 #: Regular expressions for whole names, by the module of `timm.models` that defines the family.
 FAMILIES = {
     "beit": _TRANSFORMER,
     "convnext": r"stages\.\d+\.blocks\.\d+\.mlp\.fc[12]",
     "deit": _TRANSFORMER,
-    "efficientnet": r"blocks\.\d+\.\d+\.conv(_pw|_pwl|_exp)?|conv_head",
+    "efficientnet": _INVERTED,
     "eva": _TRANSFORMER,
-    "mlp_mixer": r"blocks\.\d+\.(mlp_tokens\.fc[12]|mlp_channels\.fc[12]|linear_tokens)",
-    "mobilenetv3": r"blocks\.\d+\.\d+\.conv(_pw|_pwl|_exp)?|conv_head",
+    "mlp_mixer": r"blocks\.\d+\.(mlp_(tokens|channels)\.(fc[12]|gate\.proj)|linear_tokens)",
+    "mobilenetv3": _INVERTED,
     "resnet": r"layer\d\.\d+\.conv[123]",
     "swin_transformer": _TRANSFORMER,
     "swin_transformer_v2": _TRANSFORMER,

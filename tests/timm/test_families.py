@@ -25,6 +25,8 @@ FAMILIES = {
     "resnet": ("resnet18", 64, {}, 16),
     "mlp_mixer": ("mixer_s32_224", 224, {}, 32),
     "mobilenetv3": ("mobilenetv3_small_050", 64, {}, 23),
+    "mobilenetv3, the fourth": ("mobilenetv4_hybrid_medium", 64, {}, 80),
+    "efficientnet, mixed": ("mixnet_s", 64, {}, 53),
     "no family of its own": ("regnetx_002", 64, {}, 43),
 }
 
