@@ -136,7 +136,8 @@ def test_runs_go_on_where_they_ended_and_make_one_table(data, tmp_path, monkeypa
     made = (tmp_path / "vtab.md").read_text()
     assert made.count("\n| IPA, frozen |") == 1
     header = next(line for line in made.splitlines() if line.startswith("| method"))
-    assert header == "| method | trainable | dtd | colours | natural (1 of 7) | mean of groups |"
+    columns = "method,trainable,dtd,colours,natural (1 of 7),mean of groups,against LoRA"
+    assert header == f"| {columns.replace(',', ' | ')} |"
     row = next(line for line in made.splitlines() if line.startswith("| head only"))
     test = 100 * json.loads(first)["runs"][0]["test"]
     assert row.split(" | ")[2] == f"{test:.1f} (0.01)"
@@ -147,9 +148,12 @@ def test_group_means():
         return {"set": name, "trainable": 1, "runs": [{"test": test, "rate": 1.0}]}
 
     cells = {"LoRA": {n: cell(n, t) for n, t in [("cifar", 0.2), ("dtd", 0.4), ("kitti", 0.9)]}}
-    (row,) = table._table(cells).splitlines()[2:]
-    shown = ["LoRA", "1", "20.0 (1)", "40.0 (1)", "90.0 (1)", "30.0", "90.0", "60.0"]
-    assert row == f"| {' | '.join(shown)} |"
+    cells["IPA, frozen"] = {"dtd": cell("dtd", 0.35)}
+    lora, ipa = table._table(cells).splitlines()[2:]
+    shown = ["LoRA", "1", "20.0 (1)", "40.0 (1)", "90.0 (1)", "30.0", "90.0", "60.0", "-"]
+    assert lora == f"| {' | '.join(shown)} |"
+    shown = ["IPA, frozen", "1", "-", "35.0 (1)", "-", "-", "-", "-", "-5.0"]
+    assert ipa == f"| {' | '.join(shown)} |"
 
 
 def test_made_sets(tmp_path):
