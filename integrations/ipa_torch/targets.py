@@ -10,6 +10,7 @@ from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_torch.errors import LayerError
+from ipa_torch.reading import Convolution
 
 Targets: TypeAlias = "str | Iterable[str] | Callable[[str, nn.Module], bool]"
 
@@ -69,15 +70,17 @@ def is_linear(module: nn.Module) -> bool:
     """Return whether a module multiplies its input's last axis by a matrix, as far as one can see.
 
     That is ``nn.Linear``, transformers' ``Conv1D``, whatever wraps such a layer as ``base_layer``,
-    and every module with ``in_features`` that contains no other: quantised layers come in a dozen
-    classes of as many packages.
+    and every module with ``in_features`` that contains no other, and no convolution: quantised
+    layers come in a dozen classes of as many packages.
     """
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return True
     if isinstance(base := getattr(module, "base_layer", None), nn.Module):
         return is_linear(base)
     return _has_features(module) and not any(
-        _has_features(other) for other in module.modules() if other is not module
+        _has_features(other) or isinstance(other, Convolution)
+        for other in module.modules()
+        if other is not module
     )
 
 

@@ -59,6 +59,14 @@ def test_all_linear_knows_conv1d_and_custom_layers():
     assert list(select_layers(model)) == ["0", "1"]
 
 
+def test_all_linear_takes_no_block_of_convolutions_for_a_layer():
+    class Block(nn.Sequential):
+        in_features, out_features = 8, 4
+
+    model = nn.Sequential(Block(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)), nn.Linear(4, 2))
+    assert list(select_layers(model)) == ["1"]
+
+
 def test_all_linear_takes_an_adapted_layer_as_one():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(Transformer(blocks=1), peft.LoraConfig(target_modules=["q"], r=2))
