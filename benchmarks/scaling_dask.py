@@ -43,12 +43,12 @@ def mixed(rows: np.ndarray) -> np.ndarray:
 
 def generate(path: Path, seed: int) -> None:
     scale = np.arange(1, FEATURES + 1, dtype="float32") ** -0.5
-    rows = np.random.default_rng(seed).standard_normal((SHARD_ROWS, FEATURES), dtype="float32")
-    rows *= scale
-    mixed(rows)
-    with path.open("wb") as file:
-        np.save(file, rows)
-        os.fsync(file.fileno())
+    rng = np.random.default_rng(seed)
+    file = np.lib.format.open_memmap(path, "w+", "float32", (SHARD_ROWS, FEATURES))
+    for start in range(0, SHARD_ROWS, 1024):
+        rows = rng.standard_normal((1024, FEATURES), dtype="float32") * scale
+        file[start : start + 1024] = mixed(rows)
+    file.flush()
 
 
 def excess(projector: Projector) -> float:

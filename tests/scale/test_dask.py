@@ -4,6 +4,7 @@ import os
 import signal
 import time
 import weakref
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -44,11 +45,14 @@ def excess(projector, x):
 @pytest.fixture(scope="module")
 def cluster():
     """Three worker processes of one thread each."""
-    with distributed.LocalCluster(
+    cluster = distributed.LocalCluster(
         n_workers=3, threads_per_worker=1, memory_limit="2GB", dashboard_address=None
-    ) as cluster:
-        with distributed.Client(cluster) as client:
-            yield client
+    )
+    with distributed.Client(cluster) as client:
+        yield client
+    # A nanny whose worker was killed now and then waits for ever for the next one.
+    with suppress(TimeoutError):
+        cluster.close(timeout=20)
 
 
 X = rows(20_000)
