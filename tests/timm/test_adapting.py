@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-timm = pytest.importorskip("timm")
+timm = pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
 import ipa_timm
 from ipa_core.errors import SettingError

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("timm")
+pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
 from benchmarks.timm_families import check
 from ipa_timm.targets import FAMILIES as KNOWN

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-timm = pytest.importorskip("timm")
+timm = pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
 from timm.models import list_modules
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-timm = pytest.importorskip("timm")
+timm = pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
 from timm.data import ImageDataset, create_loader, resolve_model_data_config
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-timm = pytest.importorskip("timm")
+timm = pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
 import ipa_timm
 from ipa_core import ExactCovariance

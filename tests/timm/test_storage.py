@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-timm = pytest.importorskip("timm")
+timm = pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
 import ipa_timm
 from ipa_core.errors import FileFormatError, SettingError, ShapeError
