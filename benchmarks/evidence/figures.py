@@ -34,9 +34,10 @@ def main() -> int:
     cells = [cell for path in sorted(FOLDER.glob("*.jsonl")) for cell in read(path)]
     similarity = FOLDER / "similarity.json"
     found = json.loads(similarity.read_text()) if similarity.is_file() else {}
+    swept = {cell.task for cell in cells if cell.study in ("rank", "share")}
     drawings: dict[str, tuple[Callable[[Any], Figure], Any]] = {
         "methods": (methods, [cell for cell in cells if cell.study == "main"]),
-        "rank_and_share": (rank_and_share, cells),
+        "rank_and_share": (rank_and_share, [cell for cell in cells if cell.task in swept]),
         "likeness": (likeness, found),
         "before_and_after": (before_and_after, found),
     }
@@ -84,7 +85,7 @@ def methods(cells: Sequence[Cell]) -> Figure:
 
 def rank_and_share(cells: Sequence[Cell]) -> Figure:
     """Draw accuracy against rank, and against the texts P is learned from: the paper's figure 4."""
-    tasks = list(dict.fromkeys(c.task for c in cells if c.study in ("rank", "share")))
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
     figure, axes = plt.subplots(
         len(tasks), 2, figsize=(8, 3 * len(tasks)), layout="constrained", squeeze=False
     )

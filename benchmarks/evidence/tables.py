@@ -68,12 +68,11 @@ def comparison(cells: Sequence[Cell]) -> str:
     rows = []
     for method in _methods(cells):
         own = of_method(cells, method)
-        mean, deviation = mean_and_deviation([cell.accuracy for cell in own])
         rows.append(
             [
                 method,
                 f"{own[0].trainable:,}",
-                f"{mean:.1f} ± {deviation:.1f}",
+                _spread([cell.accuracy for cell in own]),
                 str(len(own)),
                 _difference(own, lora),
                 _difference(own, random),
@@ -94,7 +93,7 @@ def by_set(cells: Sequence[Cell]) -> str:
         own = of_method(cells, method)
         found = [[100 * cell.test[name] for cell in own if cell.test] for name in sets]
         values = [*found, [cell.accuracy for cell in own]]
-        rows.append([method, *(f"{m:.1f} ± {s:.1f}" for m, s in map(mean_and_deviation, values))])
+        rows.append([method, *map(_spread, values)])
     return record.table(["method", *sets, "average"], rows)
 
 
@@ -106,10 +105,14 @@ def sweep(cells: Sequence[Cell], varied: str) -> str:
         row = [method]
         for step in steps:
             own = of_method([cell for cell in cells if getattr(cell, varied) == step], method)
-            values = [cell.accuracy for cell in own]
-            row.append("{:.1f} ± {:.1f}".format(*mean_and_deviation(values)) if values else "-")
+            row.append(_spread([cell.accuracy for cell in own]) if own else "-")
         rows.append(row)
     return record.table([varied.replace("learn_from", "texts for P"), *map(str, steps)], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.1f} ± {deviation:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 def _methods(cells: Sequence[Cell]) -> list[str]:

@@ -125,7 +125,7 @@ def test_tables():
     lora, random = found["toy"].splitlines()[2:]
     assert "| 82.0 ± 2.0 | 3 | - | **+10.3 ± 1.4** |" in lora
     assert "| 71.7 ± 1.5 | 3 | **-10.3 ± 1.4** | - |" in random
-    assert found["toy_rank"].splitlines()[-1].startswith("| IPA, frozen | 90.0")
+    assert found["toy_rank"].splitlines()[-1].startswith("| IPA, frozen | 90.0 |")
 
 
 @pytest.mark.parametrize(
