@@ -114,7 +114,7 @@ def workers(kills: int) -> list[dict[str, Any]]:
     lazy = da.from_array(x, chunks=(500, 32)).map_blocks(_slowly, meta=x[:0])
     wanted = fit_projector(x, 4, learner=ExactCovariance)
     for _ in range(kills):
-        cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+        cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0")
         client = Client(cluster)
         pids = [*client.run(os.getpid).values()]
         results: list[Any] = []

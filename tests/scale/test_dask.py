@@ -46,7 +46,7 @@ def excess(projector, x):
 def cluster():
     """Three worker processes of one thread each."""
     cluster = distributed.LocalCluster(
-        n_workers=3, threads_per_worker=1, memory_limit="2GB", dashboard_address=None
+        n_workers=3, threads_per_worker=1, memory_limit="2GB", dashboard_address=":0"
     )
     with distributed.Client(cluster) as client:
         yield client
