@@ -27,7 +27,7 @@ class Company:
     """The processes that learn together; also this one alone.
 
     Whoever leaves the context by an exception tells the others, who raise `PeerError` when they
-    want to merge: nobody waits for ever. Ctrl-C is not told; the connection then breaks.
+    want to merge: nobody waits for ever. Ctrl-C is not told: torchrun ends the others.
     """
 
     def __init__(self, members: Members) -> None:
