@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from ipa_core import HebbianRule
+from ipa_core import HebbianRule, RandomizedSVD
 from ipa_core.errors import FileFormatError, SettingError, StreamError
 from ipa_torch import Checkpoints, Projectors, fit_projectors
+from ipa_torch.turns import held_bytes
 from tests.scale import learning_run, runs
 
 
@@ -89,7 +90,7 @@ def test_layers_that_have_stopped_or_are_unfit_stay_so(tmp_path):
 
 def test_turns_have_checkpoints_of_their_own(tmp_path):
     batches = runs.batches(6)
-    options = {"max_bytes": 450_000}
+    options = {"max_bytes": held_bytes(RandomizedSVD, 4, 72, False)}  # the largest one's
     whole, _ = learn(batches, None, **options)
     assert whole.passes > 1
     with pytest.raises(Stop):
