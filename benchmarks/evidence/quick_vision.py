@@ -17,7 +17,7 @@ from benchmarks.vtab import make_sets, models, sets
 from benchmarks.vtab.__main__ import RESULTS
 from benchmarks.vtab.training import Cell, Settings
 
-SET, BACKBONE, METHOD = "digits", "saliency-vit-s", "lora"
+SET, BACKBONE, METHOD = "digits", "saliency-vit-s", "ipa-frozen"
 
 
 def main() -> int:

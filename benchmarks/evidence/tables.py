@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks import record
-from benchmarks.evidence import claims
+from benchmarks.evidence import claims, vision
 from benchmarks.evidence.cells import FOLDER, Cell, read
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.statistics import mean_and_deviation, of_method, paired
@@ -31,6 +31,7 @@ def main() -> None:
         every += cells
         for name, text in tables(cells).items():
             _write(f"{path.stem}_{name}", text)
+    every += vision.read()
     _write("claims", claims.table(claims.CLAIMS, every))
     _write("own", claims.table(claims.OWN, every))
     if any(cell.study == "share" for cell in every):
@@ -77,7 +78,7 @@ def comparison(cells: Sequence[Cell]) -> str:
                 _difference(own, lora),
                 _difference(own, random),
                 f"{own[0].rate:g}",
-                f"{own[0].steps_of_p:g}",
+                f"{mean_and_deviation([cell.steps_of_p for cell in own])[0]:.0f}",
                 f"{own[0].mebibytes:.0f}",
                 f"{min(cell.seconds for cell in own):.0f}",
             ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from benchmarks.evidence import claims, figures
+from benchmarks.evidence import claims, figures, vision
 from benchmarks.evidence.cells import TUNING, Cell, Cells, read
 from benchmarks.evidence.methods import METHODS, Adapter
 from benchmarks.evidence.statistics import Difference, of_method, paired
@@ -163,6 +163,27 @@ def test_shares_are_compared_with_all_texts():
     few, more = claims.shares(some).splitlines()[2:]
     assert "from 2 texts - from 2000" in few and few.endswith("| no |")
     assert "from 20 texts - from 2000" in more and "-0.3 ± 1.4" in more
+
+
+def test_vision_results_are_cells_too(tmp_path):
+    runs = [{"seed": s, "rate": 1e-2, "validation": 0.9, "test": 0.8, "seconds": 1} for s in (0, 1)]
+    content = {
+        "set": "digits",
+        "backbone": "vit",
+        "method": "LoRA",
+        "rank": 8,
+        "trainable": 3,
+        "settings": {"epochs": 6},
+        "runs": runs,
+    }
+    (tmp_path / "vit" / "digits").mkdir(parents=True)
+    (tmp_path / "vit" / "digits" / "lora.json").write_text(json.dumps(content))
+    found = list(vision.read(tmp_path))
+    assert [(cell.task, cell.seed, cell.accuracy) for cell in found] == [
+        ("digits (vit)", 0, 80.0),
+        ("digits (vit)", 1, 80.0),
+    ]
+    assert {cell.method for cell in vision.read()} <= set(METHODS) | {"head only", "DoRA-style"}
 
 
 def test_figures_are_the_same_each_time(tmp_path, monkeypatch):
