@@ -66,8 +66,8 @@ def test_other_archive_is_refused(index, tmp_path):
 
 def test_other_file_name_is_refused(index):
     package = publish(index, {})
-    renamed = Package("toy", "1.0", "toy-1.0.tar.gz", package.sha256)
-    with pytest.raises(AssetError, match="expected toy==1.0 as toy-1.0.tar.gz, got toy-1.0-py3"):
+    renamed = Package("toy", "1.0", "toy-1.0.zip", package.sha256)
+    with pytest.raises(AssetError, match="expected toy==1.0 as toy-1.0.zip, got toy-1.0-py3"):
         assets.fetch(renamed)
 
 
