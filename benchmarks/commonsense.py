@@ -24,6 +24,7 @@ from benchmarks.evidence.task import Settings
 
 RESULTS = FOLDER / "commonsense.jsonl"
 
+STEPS = 60
 MAIN = [
     "LoRA",
     "LoRA, half rank",
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--loss-on-prompt", action="store_true")
     made.add_argument("--float32", action="store_true", help="in the place of bfloat16")
     made.add_argument("--rank", type=int, default=8)
-    made.add_argument("--steps", type=int, default=60)
+    made.add_argument("--steps", type=int, default=STEPS)
     made.add_argument("--batch-size", type=int, default=16)
     made.add_argument("--learn-from", type=int, default=96, help="questions to choose P from")
     return made
@@ -80,6 +81,8 @@ def language_task(arguments: argparse.Namespace) -> LanguageTask:
     """Return the task that the command line asks for."""
     data, model = arguments.data, arguments.model
     names = [model.name if model else "SmolLM2-135M", data.name if data else "packaged"]
+    if arguments.steps != STEPS:
+        names.append(f"{arguments.steps} steps")
     return LanguageTask(
         " ".join(names),
         from_instructions(data, 120) if data else packaged(400, 200),

@@ -148,7 +148,8 @@ def _curves(place: Axes, cells: Sequence[Cell], varied: str, title: str) -> None
             steps, means, deviations, fmt="o-", color=colour, label=name, capsize=3, markersize=4
         )
     place.set(xscale="log", xlabel=title, ylabel="test accuracy (%)")
-    place.legend(frameon=False)
+    if place.has_data():
+        place.legend(frameon=False)
     _tidy(place, "y")
 
 
