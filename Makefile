@@ -32,7 +32,7 @@ check: .venv/.installed-test docs  ## style, types, doctests, documentation
 		--ignore=integrations/ipa_timm
 
 bench: .venv/.installed-bench  ## the quick benchmarks
-	$(BIN)/python -m benchmarks --quick
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks --quick  # on a machine with nothing else
 
 evidence-quick: .venv/.installed-bench .venv/.installed-vision  ## one cell of each table again
 	$(BIN)/python -m benchmarks.evidence.quick
