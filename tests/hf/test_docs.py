@@ -27,7 +27,8 @@ def test_table_is_true():
 
 def test_features_name_tests_that_exist():
     text = GUIDE.read_text(encoding="utf-8")
-    rows = text[text.index("| feature | test |") :].splitlines()[2:]
+    after = text[text.index("| feature | test |") :].splitlines()[2:]
+    rows = [line for line in after if line.startswith("|")]
     assert len(rows) > 15
     for row in rows:
         file = None
