@@ -10,8 +10,6 @@ origin (the data's mean is zero).
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from sklearn.decomposition import IncrementalPCA as SklearnIncrementalPCA
 from threadpoolctl import threadpool_limits
 
 from benchmarks import record
-from benchmarks.learners import decaying
+from benchmarks.learners import decaying, learn, seconds
 from ipa_core import ExactCovariance, IncrementalPCA, Projector, RandomizedSVD
 
 OWN = {"RandomizedSVD": RandomizedSVD, "IncrementalPCA": IncrementalPCA}
@@ -39,23 +37,11 @@ def others(rank: int, pool: list[np.ndarray]) -> dict[str, tuple[Any, list[Any]]
     }
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def own_seconds(make: type[RandomizedSVD] | type[IncrementalPCA], rank: int, pool: Any) -> float:
     learner = make(rank)
-    for batch in pool:
-        learner.update(batch)
-
-    def go() -> None:
-        for batch in 3 * pool:
-            learner.update(batch)
-        learner.finalize()
-
-    return seconds(go) / (3 * len(pool))
+    learn(learner, pool, len(pool))
+    count = 3 * len(pool)
+    return seconds(lambda: learn(learner, pool, count)) / count
 
 
 def compare(features: int, rows: int, rank: int, repeats: int) -> dict[str, dict[str, float]]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks import record
+from benchmarks.memory import saved_for_backward
 from benchmarks.torch_learning import PACKAGES, RANK, THREADS, cut, linear, load
 from ipa_torch import attach, detach, fit_projectors, merge, select_layers
 
@@ -43,24 +44,6 @@ def stepper(model: nn.Module, batch: Any) -> Callable[[], None]:
         optimiser.step()
 
     return step
-
-
-def saved_bytes(model: nn.Module, batch: Any) -> int:
-    """Bytes of distinct storages that the backward pass keeps, weights apart."""
-    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(**batch)
-        total = sum(kept.values())
-        del output
-    return total
 
 
 def runner(model: nn.Module, batch: Any) -> Callable[[], None]:
@@ -113,7 +96,10 @@ def main() -> None:
 
     repeats = 5 if quick else 40
     steps = in_turns({name: stepper(m, batches[0]) for name, m in models.items()}, repeats)
-    memory = {name: saved_bytes(model, batches[0]) for name, model in models.items()}
+    memory = {
+        name: saved_for_backward(model, partial(model, **batches[0]))[1]
+        for name, model in models.items()
+    }
     for model in models.values():
         model.eval()
     forwards = in_turns({name: runner(m, batches[0]) for name, m in models.items()}, repeats)

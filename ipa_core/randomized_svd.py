@@ -44,8 +44,8 @@ class RandomizedSVD(Learner):
     length from 16 k to 400 k rows. A block of 128 rows whose energy the basis misses twice as much
     as usual ends the segment and is decomposed exactly, as the first 256 rows of all are.
 
-    Guarantee: bounded. Time two products, O(4 k d) for a row, and about 3 % on a long stream;
-    memory O(4 k d). With k >= features it is exact.
+    Guarantee: bounded. Time two products, O(4 k d) for a row, and about 15 % on a long stream, the
+    check of the rows included; memory O(4 k d). With k >= features it is exact.
 
     Parameters
     ----------

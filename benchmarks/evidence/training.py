@@ -2,13 +2,14 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
 from torch import nn
 
-from benchmarks.evidence.cutting import Batch
 from benchmarks.evidence.task import Settings, Task, batches
+from benchmarks.memory import saved_for_backward
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def train(
     stream = batches(task.training(seed), settings.batch_size, steps, seed + 1000)
     for step, batch in enumerate(stream):
         if step == 0:
-            loss, kept = _counting(model, task, batch)
+            loss, kept = saved_for_backward(model, partial(task.loss, model, batch))
         else:
             loss = task.loss(model, batch)
         optimizer.zero_grad()
@@ -70,19 +71,3 @@ def train(
     numbers = sum(p.numel() for p in trained)
     # Weights, gradients and the optimizer's two moments, in float32, and what backward needs.
     return Cost(time.perf_counter() - began, steps, numbers, (kept + 16 * numbers) / 2**20)
-
-
-def _counting(model: nn.Module, task: Task, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Return the loss, and the bytes of distinct tensors that its backward pass keeps."""
-    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = task.loss(model, batch)
-    return loss, sum(kept.values())

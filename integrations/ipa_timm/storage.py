@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ipa_core.errors import FileFormatError, ShapeError
+from ipa_core.storage import replace_file
 from ipa_timm.adapting import settle
 from ipa_timm.heads import head_parameters
 from ipa_torch import adapter_state_dict, load_adapter_state_dict
@@ -56,11 +56,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "version": str(VERSION),
         "architecture": _architecture(model),
     }
-    target = Path(path)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        save_file({key: value.contiguous() for key, value in state.items()}, made, metadata)
-        made.replace(target)
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    replace_file(Path(path), to_bytes(tensors, metadata))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0) -> None:
