@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
@@ -13,6 +14,7 @@ import numpy as np
 from ipa_core.errors import ArrayTypeError
 
 Array: TypeAlias = Any
+HostArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 Namespace: TypeAlias = Any
 Device: TypeAlias = Any
 DType: TypeAlias = Any
@@ -91,15 +93,22 @@ def row_squares(xp: Namespace, rows: Array) -> Array:
     return xp.linalg.vector_norm(rows, axis=-1) ** 2
 
 
-def wide_sum(xp: Namespace, array: Array) -> float:
-    """Return the sum of all entries, accumulated in float64 where there is one."""
-    return float(xp.sum(array, dtype=wide_dtype(xp, device(array))))
+def on_host(array: Array) -> HostArray:
+    """Return a copy in float64 on the host, where sums are taken that decide what is done next."""
+    return np.array(to_numpy(array), dtype=np.float64)
 
 
-def group_sums(array: Array, ends: list[int]) -> list[list[float]]:
-    """Return for each group of columns of a (m, n) array its m sums, in float64 on the host."""
-    host = np.asarray(to_numpy(array), dtype=np.float64)
-    sums: list[list[float]] = np.add.reduceat(host, [0, *ends[:-1]], axis=1).T.tolist()
+def host_ones(like: HostArray) -> HostArray:
+    return np.ones_like(like)
+
+
+def host_concat(parts: Sequence[HostArray]) -> HostArray:
+    return np.concatenate(parts)
+
+
+def group_sums(values: HostArray, ends: list[int]) -> list[float]:
+    """Return the sum of each group of values, given where the groups end."""
+    sums: list[float] = np.add.reduceat(values, [0, *ends[:-1]]).tolist()
     return sums
 
 

@@ -12,19 +12,9 @@ from ipa_core.errors import ArrayTypeError, NonFiniteError, ShapeError, WeightEr
 
 def template_of(batch: Array) -> Array:
     """Return the (0, features) array that stands for library, device, dtype and features."""
-    xp = _array.namespace(batch)
-    if not _array.is_floating(xp, batch):
-        raise ArrayTypeError(
-            f"expected a batch of a real floating dtype, got {batch.dtype}; "
-            "convert it to float32 first"
-        )
-    if batch.ndim < 1 or batch.shape[-1] < 1:
-        raise ShapeError(f"expected a batch of shape (..., features), got {tuple(batch.shape)}")
-    return xp.zeros(
-        (0, int(batch.shape[-1])),
-        dtype=_array.state_dtype(xp, batch),
-        device=_array.device(batch),
-    )
+    xp, features = _form_of(batch)
+    dtype = _array.state_dtype(xp, batch)
+    return xp.zeros((0, features), dtype=dtype, device=_array.device(batch))
 
 
 def accept(batch: Array, weights: Array | None, template: Array) -> Rows:
@@ -33,31 +23,43 @@ def accept(batch: Array, weights: Array | None, template: Array) -> Rows:
     Rows of weight zero are dropped before anything else, whatever they hold; weights that are all
     one are forgotten. What is not finite is refused: the squared lengths, needed anyway, tell.
     """
-    _match(template_of(batch), template)
-    xp = _array.namespace(batch)
+    xp = _match(batch, template)
     count = math.prod(batch.shape[:-1])
     x = xp.reshape(_array.detached(batch), (count, batch.shape[-1]))
     if weights is not None:
         x, weights = _drop_absent(xp, x, _flat(batch, weights, template))
-    x = _array.cast(xp, x, template.dtype)
     with _array.silent():
-        rows = Rows(x, weights, _array.row_squares(xp, x))
+        rows = Rows.of(xp, _array.cast(xp, x, template.dtype), weights)
         _check_range(xp, rows)
     return rows
 
 
-def _match(got: Array, template: Array) -> None:
-    if got.shape != template.shape:
-        raise ShapeError(
-            f"expected batches of {template.shape[1]} features as the first one had, "
-            f"got {got.shape[1]}"
+def _form_of(batch: Array) -> tuple[Namespace, int]:
+    """Return the library and the number of features of what can be a batch."""
+    xp = _array.namespace(batch)
+    if not _array.is_floating(xp, batch):
+        raise ArrayTypeError(
+            f"expected a batch of a real floating dtype, got {batch.dtype}; "
+            "convert it to float32 first"
         )
-    same_library = _array.namespace(got) is _array.namespace(template)
-    if not same_library or _array.device(got) != _array.device(template):
+    if batch.ndim < 1 or batch.shape[-1] < 1:
+        raise ShapeError(f"expected a batch of shape (..., features), got {tuple(batch.shape)}")
+    return xp, int(batch.shape[-1])
+
+
+def _match(batch: Array, template: Array) -> Namespace:
+    xp, features = _form_of(batch)
+    if features != template.shape[1]:
+        raise ShapeError(
+            f"expected batches of {template.shape[1]} features as the first one had, got {features}"
+        )
+    same_library = xp is _array.namespace(template)
+    if not same_library or _array.device(batch) != _array.device(template):
         raise ArrayTypeError(
             f"expected batches as the first one, {_array.describe(template)}, "
-            f"got {_array.describe(got)}"
+            f"got {_array.describe(batch)}"
         )
+    return xp
 
 
 def _flat(batch: Array, weights: Array, template: Array) -> Array:
@@ -73,22 +75,22 @@ def _flat(batch: Array, weights: Array, template: Array) -> Array:
 
 
 def _drop_absent(xp: Namespace, x: Array, weights: Array) -> tuple[Array, Array | None]:
-    if x.shape[0] == 0:
-        return x, None
-    if not (bool(xp.all(weights >= 0)) and math.isfinite(_array.wide_sum(xp, weights))):
+    masses = _array.on_host(weights)
+    if not ((masses >= 0).all() and math.isfinite(masses.sum())):
         raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")
-    present = weights > 0
-    if not bool(xp.all(present)):
-        (index,) = xp.nonzero(present)
+    if not masses.all():
+        (places,) = masses.nonzero()
+        index = _array.from_numpy(xp, places, _array.device(x), xp.int64)
         x, weights = xp.take(x, index, axis=0), xp.take(weights, index)
-    return x, None if bool(xp.all(weights == 1)) else weights
+        masses = masses[places]
+    return x, None if (masses == 1).all() else weights
 
 
 def _check_range(xp: Namespace, rows: Rows) -> None:
     """Refuse rows that are not finite, or whose squares over- or underflow the dtype."""
     dtype = rows.x.dtype
-    energy = _array.wide_sum(xp, rows.squares)
-    if not (math.isfinite(energy) and math.isfinite(rows.energy(xp))):
+    energy = float(rows.squares.sum())
+    if not (math.isfinite(energy) and math.isfinite(rows.energy())):
         bad = int(xp.count_nonzero(~xp.all(xp.isfinite(rows.x), axis=1)))
         if bad:
             raise NonFiniteError(

@@ -5,16 +5,35 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ipa_core._array import Array, Namespace, wide_sum
+from ipa_core._array import (
+    Array,
+    HostArray,
+    Namespace,
+    host_concat,
+    host_ones,
+    on_host,
+    row_squares,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows ``x`` (n, features), ``weights`` (n,) or None for ones, ``squares`` |x_i|^2 (n,)."""
+    """Rows ``x`` (n, features) and ``weights`` (n,) or None for ones.
+
+    ``squares`` |x_i|^2 (n,) and ``masses``, the weights once more, are on the host in float64:
+    their sums decide what is done next, and one transfer of n numbers is cheaper than many of one.
+    """
 
     x: Array
     weights: Array | None
-    squares: Array
+    squares: HostArray
+    masses: HostArray
+
+    @classmethod
+    def of(cls, xp: Namespace, x: Array, weights: Array | None = None) -> Rows:
+        """Return rows with what is known of them on the host."""
+        squares = on_host(row_squares(xp, x))
+        return cls(x, weights, squares, host_ones(squares) if weights is None else on_host(weights))
 
     @property
     def count(self) -> int:
@@ -22,37 +41,40 @@ class Rows:
 
     def cut(self, start: int, stop: int) -> Rows:
         """Return rows ``start`` to ``stop`` as views."""
-        weights = None if self.weights is None else self.weights[start:stop]
-        return Rows(self.x[start:stop, :], weights, self.squares[start:stop])
+        part = slice(start, stop)
+        weights = None if self.weights is None else self.weights[part]
+        return Rows(self.x[part, :], weights, self.squares[part], self.masses[part])
 
     def own(self, xp: Namespace) -> Rows:
         """Return a copy that no later change of the caller's array can reach."""
         weights = None if self.weights is None else xp.asarray(self.weights, copy=True)
-        return Rows(xp.asarray(self.x, copy=True), weights, self.squares)
+        return Rows(xp.asarray(self.x, copy=True), weights, self.squares, self.masses)
 
     def weigh(self, values: Array) -> Array:
-        """Multiply each row of ``values`` (n, ...) by the row's weight."""
-        if self.weights is None:
-            return values
-        return values * (self.weights if values.ndim == 1 else self.weights[:, None])
+        """Multiply each row of ``values`` (n, d) by the row's weight."""
+        return values if self.weights is None else values * self.weights[:, None]
 
     def scaled(self, xp: Namespace) -> Array:
         """Return the rows times the roots of their weights: what an unweighted rule may take."""
         return self.x if self.weights is None else self.x * xp.sqrt(self.weights)[:, None]
 
-    def total_weight(self, xp: Namespace) -> float:
-        return float(self.count) if self.weights is None else wide_sum(xp, self.weights)
+    def total_weight(self) -> float:
+        return float(self.masses.sum())
 
-    def energy(self, xp: Namespace) -> float:
+    def energies(self) -> HostArray:
+        """Return the weighted squared lengths (n,)."""
+        return self.squares * self.masses
+
+    def energy(self) -> float:
         """Return the weighted sum of the squared lengths."""
-        return wide_sum(xp, self.weigh(self.squares))
+        return float(self.energies().sum())
 
-    def unit(self, xp: Namespace) -> float:
+    def unit(self) -> float:
         """Return the power of two nearest to the root mean square entry; 1 for all zeros.
 
         Dividing by it is exact and keeps products of two rows within the range of the dtype.
         """
-        mean_square = wide_sum(xp, self.squares) / (self.count * self.x.shape[1])
+        mean_square = float(self.squares.sum()) / (self.count * self.x.shape[1])
         return 2.0 ** round(math.log2(mean_square) / 2) if mean_square > 0.0 else 1.0
 
 
@@ -62,7 +84,8 @@ def join(xp: Namespace, parts: tuple[Rows, ...]) -> Rows:
         return parts[0]
     weights = None
     if any(part.weights is not None for part in parts):
-        weights = xp.concat(
-            [xp.ones_like(p.squares) if p.weights is None else p.weights for p in parts]
-        )
-    return Rows(xp.concat([p.x for p in parts]), weights, xp.concat([p.squares for p in parts]))
+        ones = [xp.ones_like(p.x[:, 0]) if p.weights is None else p.weights for p in parts]
+        weights = xp.concat(ones)
+    squares = host_concat([part.squares for part in parts])
+    masses = host_concat([part.masses for part in parts])
+    return Rows(xp.concat([p.x for p in parts]), weights, squares, masses)

@@ -54,7 +54,7 @@ class SequentialRule(Learner):
         if first:
             self._start(xp, rows)
         self._stepped += rows.count
-        weight = rows.total_weight(xp)
+        weight = rows.total_weight()
         self._step(xp, rows, weight, 1.0 if first else self._step_size(weight))
 
     def _step_size(self, weight: float) -> float:
@@ -71,7 +71,7 @@ class SequentialRule(Learner):
             _array.device(rows.x),
             rows.x.dtype,
         )
-        self._unit = rows.unit(xp)
+        self._unit = rows.unit()
         self._directions = orthonormal_columns(xp, (signs @ rows.weigh(rows.x)).T).T
 
     def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:

@@ -195,7 +195,7 @@ class Learner(ABC):
         merged, right = self._flushed(), other._flushed()
         if merged._mean is not None:
             shift = merged._move_mean(xp, right._mean, right._weight)
-            merged._energy += shift.energy(xp)
+            merged._energy += shift.energy()
             merged._absorb_shift(xp, shift)
         merged._absorb_summary(xp, right)
         merged.samples += right.samples
@@ -255,7 +255,6 @@ class Learner(ABC):
         if self._pending:
             rows = join(self._xp, self._pending)
             arrays["pending.x"], arrays["pending.weights"] = rows.x, rows.weights
-            arrays["pending.squares"] = rows.squares
         return state | {name: array for name, array in arrays.items() if array is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
@@ -289,9 +288,8 @@ class Learner(ABC):
         if fresh.samples and fresh._template is None:
             raise FileFormatError("expected the arrays of a learner that has seen rows, got none")
         if "pending.x" in state:
-            fresh._pending = (
-                Rows(state["pending.x"], state.get("pending.weights"), state["pending.squares"]),
-            )
+            rows = Rows.of(fresh._xp, state["pending.x"], state.get("pending.weights"))
+            fresh._pending = (rows,)
         self.__dict__ = fresh.__dict__
         return self
 
@@ -353,11 +351,11 @@ class Learner(ABC):
         return done
 
     def _absorb_block(self, xp: Namespace, rows: Rows) -> None:
-        weight = rows.total_weight(xp)
+        weight = rows.total_weight()
         if self.center:
             rows = self._centered(xp, rows, weight)
         self._weight += weight
-        self._energy += rows.energy(xp)
+        self._energy += rows.energy()
         self._absorb_rows(xp, rows)
 
     def _centered(self, xp: Namespace, rows: Rows, weight: float) -> Rows:
@@ -374,7 +372,7 @@ class Learner(ABC):
         x = x - offset
         wide = _array.wide_dtype(xp, _array.device(x))
         mean = _array.cast(xp, pilot, wide) + _array.cast(xp, offset, wide)
-        centered = Rows(x, rows.weights, _array.row_squares(xp, x))
+        centered = Rows.of(xp, x, rows.weights)
         if self._mean is None:
             self._mean = mean
             return centered
@@ -386,8 +384,7 @@ class Learner(ABC):
         difference = mean - self._mean
         self._mean = self._mean + difference * (weight / total)
         row = difference * math.sqrt(self._weight * weight / total)
-        x = _array.cast(xp, row, self._template.dtype)[None, :]
-        return Rows(x, None, xp.vecdot(x, x))
+        return Rows.of(xp, _array.cast(xp, row, self._template.dtype)[None, :])
 
     def _check_mergeable(self, other: Self) -> None:
         if type(other) is not type(self):

@@ -38,11 +38,12 @@ class RandomizedSVD(Learner):
     .. math:: Y \leftarrow Y + X^\top W X O
 
     happens. At its end the segment's second moment is recovered by Nystrom's formula,
-    :math:`C \approx Y (O^\top Y)^{-1} Y^\top`, and folded into a factor F of 2k rows. The next
-    basis holds the leading rows of F and k/4 probes: randomly signed sums of the rows about to
+    :math:`C \approx Y (O^\top Y)^{-1} Y^\top`, and folded into a factor F of 5k/4 rows. The
+    next basis holds the leading rows of F and k/8 probes: randomly signed sums of the rows about to
     come, power-iterated once on them, which look for what F does not know. Segments double in
-    length from 16 k to 400 k rows. A block of 128 rows whose energy the basis misses twice as much
-    as usual ends the segment and is decomposed exactly, as the first 256 rows of all are.
+    length from 16 k to 400 k rows. A block of 128 rows of which the basis misses twice what it
+    usually does, of the block's own energy and of the usual one, ends the segment and is decomposed
+    exactly, as the first 256 rows of all are.
 
     Guarantee: bounded. Time two products, O(4 k d) for a row, and about 15 % on a long stream, the
     check of the rows included; memory O(4 k d). With k >= features it is exact.
@@ -84,6 +85,7 @@ class RandomizedSVD(Learner):
         "_decomposed",
         "_missed",
         "_watched",
+        "_watched_weight",
     )
     _arrays: ClassVar[tuple[str, ...]] = (*Learner._arrays, "_factor", "_basis", "_image")
 
@@ -103,10 +105,20 @@ class RandomizedSVD(Learner):
         self._segment_rows = 0
         self._missed = 0.0
         self._watched = 0.0
+        self._watched_weight = 0.0
 
     @property
     def _width(self) -> int:
         return min(self.rank + self.oversample, int(self._template.shape[1]))
+
+    @property
+    def _spare(self) -> int:
+        """Rows of the factor: some more than a basis takes over."""
+        return self._width + self._width // 4
+
+    @property
+    def _probes(self) -> int:
+        return max(1, self._width // 8)
 
     @property
     def _block_rows(self) -> int:
@@ -156,13 +168,13 @@ class RandomizedSVD(Learner):
         self._decomposed += other._decomposed
         self._missed += other._missed
         self._watched += other._watched
+        self._watched_weight += other._watched_weight
 
     def _condense(self, xp: Namespace) -> None:
         self._close(xp)
 
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
-        self._close(xp)
-        return principal_rows(xp, self._factor, self.rank)
+        return principal_rows(xp, self._with_segment(xp), self.rank)
 
     def _segment_limit(self) -> int:
         doublings = min(self._segments, 16)
@@ -172,25 +184,30 @@ class RandomizedSVD(Learner):
         self, xp: Namespace, rows: Rows, seen: Array, ends: list[int], opening: bool
     ) -> int:
         """Return where the leading blocks end of which the basis misses no more than usual."""
-        kept = _array.row_squares(xp, seen) * self._unit**2
-        both = xp.stack([rows.weigh(rows.squares), rows.weigh(kept)])
+        caught = _array.on_host(_array.row_squares(xp, seen)) * rows.masses * self._unit**2
+        energies = rows.energies()
+        sums = (_array.group_sums(v, ends) for v in (energies, energies - caught, rows.masses))
         rounding = 100 * float(xp.finfo(rows.x.dtype).eps)
         begin = 0
-        for end, (energy, caught) in zip(ends, _array.group_sums(both, ends), strict=True):
+        for end, energy, missed, weight in zip(ends, *sums, strict=True):
             # The basis was chosen on its first block, which therefore says nothing about novelty.
             if begin or not opening:
-                missed = max(0.0, energy - caught)
+                missed = max(0.0, missed)
                 usual = self._missed / self._watched if self._watched else 1.0
-                if missed > (_NOVEL * usual + rounding) * energy:
+                # A few huge rows carry most of the energy of some layers. A block without them
+                # misses a large share of its own energy, but of nothing that matters.
+                mean = self._watched / self._watched_weight if self._watched_weight else 0.0
+                if missed > (_NOVEL * usual + rounding) * max(energy, mean * weight):
                     return begin
                 self._missed += missed
                 self._watched += energy
+                self._watched_weight += weight
             begin = end
         return begin
 
     def _open(self, xp: Namespace, rows: Rows) -> None:
         """Choose the basis: the leading rows of F, and probes of the block about to come."""
-        count = min(self._factor.shape[0], self._width - max(1, self._width // 4))
+        count = min(self._factor.shape[0], self._width - self._probes)
         kept = self._factor[:count, :]
         shape = (self._width - count, rows.count)
         signs = _array.from_numpy(
@@ -199,7 +216,7 @@ class RandomizedSVD(Learner):
             _array.device(rows.x),
             rows.x.dtype,
         )
-        self._unit = rows.unit(xp)
+        self._unit = rows.unit()
         tests = orthonormal_columns(xp, (signs @ rows.weigh(rows.x)).T) / self._unit
         probes = rows.x.T @ rows.weigh(rows.x @ tests)
         self._basis = orthonormal_columns(xp, xp.concat([kept.T, probes], axis=1)) / self._unit
@@ -210,10 +227,16 @@ class RandomizedSVD(Learner):
         """Fold the open segment, if any, into the factor."""
         if self._basis is None:
             return
-        self._stack(xp, nystrom_rows(xp, self._basis, self._image))
+        self._factor = truncate_rows(xp, self._with_segment(xp), self._spare)
         self._basis = self._image = None
         self._segments += 1
 
+    def _with_segment(self, xp: Namespace) -> Array:
+        """Return the factor, and below it what the open segment has seen."""
+        if self._basis is None:
+            return self._factor
+        return xp.concat([self._factor, nystrom_rows(xp, self._basis, self._image)])
+
     def _stack(self, xp: Namespace, rows: Array) -> None:
         stacked = rows if self._factor is None else xp.concat([self._factor, rows])
-        self._factor = truncate_rows(xp, stacked, 2 * self._width)
+        self._factor = truncate_rows(xp, stacked, self._spare)

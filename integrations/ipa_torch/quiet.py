@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -43,8 +43,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     Products in half precision would lose the small core of a learner's decomposition.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if torch.amp.is_autocast_available(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+    kind = device.type
+    # Entered for every layer and batch: a context that changes nothing is not worth its time.
+    under_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if under_autocast else nullcontext():
         yield

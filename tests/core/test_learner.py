@@ -120,6 +120,16 @@ def test_a_batch_may_be_overwritten_afterwards(learner):
     assert np.array_equal(pupil.finalize().components, expected.components)
 
 
+def test_a_whole_block_may_be_overwritten_afterwards(learner):
+    """As many rows as a block has at this rank: none of them waits in a copy."""
+    made = learner(64)
+    x = np.random.default_rng(0).standard_normal((made.update(np.zeros((0, 400)))._block_rows, 400))
+    made.update(x)
+    before = made.finalize().components.copy()
+    x[:] = 0.0
+    np.testing.assert_array_equal(made.finalize().components, before)
+
+
 def test_merge_refuses_strangers(learner):
     other = IncrementalPCA if learner is not IncrementalPCA else RandomizedSVD
     with pytest.raises(SettingError, match="to merge with"):

@@ -42,7 +42,7 @@ class NoMeanCorrection(ExactCovariance):
 
     def _move_mean(self, xp, mean, weight):
         shift = super()._move_mean(xp, mean, weight)
-        return Rows(0 * shift.x, None, 0 * shift.squares)
+        return Rows.of(xp, 0 * shift.x)
 
 
 class SquaredWeights(ExactCovariance):
@@ -80,7 +80,7 @@ class ScaleBlind(HebbianRule):
     """Steps by a fixed amount, whatever the scale of the data."""
 
     def _step(self, xp, rows, weight, size):
-        super()._step(xp, Rows(rows.x * self._unit, rows.weights, rows.squares), weight, size)
+        super()._step(xp, Rows.of(xp, rows.x * self._unit, rows.weights), weight, size)
 
 
 class NoBlocks(IncrementalPCA):
