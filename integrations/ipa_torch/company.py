@@ -12,7 +12,7 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
-from ipa_torch.agreeing import agreed, world
+from ipa_torch.agreeing import Mergeable, agreed, world
 from ipa_torch.errors import PeerError
 from ipa_torch.feeding import device_of
 from ipa_torch.listening import Listener
@@ -87,25 +87,14 @@ class Company:
         self.interrupted = interrupted
         if self.group is None:
             return listener.finish(reason)
-        self._leave()
         standing = listener.standing()
         own = _report(standing, reason, seen) | {"interrupted": interrupted}
         reports = self._exchange(own)
         self.interrupted = any(report["interrupted"] for report in reports)
-        if not any(report["seen"] for report in reports):
-            self._over = True
-            raise EmptyStreamError(
-                "expected at least one batch in one of the processes, got none; "
-                "check that the loaders are neither empty nor used up"
-            )
         unfit = {name: why for report in reports for name, why in report["unfit"].items()}
         groups = _common(standing, reports, unfit)
         learners = {names[0]: standing.at[names[0]].learner for names in groups}
-        try:
-            found = agreed(learners, self.group)
-        except PeerError:
-            self._over = True
-            raise
+        found = self._agreed(learners)
         learned: dict[str, Projector] = {}
         for names in groups:
             projector = found[names[0]]
@@ -121,9 +110,30 @@ class Company:
         stopped = {name: _joined(reports, "stopped", name, reason) for name in ordered}
         return Projectors(ordered, missing=missing, stopped=stopped)
 
+    def merged(self, pupils: Mapping[str, Mergeable], seen: int) -> dict[str, Projector | None]:
+        """Return for each layer's pupil the projector of everybody's rows; None if nobody has any.
+
+        Raises
+        ------
+        PeerError, EmptyStreamError
+            As `finish` does.
+        """
+        if self.group is not None:
+            ranks = {name: pupil.rank for name, pupil in pupils.items()}
+            self._exchange({"layers": ranks, "seen": seen})
+        return self._agreed(pupils)
+
+    def _agreed(self, pupils: Mapping[str, Mergeable]) -> dict[str, Projector | None]:
+        try:
+            return agreed(pupils, self.group)
+        except PeerError:
+            self._over = True
+            raise
+
     def _exchange(self, report: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return everybody's report; raise if one is of a failure, or of other layers."""
+        """Return everybody's report; raise if one failed or has other layers, or all saw none."""
         assert self._wire is not None
+        self._leave()
         reports = [json.loads(data) for data in self._wire.gather(json.dumps(report).encode())]
         for rank, other in enumerate(reports):
             if "failed" in other:
@@ -135,6 +145,12 @@ class Company:
                 "expected the same targets, ranks and (with max_bytes) passes in all processes, "
                 "got others in process "
                 f"{[other['layers'] == reports[0]['layers'] for other in reports].index(False)}"
+            )
+        if not any(other["seen"] for other in reports):
+            self._over = True
+            raise EmptyStreamError(
+                "expected at least one batch in one of the processes, got none; "
+                "check that the loaders are neither empty nor used up"
             )
         return reports
 

@@ -8,7 +8,13 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ipa_core import ExactCovariance
-from ipa_torch import Checkpoints, OnlineLearning, attach, fit_projectors
+from ipa_torch import (
+    Checkpoints,
+    OnlineLearning,
+    attach,
+    fit_gradient_projectors,
+    fit_projectors,
+)
 from tests.scale import runs
 
 BATCHES = 7
@@ -129,6 +135,17 @@ def sharded(rank, size):
     return outcome(lambda: learn(batches, model, targets="all-linear"))
 
 
+def by_gradient(batches, source, fails=False):
+    def loss(model, batch):
+        if fails:
+            raise ValueError("no such label")
+        return (model(batch) - 1).square().sum()
+
+    return fit_gradient_projectors(
+        runs.model(), batches, 3, source=source, loss=loss, learner=ExactCovariance
+    )
+
+
 class Counted(nn.Module):
     """DDP sends its buffer round in each forward pass."""
 
@@ -162,6 +179,9 @@ def main(folder):
         "online": online(rank),
         "sharded": sharded(rank, size),
         "alone": outcome(lambda: learn(runs.batches(2 + rank), process_group=None)),
+        "gradient": outcome(lambda: by_gradient(own, "gradient")),
+        "inputs": outcome(lambda: by_gradient(own, "inputs")),
+        "gradient failed": outcome(lambda: by_gradient(own, "inputs", fails=rank == size - 1)),
         "wrapped": outcome(lambda: learn([rows(rank)] * rank, DistributedDataParallel(Counted()))),
     }
     pair = distributed.new_group([size - 2, size - 1])

@@ -146,6 +146,22 @@ def test_wrapped_model_with_buffers_and_unequal_batches(outcomes):
     assert found["learned"]["fc"][3] == 50 * sum(range(len(outcomes)))
 
 
+@pytest.mark.parametrize("source", ["gradient", "inputs"])
+def test_gradients_of_all_processes_count(outcomes, source):
+    found = equal(outcomes, source)
+    whole = company_run.by_gradient(runs.batches(company_run.BATCHES), source)
+    for name, entry in found["learned"].items():
+        assert entry[3] == whole[name].samples
+        angles = torch.linalg.svdvals(entry[0].double() @ whole[name].components.T.double())
+        assert angles.min() > 1 - 1e-6, name
+
+
+def test_failing_gradient_is_told_to_the_others(outcomes):
+    *others, last = (outcome["gradient failed"] for outcome in outcomes)
+    assert last == "ValueError: no such label"
+    assert others == [f"PeerError: process {len(others)} failed with {last}"] * len(others)
+
+
 def test_groups_and_processes_alone(outcomes):
     for rank, outcome in enumerate(outcomes):
         assert outcome["alone"]["learned"]["out"][3] == 24 * (2 + rank)
