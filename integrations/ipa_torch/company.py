@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
@@ -34,7 +34,7 @@ class Company:
         group = world() if members == "world" else members
         self.group: ProcessGroup | None = group
         self._wire = None if group is None else Wire(group)
-        self._steps: _InStep | None = None
+        self._steps: _Steps | None = None
         self._over = False
         #: Whether learning was, in this process or another, and goes no further.
         self.interrupted = False
@@ -57,15 +57,21 @@ class Company:
         """Name of the folder in which this process keeps its own files; None if it is alone."""
         return None if self._wire is None else f"rank-{self._wire.me}-of-{self._wire.size}"
 
-    def in_step(self, model: nn.Module, batches: Iterator[Any]) -> Iterator[Any]:
-        """Return the batches; of a sharded model, no more than every member has.
+    def begin(self, model: nn.Module) -> None:
+        """Go in step from here on if the model is sharded: all take part in each forward pass."""
+        if self._wire is not None:
+            self._steps = _Steps(self._wire) if is_sharded(model) else None
 
-        In each forward pass of a sharded model all members take part.
+    def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Return the batches; of a sharded model, no more than every member has."""
+        return batches if self._steps is None else self._steps.common(batches)
+
+    def least(self, value: int) -> int:
+        """Return the least of the numbers above 0 of members who go in step, 0 if one has left.
+
+        Where they go by themselves it is ``value``.
         """
-        if self._wire is None or not is_sharded(model):
-            return batches
-        self._steps = _InStep(batches, self._wire)
-        return self._steps
+        return value if self._steps is None else self._steps.least(value)
 
     def finish(
         self,
@@ -159,33 +165,33 @@ class Company:
             self._steps.leave()
 
 
-class _InStep:
-    """Batches as long as every member has one; before each they tell each other."""
+class _Steps:
+    """What members do at the same time: before each step they tell each other a number.
 
-    def __init__(self, batches: Iterable[Any], wire: Wire) -> None:
-        self._left = iter(batches)
+    It is 0 of one who goes no further, and then nobody does.
+    """
+
+    def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self._ended = False
+        self._over = False
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
+    def least(self, value: int) -> int:
+        """Return the least of everybody's numbers."""
+        least = 0 if self._over else self._wire.least(value)
+        self._over = not least
+        return least
 
-    def __next__(self) -> Any:
-        try:
-            batch = next(self._left)
-        except StopIteration:
-            self.leave()
-            raise
-        if not self._wire.least(1):
-            self._ended = True
-            raise StopIteration
-        return batch
+    def common(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield batches as long as every member has one."""
+        for batch in batches:
+            if not self.least(1):
+                return
+            yield batch
+        self.leave()
 
     def leave(self) -> None:
         """Let the others end as well."""
-        if not self._ended:
-            self._ended = True
-            self._wire.least(0)
+        self.least(0)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -98,9 +98,10 @@ def fit_gradient_projectors(
         pupils[name] = GradientSketch(own) if source == "gradient" else WeightedInputs(learner(own))
     seen = 0
     with Company(process_group) as company:
+        company.begin(model)
         with undisturbed(model), _no_parameter_gradients(model), torch.enable_grad():
             with _listening(layers, pupils, max_patches):
-                for batch in company.in_step(model, iter(batches)):
+                for batch in company.in_step(iter(batches)):
                     batch = on_device(batch, device_of(model))
                     value = (_own_loss if loss is None else loss)(model, batch)
                     if value.requires_grad:

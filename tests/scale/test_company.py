@@ -141,6 +141,23 @@ def test_sharded_model_ends_with_the_first_that_ends(outcomes):
     assert excess(projector(found["learned"]["0"]), torch.cat(rows)) < 1e-4
 
 
+def test_sharded_model_resumes_at_the_latest_checkpoint_of_all(outcomes):
+    firsts, there, passed, again, whole, damaged = zip(
+        *(outcome["sharded again"] for outcome in outcomes), strict=True
+    )
+    *others, last = firsts
+    assert last == "ValueError: killed"
+    assert all(other.startswith("PeerError: process") for other in others)
+    assert {*map(tuple, there)} == {("step-0000000002", "step-0000000003")}
+    assert {*passed} == {3}
+    found = equal([{"again": entry} for entry in again], "again")
+    wanted = equal([{"whole": entry} for entry in whole], "whole")
+    for name, entry in found["learned"].items():
+        assert torch.equal(entry[0], wanted["learned"][name][0])
+    assert damaged[0].startswith("FileFormatError: expected a whole checkpoint")
+    assert all(f"process 0 failed with {damaged[0]}" in other for other in damaged[1:])
+
+
 def test_wrapped_model_with_buffers_and_unequal_batches(outcomes):
     found = equal(outcomes, "wrapped")
     assert found["learned"]["fc"][3] == 50 * sum(range(len(outcomes)))
