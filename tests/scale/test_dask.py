@@ -4,7 +4,6 @@ import os
 import signal
 import time
 import weakref
-from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -50,9 +49,10 @@ def cluster():
     )
     with distributed.Client(cluster) as client:
         yield client
-    # A nanny whose worker was killed now and then waits for ever for the next one.
-    with suppress(TimeoutError):
-        cluster.close(timeout=20)
+        # Closed too early, a cluster waits for ever for a killed worker's successor, which looks
+        # for a scheduler that is gone.
+        client.wait_for_workers(3, timeout=60)
+    cluster.close(timeout=60)
 
 
 X = rows(20_000)
