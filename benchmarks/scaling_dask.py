@@ -1,18 +1,19 @@
 """Activations on disk that outgrow memory, learned by two Dask workers of one thread each.
 
-    python -m benchmarks.scaling_dask [--quick]
+    python -m benchmarks.scaling_dask [--quick] [--folder FOLDER]
 
 8 GB of 4,096 features: eigenvalues k^-1, mixed by three Householder reflections. Measured beside
 learning, by the same workers over the same files, which are put out of the page cache each time:
 a plain sequential read, and the two bare products that a sketch cannot do without, on rows that are
-in memory already. Both are measured before and after learning. The excess is that over the optimum
-of the distribution, which is known.
+in memory already. All three take turns; their medians are compared. Beside the time that passes
+stands that of processors, all workers together, which other work on the machine changes less. The
+excess is that over the optimum of the distribution, which is known.
 """
 
 import argparse
+import operator
 import os
 import resource
-import shutil
 import statistics
 import tempfile
 import time
@@ -100,14 +101,31 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def on_workers(paths: list[Path], work: Callable[[Path], Any]) -> float:
-    """Seconds that fresh workers take for all files."""
+class Clock:
+    """Seconds that pass, and those that processors spend on workers' work, all workers together."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __enter__(self) -> "Clock":
+        self._began = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.passed, self.spent = map(operator.sub, self._now(), self._began)
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), sum(self._client.run(time.process_time).values())
+
+
+def on_workers(paths: list[Path], work: Callable[[Path], Any]) -> Clock:
+    """Return what fresh workers take for all files."""
     with cluster() as client:
         client.run(work, paths[0])  # imports and first pages are not counted
         evict(paths)
-        start = time.perf_counter()
-        client.gather(client.map(work, paths, pure=False))
-        return time.perf_counter() - start
+        with Clock(client) as clock:
+            client.gather(client.map(work, paths, pure=False))
+        return clock
 
 
 class cluster:
@@ -127,20 +145,18 @@ class cluster:
         self._cluster.close()
 
 
-def learn(paths: list[Path], rank: int) -> dict[str, Any]:
+def learn(paths: list[Path], rank: int) -> tuple[Clock, dict[str, Any]]:
     with cluster() as client:
         client.run(partial(_warm, rank))
         idle = client.run(peak)
         evict(paths)
-        start = time.perf_counter()
-        projector = on_dask.fit_projector(paths, rank)
-        seconds = time.perf_counter() - start
+        with Clock(client) as clock:
+            projector = on_dask.fit_projector(paths, rank)
         peaks = client.run(peak)
-    return {
-        "learning_s": seconds,
+    return clock, {
         "peak_bytes_a_worker": max(peaks.values()),
         "of_which_before_learning": max(idle.values()),
-        "excess": excess(projector),
+        "excess": float(excess(projector)),
         "samples": projector.samples,
     }
 
@@ -149,35 +165,49 @@ def _warm(rank: int) -> None:
     RandomizedSVD(rank).update(np.ones((4, 2 * rank), dtype="float32"))
 
 
+def data(folder: Path, count: int) -> list[Path]:
+    """Return the files of a folder; those that are not there are made, two at a time."""
+    paths = [folder / f"{number:03d}.npy" for number in range(count)]
+    absent = [number for number, path in enumerate(paths) if not path.exists()]
+    with cluster() as client:
+        client.gather(client.map(generate, [paths[number] for number in absent], absent))
+    return paths
+
+
+def measure(paths: list[Path], rank: int, rounds: int) -> dict[str, Any]:
+    """Read, multiply and learn in turns; the ratio is that of medians."""
+    bare = partial(products, width=2 * rank + 8)
+    clocks: dict[str, list[Clock]] = {"read": [], "two_products": [], "learning": []}
+    for _ in range(rounds):
+        clocks["read"].append(on_workers(paths, read))
+        clocks["two_products"].append(on_workers(paths, bare))
+        clock, found = learn(paths, rank)
+        clocks["learning"].append(clock)
+    medians = {name: statistics.median(c.passed for c in each) for name, each in clocks.items()}
+    run = {"rank": rank, "bytes": sum(path.stat().st_size for path in paths)} | found
+    for name, each in clocks.items():
+        run[f"{name}_s"] = medians[name]
+        run[f"{name}_s_each"] = [clock.passed for clock in each]
+        run[f"{name}_processor_s"] = statistics.median(clock.spent for clock in each)
+    larger = max(medians["read"], medians["two_products"])
+    return run | {"ratio_to_the_larger": medians["learning"] / larger}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="1 GB")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the data stay for another run")
     args = parser.parse_args()
-    count = 4 if args.quick else 30
-    folder = Path(tempfile.mkdtemp(prefix="ipa-scaling-"))
-    try:
-        paths = [folder / f"{number:03d}.npy" for number in range(count)]
-        with cluster() as client:
-            client.gather(client.map(generate, paths, range(count)))
-        size = sum(path.stat().st_size for path in paths)
-        runs = []
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="ipa-scaling-") as scratch:
+        folder = args.folder or Path(scratch)
+        folder.mkdir(exist_ok=True)
+        paths = data(folder, 4 if args.quick else 30)
         for rank in args.ranks:
-            bare = partial(products, width=2 * rank + 8)
-            before = on_workers(paths, read), on_workers(paths, bare)
-            run = learn(paths, rank)
-            after = on_workers(paths, read), on_workers(paths, bare)
-            reading, multiplying = map(statistics.mean, zip(before, after, strict=True))
-            floor = max(reading, multiplying)
-            run = {"rank": rank, "bytes": size} | run
-            run |= {"read_s": reading, "two_products_s": multiplying}
-            run |= {"read_s_each": [before[0], after[0]]}
-            run |= {"two_products_s_each": [before[1], after[1]]}
-            run |= {"ratio_to_the_larger": run["learning_s"] / floor}
-            print(run, flush=True)
-            runs.append(run)
-    finally:
-        shutil.rmtree(folder)
+            runs.append(measure(paths, rank, args.rounds))
+            print(runs[-1], flush=True)
     record.write("scaling_dask", args.quick, PACKAGES, {"workers": 2, "runs": runs})
 
 

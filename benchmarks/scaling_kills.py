@@ -4,10 +4,12 @@
 
 Each run that is killed is started again, until it is through; its result is then held against that
 of a run that nobody disturbed, to the bit (on Dask to rounding, with exact covariance). Whatever is
-on disk after a kill is read and checked.
+on disk after a kill is read and checked. A kill that is not over in five minutes ends the benchmark
+with the stacks of all threads.
 """
 
 import argparse
+import faulthandler
 import os
 import random
 import signal
@@ -15,7 +17,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ipa_core import ActivationStore, ExactCovariance, fit_projector
 from ipa_torch import Projectors
 from tests.scale import learning_run, runs, storing_run
 
+AT_MOST = 300.0  # seconds for a kill and what follows from it
 PACKAGES = ["dask", "distributed", "ipa-projectors", "torch"]
 
 
@@ -40,6 +42,7 @@ def chain(
     """Kill a run at random moments, as often as asked; then let it end."""
     rng, found = random.Random(module), []
     for _ in range(kills):
+        faulthandler.dump_traceback_later(AT_MOST, exit=True)
         process = runs.start(module, folder)
         seconds = span * rng.random()
         runs.until(begun, process)
@@ -48,8 +51,10 @@ def chain(
         runs.kill(process)
         found.append({"seconds": round(seconds, 3), "had_ended": over, "on_disk": look()})
         print(module, found[-1], flush=True)
+    faulthandler.dump_traceback_later(AT_MOST, exit=True)
     process = runs.start(module, folder)
     _, errors = process.communicate()
+    faulthandler.cancel_dump_traceback_later()
     if process.returncode:
         raise RuntimeError(errors)
     return found
@@ -114,6 +119,7 @@ def workers(kills: int) -> list[dict[str, Any]]:
     lazy = da.from_array(x, chunks=(500, 32)).map_blocks(_slowly, meta=x[:0])
     wanted = fit_projector(x, 4, learner=ExactCovariance)
     for _ in range(kills):
+        faulthandler.dump_traceback_later(AT_MOST, exit=True)
         cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0")
         client = Client(cluster)
         pids = [*client.run(os.getpid).values()]
@@ -136,10 +142,12 @@ def workers(kills: int) -> list[dict[str, Any]]:
         assert ours.samples == len(x) and 1 - inside < 1e-9
         found.append({"seconds": round(seconds, 3), "had_ended": over, "done_after": whole})
         print("dask", found[-1], flush=True)
+        # Closed too early, a cluster waits for ever for a killed worker's successor, which looks
+        # for a scheduler that is gone.
+        client.wait_for_workers(2, timeout=60)
         client.close()
-        # A nanny whose worker was killed now and then waits for ever for the next one.
-        with suppress(TimeoutError):
-            cluster.close(timeout=10)
+        cluster.close(timeout=60)
+    faulthandler.cancel_dump_traceback_later()
     return found
 
 

@@ -13,7 +13,7 @@ from ipa_core.learner import Learner
 from ipa_core.projector import Projector
 from ipa_core.randomized_svd import RandomizedSVD
 from ipa_core.store import StoredLayer
-from ipa_core.streams import files_of, iterate
+from ipa_core.streams import expect, files_of, iterate
 
 try:
     import dask.array
@@ -166,14 +166,17 @@ def _divided(parts: list[Any], count: int) -> list[list[Any]]:
 def _run(pupil: Learner, parts: list[tuple[str, Any]]) -> Any:
     """Return the task of learning from some parts one after the other."""
     learned: Any = pupil
-    for name, part in parts:
-        learned = _absorbed(learned, part, name)
+    following = [part if isinstance(part, str) else None for _, part in parts[1:]]
+    for (name, part), next_file in zip(parts, [*following, None], strict=True):
+        learned = _absorbed(learned, part, name, next_file)
     return _summary(learned)
 
 
 @delayed(pure=False)  # type: ignore[untyped-decorator]
-def _absorbed(pupil: Learner, stream: Any, name: str) -> Learner:
+def _absorbed(pupil: Learner, stream: Any, name: str, next_file: str | None) -> Learner:
     after = copy.copy(pupil)
+    if next_file is not None:
+        expect(Path(next_file))
     try:
         stream = stream.compute() if isinstance(stream, _Block) else stream
         for batch, weights in iterate(stream):

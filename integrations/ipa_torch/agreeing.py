@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import distributed
 
-from ipa_core import Learner, Projector
+from ipa_core import Projector
 from ipa_core.storage import pack_state, unpack_state
 from ipa_torch.errors import PeerError
 from ipa_torch.quiet import full_precision
@@ -17,6 +17,32 @@ from ipa_torch.wire import ProcessGroup, Wire
 
 _FAILED = b"!"
 _WELL = b"."
+
+# Roots move by the golden ratio: a model's wide layers recur every few learners, and with whole
+# steps it would be the same members who send them each time.
+_STEP = (5**0.5 - 1) / 2
+
+
+class Mergeable(Protocol):
+    """What `ipa_core.Learner` is to others who learned the same; its state has a ``template``."""
+
+    rank: int
+    samples: int
+
+    def summary(self) -> Self:
+        """Return the same in its smallest form."""
+
+    def merge(self, other: Self) -> Self:
+        """Return what was learned from both parts."""
+
+    def finalize(self) -> Projector:
+        """Return the projector of what was seen."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings, counts and tensors."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Take over a state."""
 
 
 def world() -> ProcessGroup | None:
@@ -27,7 +53,7 @@ def world() -> ProcessGroup | None:
 
 
 def agreed(
-    learners: Mapping[str, Learner], group: ProcessGroup | None
+    learners: Mapping[str, Mergeable], group: ProcessGroup | None
 ) -> dict[str, Projector | None]:
     """Return for each learner the projector of all members' rows; None if nobody has rows.
 
@@ -62,12 +88,12 @@ def _trees(samples: list[int], wire: Wire) -> list[list[int]]:
     trees = []
     for index in range(len(samples)):
         having = [member for member in range(wire.size) if int(counts[member][index])]
-        turn = index % len(having) if having else 0
+        turn = int(index * _STEP % 1 * len(having))
         trees.append(having[turn:] + having[:turn])
     return trees
 
 
-def _reduced(learner: Learner, tree: list[int], wire: Wire) -> bytes | None:
+def _reduced(learner: Mergeable, tree: list[int], wire: Wire) -> bytes | None:
     """Pass summaries down the tree; return the packed projector at its root."""
     place, step = tree.index(wire.me), 1
     total = _attempt(learner.summary, learner)
@@ -86,31 +112,31 @@ def _reduced(learner: Learner, tree: list[int], wire: Wire) -> bytes | None:
     return _WELL + pack_state(vars(projector))
 
 
-def _merged(total: Learner | str, message: bytes, learner: Learner) -> Learner | str:
+def _merged(total: Mergeable | str, message: bytes, learner: Mergeable) -> Mergeable | str:
     if isinstance(total, str):
         return total
     if message[:1] == _FAILED:
         return message[1:].decode()
 
-    def merge() -> Learner:
+    def merge() -> Mergeable:
         state = unpack_state(message[1:], library=torch, device=_device(learner))
         return total.merge(copy.copy(learner).load_state_dict(state))
 
-    merged: Learner | str = _attempt(merge, learner)
+    merged: Mergeable | str = _attempt(merge, learner)
     return merged
 
 
-def _device(learner: Learner) -> torch.device:
+def _device(learner: Mergeable) -> torch.device:
     device: torch.device = learner.state_dict()["template"].device
     return device
 
 
-def _finalized(learner: Learner) -> Projector:
+def _finalized(learner: Mergeable) -> Projector:
     with full_precision(_device(learner)):
         return learner.finalize()
 
 
-def _attempt(work: Any, learner: Learner) -> Any:
+def _attempt(work: Any, learner: Mergeable) -> Any:
     """Return what work gives, or in words what went wrong: others wait for an answer."""
     try:
         with full_precision(_device(learner)):
@@ -119,7 +145,7 @@ def _attempt(work: Any, learner: Learner) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def _packed(total: Learner | str) -> bytes:
+def _packed(total: Mergeable | str) -> bytes:
     if isinstance(total, str):
         return _FAILED + total.encode()
     return _WELL + pack_state(total.state_dict())

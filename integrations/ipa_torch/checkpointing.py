@@ -6,7 +6,8 @@ import copy
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -90,12 +91,14 @@ Checkpoint: TypeAlias = "Checkpoints | str | os.PathLike[str]"
 class Journal:
     """Counts the batches of a run, and writes down where it stands when that is due.
 
-    Without ``checkpoints`` it only counts.
+    Without ``checkpoints`` it only counts. ``least`` is a `Company`'s: members who go in step write
+    after the same batches, and go on after the same.
     """
 
     checkpoints: Checkpoints | None
     listener: Listener
     settings: Mapping[str, Any]
+    least: Callable[[int], int]
     seen: int = 0
     _digest: str = ""
     _written: int = 0
@@ -121,6 +124,10 @@ class Journal:
         for unfinished in folder.glob(".writing-*"):
             shutil.rmtree(unfinished)
         steps = steps_in(folder)
+        common = self.least(1 + _seen(steps))
+        if not common:
+            return iter(())
+        steps = _up_to(common - 1, steps)
         if steps:
             index = _load(steps, self.listener, self.settings)
             self.seen = self._written = index["seen"]
@@ -135,9 +142,10 @@ class Journal:
             return
         self._digest = chained(self._digest, batch)
         every, seconds = self.checkpoints.batches, self.checkpoints.seconds
-        if (every is not None and self.seen - self._written >= every) or (
+        due = (every is not None and self.seen - self._written >= every) or (
             seconds is not None and time.monotonic() - self._last >= seconds
-        ):
+        )
+        if self.least(1 if due else 2) == 1:
             self.write()
 
     def write(self) -> None:
@@ -163,6 +171,30 @@ class Journal:
 def steps_in(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the latest one last."""
     return sorted(folder.glob("step-*"))
+
+
+def _seen(steps: list[Path]) -> int:
+    """Return how many batches the latest checkpoint has seen."""
+    return int(steps[-1].name.removeprefix("step-")) if steps else 0
+
+
+def _up_to(seen: int, steps: list[Path]) -> list[Path]:
+    """Return the checkpoints up to the latest that all processes have; remove the others."""
+    kept = [step for step in steps if _seen([step]) <= seen]
+    if _seen(kept) != seen:
+        raise FileFormatError(
+            f"expected a checkpoint of {seen} batches, the latest in another process, got those of "
+            f"{[_seen([step]) for step in steps]}; delete the checkpoints of all to start anew"
+        )
+    if kept != steps:
+        warnings.warn(
+            f"learning goes on from batch {seen}, not {_seen(steps)}: another process was ended "
+            "before it had written that checkpoint",
+            stacklevel=2,
+        )
+        for step in steps[len(kept) :]:
+            shutil.rmtree(step)
+    return kept
 
 
 def _save(folder: Path, standing: Standing, index: dict[str, Any]) -> None:

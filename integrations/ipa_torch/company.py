@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
-from ipa_torch.agreeing import agreed, world
+from ipa_torch.agreeing import Mergeable, agreed, world
 from ipa_torch.errors import PeerError
 from ipa_torch.feeding import device_of
 from ipa_torch.listening import Listener
@@ -34,7 +34,7 @@ class Company:
         group = world() if members == "world" else members
         self.group: ProcessGroup | None = group
         self._wire = None if group is None else Wire(group)
-        self._steps: _InStep | None = None
+        self._steps: _Steps | None = None
         self._over = False
         #: Whether learning was, in this process or another, and goes no further.
         self.interrupted = False
@@ -57,15 +57,21 @@ class Company:
         """Name of the folder in which this process keeps its own files; None if it is alone."""
         return None if self._wire is None else f"rank-{self._wire.me}-of-{self._wire.size}"
 
-    def in_step(self, model: nn.Module, batches: Iterator[Any]) -> Iterator[Any]:
-        """Return the batches; of a sharded model, no more than every member has.
+    def begin(self, model: nn.Module) -> None:
+        """Go in step from here on if the model is sharded: all take part in each forward pass."""
+        if self._wire is not None:
+            self._steps = _Steps(self._wire) if is_sharded(model) else None
 
-        In each forward pass of a sharded model all members take part.
+    def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Return the batches; of a sharded model, no more than every member has."""
+        return batches if self._steps is None else self._steps.common(batches)
+
+    def least(self, value: int) -> int:
+        """Return the least of the numbers above 0 of members who go in step, 0 if one has left.
+
+        Where they go by themselves it is ``value``.
         """
-        if self._wire is None or not is_sharded(model):
-            return batches
-        self._steps = _InStep(batches, self._wire)
-        return self._steps
+        return value if self._steps is None else self._steps.least(value)
 
     def finish(
         self,
@@ -87,25 +93,14 @@ class Company:
         self.interrupted = interrupted
         if self.group is None:
             return listener.finish(reason)
-        self._leave()
         standing = listener.standing()
         own = _report(standing, reason, seen) | {"interrupted": interrupted}
         reports = self._exchange(own)
         self.interrupted = any(report["interrupted"] for report in reports)
-        if not any(report["seen"] for report in reports):
-            self._over = True
-            raise EmptyStreamError(
-                "expected at least one batch in one of the processes, got none; "
-                "check that the loaders are neither empty nor used up"
-            )
         unfit = {name: why for report in reports for name, why in report["unfit"].items()}
         groups = _common(standing, reports, unfit)
         learners = {names[0]: standing.at[names[0]].learner for names in groups}
-        try:
-            found = agreed(learners, self.group)
-        except PeerError:
-            self._over = True
-            raise
+        found = self._agreed(learners)
         learned: dict[str, Projector] = {}
         for names in groups:
             projector = found[names[0]]
@@ -121,9 +116,30 @@ class Company:
         stopped = {name: _joined(reports, "stopped", name, reason) for name in ordered}
         return Projectors(ordered, missing=missing, stopped=stopped)
 
+    def merged(self, pupils: Mapping[str, Mergeable], seen: int) -> dict[str, Projector | None]:
+        """Return for each layer's pupil the projector of everybody's rows; None if nobody has any.
+
+        Raises
+        ------
+        PeerError, EmptyStreamError
+            As `finish` does.
+        """
+        if self.group is not None:
+            ranks = {name: pupil.rank for name, pupil in pupils.items()}
+            self._exchange({"layers": ranks, "seen": seen})
+        return self._agreed(pupils)
+
+    def _agreed(self, pupils: Mapping[str, Mergeable]) -> dict[str, Projector | None]:
+        try:
+            return agreed(pupils, self.group)
+        except PeerError:
+            self._over = True
+            raise
+
     def _exchange(self, report: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return everybody's report; raise if one is of a failure, or of other layers."""
+        """Return everybody's report; raise if one failed or has other layers, or all saw none."""
         assert self._wire is not None
+        self._leave()
         reports = [json.loads(data) for data in self._wire.gather(json.dumps(report).encode())]
         for rank, other in enumerate(reports):
             if "failed" in other:
@@ -136,6 +152,12 @@ class Company:
                 "got others in process "
                 f"{[other['layers'] == reports[0]['layers'] for other in reports].index(False)}"
             )
+        if not any(other["seen"] for other in reports):
+            self._over = True
+            raise EmptyStreamError(
+                "expected at least one batch in one of the processes, got none; "
+                "check that the loaders are neither empty nor used up"
+            )
         return reports
 
     def _leave(self) -> None:
@@ -143,33 +165,33 @@ class Company:
             self._steps.leave()
 
 
-class _InStep:
-    """Batches as long as every member has one; before each they tell each other."""
+class _Steps:
+    """What members do at the same time: before each step they tell each other a number.
 
-    def __init__(self, batches: Iterable[Any], wire: Wire) -> None:
-        self._left = iter(batches)
+    It is 0 of one who goes no further, and then nobody does.
+    """
+
+    def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self._ended = False
+        self._over = False
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
+    def least(self, value: int) -> int:
+        """Return the least of everybody's numbers."""
+        least = 0 if self._over else self._wire.least(value)
+        self._over = not least
+        return least
 
-    def __next__(self) -> Any:
-        try:
-            batch = next(self._left)
-        except StopIteration:
-            self.leave()
-            raise
-        if not self._wire.least(1):
-            self._ended = True
-            raise StopIteration
-        return batch
+    def common(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield batches as long as every member has one."""
+        for batch in batches:
+            if not self.least(1):
+                return
+            yield batch
+        self.leave()
 
     def leave(self) -> None:
         """Let the others end as well."""
-        if not self._ended:
-            self._ended = True
-            self._wire.least(0)
+        self.least(0)
 
 
 def is_sharded(model: nn.Module) -> bool:

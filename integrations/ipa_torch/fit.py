@@ -12,9 +12,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ipa_core import Learner, RandomizedSVD
-from ipa_core.errors import EmptyStreamError, SettingError, StreamError
+from ipa_core.errors import EmptyStreamError, StreamError
 from ipa_torch.checkpointing import Checkpoint, Checkpoints, Journal
-from ipa_torch.company import Company, Members, is_sharded
+from ipa_torch.company import Company, Members
 from ipa_torch.errors import LayerError, check_choice
 from ipa_torch.feeding import Forward, feed
 from ipa_torch.listening import Listener
@@ -188,7 +188,9 @@ def fit_projectors(
                 max_rows=max_rows,
                 keep_going=on_error == "return",
             )
-            journal = Journal(_own(checkpoint, company, turns, turn, model), listener, settings)
+            company.begin(model)
+            where = _own(checkpoint, company, turns, turn)
+            journal = Journal(where, listener, settings, company.least)
             interrupted = False
             with undisturbed(model), listener, _bar(progress, turns, len(learned)) as bar:
                 try:
@@ -218,7 +220,7 @@ def _listen(
     company: Company,
 ) -> str:
     """Run the model on the batches until one reason or another to stop; return it."""
-    left = company.in_step(model, journal.resumed(_passes(batches, listener.passes)))
+    left = company.in_step(journal.resumed(_passes(batches, listener.passes)))
     while (reason := _enough(listener, budget, journal.seen)) is None:
         try:
             batch = next(left)
@@ -246,16 +248,10 @@ def _own(
     company: Company,
     turns: Sequence[Turn],
     turn: Turn,
-    model: nn.Module,
 ) -> Checkpoints | None:
     """Return where this process writes down where this turn stands."""
     if checkpoint is None:
         return None
-    if company.folder is not None and is_sharded(model):
-        raise SettingError(
-            "expected no checkpoint with a model sharded among processes, whose checkpoints would "
-            "be of different batches; learn on an unsharded copy, or without"
-        )
     own = Checkpoints.of(checkpoint).of_process(company.folder)
     return own if len(turns) == 1 else own.under(f"pass-{turns.index(turn) + 1}-of-{len(turns)}")
 

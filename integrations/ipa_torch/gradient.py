@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from ipa_core import Learner, Projector, RandomizedSVD
+from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import EmptyStreamError, IPAError, with_context
+from ipa_torch.company import Company, Members
 from ipa_torch.errors import LayerError, check_choice
 from ipa_torch.feeding import device_of, on_device
 from ipa_torch.inputs import input_of
@@ -36,6 +37,7 @@ def fit_gradient_projectors(
     learner: Callable[[int], Learner] = RandomizedSVD,
     loss: Loss | None = None,
     max_patches: int | None = 8192,
+    process_group: Members = "world",
 ) -> Projectors:
     r"""Learn projections by the loss: experimental, and all measurements of it so far are small.
 
@@ -50,7 +52,7 @@ def fit_gradient_projectors(
 
     Parameters
     ----------
-    model, batches, rank, targets, learner, max_patches
+    model, batches, rank, targets, learner, max_patches, process_group
         As for `fit_projectors`; the learner is used with ``source="inputs"`` only.
     source : {"gradient", "inputs"}
     loss : callable, optional
@@ -67,6 +69,8 @@ def fit_gradient_projectors(
         If no layer gets a gradient. Single layers without one are in `Projectors.missing`.
     EmptyStreamError
         If there is no batch.
+    PeerError
+        If another process failed; the message says with what.
     RankError, NonFiniteError
         If a layer's rows are unfit; the message names it.
 
@@ -93,18 +97,30 @@ def fit_gradient_projectors(
         own = rank_for(name, rank)
         pupils[name] = GradientSketch(own) if source == "gradient" else WeightedInputs(learner(own))
     seen = 0
-    with undisturbed(model), _no_parameter_gradients(model), torch.enable_grad():
-        with _listening(layers, pupils, max_patches):
-            for batch in batches:
-                batch = on_device(batch, device_of(model))
-                value = (_own_loss if loss is None else loss)(model, batch)
-                if value.requires_grad:
-                    value.backward()
-                seen += 1
-    if not seen:
-        raise EmptyStreamError("expected at least one batch, got none")
-    with full_precision(device_of(model) or torch.device("cpu")):
-        return _finished(pupils)
+    with Company(process_group) as company:
+        company.begin(model)
+        with undisturbed(model), _no_parameter_gradients(model), torch.enable_grad():
+            with _listening(layers, pupils, max_patches):
+                for batch in company.in_step(iter(batches)):
+                    batch = on_device(batch, device_of(model))
+                    value = (_own_loss if loss is None else loss)(model, batch)
+                    if value.requires_grad:
+                        value.backward()
+                    seen += 1
+        if not seen and company.group is None:
+            raise EmptyStreamError("expected at least one batch, got none")
+        found = company.merged({name: pupil.learner for name, pupil in pupils.items()}, seen)
+    learned = {
+        name: projector.to(torch, device=device_of(layers[name]))
+        for name, projector in found.items()
+        if projector is not None
+    }
+    if not learned:
+        raise LayerError(
+            "expected a gradient for at least one layer, got none; let the loss depend on them"
+        )
+    missing = {name: "no gradient reached its output" for name in found if name not in learned}
+    return Projectors(learned, missing=missing)
 
 
 def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -169,18 +185,3 @@ def _hear(
 
     output.register_hook(arrived)
     return output
-
-
-def _finished(pupils: Mapping[str, GradientPupil]) -> Projectors:
-    learned: dict[str, Projector] = {}
-    missing: dict[str, str] = {}
-    for name, pupil in pupils.items():
-        try:
-            learned[name] = pupil.finalize()
-        except EmptyStreamError:
-            missing[name] = "no gradient reached its output"
-    if not learned:
-        raise LayerError(
-            "expected a gradient for at least one layer, got none; let the loss depend on them"
-        )
-    return Projectors(learned, missing=missing)

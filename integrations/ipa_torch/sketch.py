@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
 
 import torch
 
 from ipa_core import Learner, Projector
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
+from ipa_torch.agreeing import Mergeable
 
 #: Rows of each batch that are kept to measure what P captures of the inputs.
 _KEPT_ROWS = 128
@@ -16,11 +18,12 @@ _KEPT_ROWS = 128
 class GradientPupil(Protocol):
     """Learns from rows x of a layer's input and the gradients g of the rows of its output."""
 
+    @property
+    def learner(self) -> Mergeable:
+        """What has learned, for merging with others."""
+
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Learn from x (n, groups, features) and g (n, groups, outputs of a group)."""
-
-    def finalize(self) -> Projector:
-        """Return the projector learned."""
 
 
 class GradientSketch:
@@ -61,6 +64,11 @@ class GradientSketch:
         self._image: torch.Tensor | None = None
         self._kept: list[torch.Tensor] = []
 
+    @property
+    def learner(self) -> Self:
+        """The sketch itself."""
+        return self
+
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
         if self.rank > x.shape[-1]:
@@ -75,6 +83,8 @@ class GradientSketch:
             image = image + (g[:, group] @ signs[group]).T @ x[:, group]
         if not bool(image.isfinite().all()):
             raise NonFiniteError("expected finite inputs and gradients, got NaN or infinity")
+        if not bool(image.any()):
+            return
         self._image = image if self._image is None else self._image + image
         alive = x[(g != 0).flatten(1).any(1)]  # padding has no gradient
         self._kept.append(alive[:: max(1, len(alive) // _KEPT_ROWS)].flatten(0, 1).clone())
@@ -124,6 +134,25 @@ class GradientSketch:
             self.samples,
         )
 
+    def summary(self) -> Self:
+        """Return the sketch: it is small."""
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings, counts and tensors, from which `load_state_dict` goes on."""
+        state: dict[str, Any] = {"rank": self.rank, "seed": self.seed, "samples": self.samples}
+        if self._image is None:
+            return state
+        kept = torch.cat(self._kept)
+        return state | {"image": self._image, "kept": kept, "template": self._image[:0]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Take over a state from `state_dict`."""
+        self.rank, self.seed, self.samples = state["rank"], state["seed"], state["samples"]
+        self._image = state.get("image")
+        self._kept = [state["kept"]] if "kept" in state else []
+        return self
+
     def _signs(self, outputs: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         width = max(32, 2 * self.rank + 8)
@@ -131,20 +160,15 @@ class GradientSketch:
 
 
 class WeightedInputs:
-    """A learner of inputs, each row weighted by the norm of its gradient."""
+    """A learner of inputs, each row weighted by the norm of its gradient.
+
+    The weights are the norms as they are, so that those of several processes fit together.
+    """
 
     def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self._unit: float | None = None
+        self.learner: Learner = learner
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
         norms = torch.linalg.vector_norm(g.float(), dim=-1).flatten()
-        if self._unit is None:
-            # Gradients may be tiny; one constant keeps the weights in range and changes nothing.
-            self._unit = float(norms.mean()) or None
-        self._learner.update(x.flatten(0, 1), norms / (self._unit or 1.0))
-
-    def finalize(self) -> Projector:
-        """Return the projector of what was seen."""
-        return self._learner.finalize()
+        self.learner.update(x.flatten(0, 1), norms)

@@ -1,5 +1,6 @@
 """Every kind of stream, through the one call."""
 
+import os
 from functools import partial
 
 import numpy as np
@@ -179,3 +180,26 @@ def test_files_that_are_no_activations(tmp_path):
         fit(tmp_path / "absent.npy")
     with pytest.raises(FileNotFoundError):
         fit(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux tells the disk ahead")
+def test_the_disk_is_told_of_what_is_read_next(tmp_path, monkeypatch):
+    wide = np.ones((20_000, 64), dtype="float32")
+    files = [tmp_path / "0.npy", tmp_path / "1.npy"]
+    for file in files:
+        np.save(file, wide)
+    told = {}
+
+    def advise(number, start, size, kind):
+        assert size <= 1 << 20, "Linux would cut it"
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{number}"))
+        told[name] = max(told.get(name, 0), start + size)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    beginning = 3 << 20  # a batch and a half
+    monkeypatch.setattr(streams.expect, "__defaults__", (0, beginning))
+    sizes = {file.name: file.stat().st_size for file in files}
+    for number, (batch, _) in enumerate(streams.iterate(tmp_path)):
+        assert told["0.npy"] >= min((number + 2) * batch.nbytes, sizes["0.npy"])
+        assert told["1.npy"] >= beginning
+    assert number == 5

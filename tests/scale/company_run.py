@@ -1,5 +1,6 @@
 """What each of several processes does: FOLDER. Its outcomes are saved for the test to compare."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,13 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ipa_core import ExactCovariance
-from ipa_torch import Checkpoints, OnlineLearning, attach, fit_projectors
+from ipa_torch import (
+    Checkpoints,
+    OnlineLearning,
+    attach,
+    fit_gradient_projectors,
+    fit_projectors,
+)
 from tests.scale import runs
 
 BATCHES = 7
@@ -116,7 +123,8 @@ def online(rank):
     return seen
 
 
-def sharded(rank, size):
+def split(size):
+    """Return a model that FSDP has sharded."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -125,8 +133,58 @@ def sharded(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
+
+
+def sharded(rank, size):
     batches = [rows(10 * rank + n) for n in range(2 + rank)]
-    return outcome(lambda: learn(batches, model, targets="all-linear"))
+    return outcome(lambda: learn(batches, split(size), targets="all-linear"))
+
+
+def sharded_resumed(rank, size, folder):
+    """Fail in the last process at its fourth batch; the first one has not written its third."""
+    batches = [rows(10 * rank + n) for n in range(5)]
+
+    def broken():
+        yield from batches[:3]
+        if rank == size - 1:
+            raise ValueError("killed")
+        yield from batches[3:]
+
+    def run(model, batch):
+        passed.append(batch)
+        model(batch)
+
+    passed = []
+    options = {
+        "targets": "all-linear",
+        "forward": run,
+        "checkpoint": Checkpoints(folder / "sharded", batches=1),
+    }
+    first = outcome(lambda: learn(broken(), split(size), **options))
+    mine = folder / "sharded" / f"rank-{rank}-of-{size}"
+    there = sorted(step.name for step in mine.glob("step-*"))
+    if rank == 0:
+        shutil.rmtree(mine / there[-1])
+    passed.clear()
+    second = outcome(lambda: learn(batches, split(size), **options))
+    count = len(passed)
+    whole = outcome(lambda: learn(batches, split(size), targets="all-linear"))
+    if rank == 0:
+        (mine / "step-0000000005" / "index.safetensors").write_bytes(b"")
+    damaged = outcome(lambda: learn(batches, split(size), **options))
+    return first, there, count, second, whole, damaged
+
+
+def by_gradient(batches, source, fails=False):
+    def loss(model, batch):
+        if fails:
+            raise ValueError("no such label")
+        return (model(batch) - 1).square().sum()
+
+    return fit_gradient_projectors(
+        runs.model(), batches, 3, source=source, loss=loss, learner=ExactCovariance
+    )
 
 
 class Counted(nn.Module):
@@ -161,7 +219,11 @@ def main(folder):
         "resumed": resumed(rank, size, folder),
         "online": online(rank),
         "sharded": sharded(rank, size),
+        "sharded again": sharded_resumed(rank, size, folder),
         "alone": outcome(lambda: learn(runs.batches(2 + rank), process_group=None)),
+        "gradient": outcome(lambda: by_gradient(own, "gradient")),
+        "inputs": outcome(lambda: by_gradient(own, "inputs")),
+        "gradient failed": outcome(lambda: by_gradient(own, "inputs", fails=rank == size - 1)),
         "wrapped": outcome(lambda: learn([rows(rank)] * rank, DistributedDataParallel(Counted()))),
     }
     pair = distributed.new_group([size - 2, size - 1])

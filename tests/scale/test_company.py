@@ -141,9 +141,42 @@ def test_sharded_model_ends_with_the_first_that_ends(outcomes):
     assert excess(projector(found["learned"]["0"]), torch.cat(rows)) < 1e-4
 
 
+def test_sharded_model_resumes_at_the_latest_checkpoint_of_all(outcomes):
+    firsts, there, passed, again, whole, damaged = zip(
+        *(outcome["sharded again"] for outcome in outcomes), strict=True
+    )
+    *others, last = firsts
+    assert last == "ValueError: killed"
+    assert all(other.startswith("PeerError: process") for other in others)
+    assert {*map(tuple, there)} == {("step-0000000002", "step-0000000003")}
+    assert {*passed} == {3}
+    found = equal([{"again": entry} for entry in again], "again")
+    wanted = equal([{"whole": entry} for entry in whole], "whole")
+    for name, entry in found["learned"].items():
+        assert torch.equal(entry[0], wanted["learned"][name][0])
+    assert damaged[0].startswith("FileFormatError: expected a whole checkpoint")
+    assert all(f"process 0 failed with {damaged[0]}" in other for other in damaged[1:])
+
+
 def test_wrapped_model_with_buffers_and_unequal_batches(outcomes):
     found = equal(outcomes, "wrapped")
     assert found["learned"]["fc"][3] == 50 * sum(range(len(outcomes)))
+
+
+@pytest.mark.parametrize("source", ["gradient", "inputs"])
+def test_gradients_of_all_processes_count(outcomes, source):
+    found = equal(outcomes, source)
+    whole = company_run.by_gradient(runs.batches(company_run.BATCHES), source)
+    for name, entry in found["learned"].items():
+        assert entry[3] == whole[name].samples
+        angles = torch.linalg.svdvals(entry[0].double() @ whole[name].components.T.double())
+        assert angles.min() > 1 - 1e-6, name
+
+
+def test_failing_gradient_is_told_to_the_others(outcomes):
+    *others, last = (outcome["gradient failed"] for outcome in outcomes)
+    assert last == "ValueError: no such label"
+    assert others == [f"PeerError: process {len(others)} failed with {last}"] * len(others)
 
 
 def test_groups_and_processes_alone(outcomes):

@@ -4,7 +4,6 @@ import os
 import signal
 import time
 import weakref
-from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -50,9 +49,10 @@ def cluster():
     )
     with distributed.Client(cluster) as client:
         yield client
-    # A nanny whose worker was killed now and then waits for ever for the next one.
-    with suppress(TimeoutError):
-        cluster.close(timeout=20)
+        # Closed too early, a cluster waits for ever for a killed worker's successor, which looks
+        # for a scheduler that is gone.
+        client.wait_for_workers(3, timeout=60)
+    cluster.close(timeout=60)
 
 
 X = rows(20_000)
@@ -182,7 +182,9 @@ def test_a_worker_is_killed_on_the_way(cluster, tmp_path):
         target=lambda: found.append(fit_projector(lazy, 4, learner=ExactCovariance))
     )
     thread.start()
+    end = time.monotonic() + 120
     while len(list(tmp_path.iterdir())) < 12:
+        assert time.monotonic() < end, "nobody works"
         time.sleep(0.01)
     victim = int(min(tmp_path.iterdir()).name.split("-")[0])
     os.kill(victim, signal.SIGKILL)

@@ -67,13 +67,14 @@ def test_merges_by_addition_and_needs_equal_seeds():
         one.merge(GradientSketch(3, seed=1))
 
 
-def test_inputs_weighted_by_gradient_norm():
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_inputs_weighted_by_gradient_norm(size):
     x = decaying(100, 12)
     model = nn.Sequential(nn.Linear(12, 4))
     counts = torch.arange(100.0)[:, None] / 100
 
     def loss(model, batch):
-        return (model(batch) * counts).sum()  # the gradient of row i has a norm of i / 50
+        return (model(batch) * counts * size).sum()  # the gradient of row i has a norm of i / 50
 
     projector = fit_gradient_projectors(
         model, [x], 3, source="inputs", learner=ExactCovariance, loss=loss
