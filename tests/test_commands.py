@@ -75,6 +75,7 @@ EXCEPTIONS = {
 def read(page):
     """Return a page as the reader has it: with the tables that it takes in, without Python."""
     text = page.read_text(encoding="utf-8")
+    text = text.replace("\\\n", " ")
     text = re.sub(r'--8<-- "(.+)"', lambda found: (ROOT / found[1]).read_text("utf-8"), text)
     return re.sub(r"```python.*?```", "", text, flags=re.DOTALL)
 
@@ -83,8 +84,8 @@ def commands(page):
     """Return the commands of a page in their order, each once, without comments."""
     found = []
     for piece in PIECE.finditer(read(page)):
-        lines = (piece["fence"] or piece["line"] or " ".join(piece["inline"].split())).splitlines()
-        found += [line.partition(" #")[0].strip() for line in lines]
+        lines = (piece["fence"] or piece["line"] or piece["inline"].replace("\n", " ")).splitlines()
+        found += [" ".join(line.partition(" #")[0].split()) for line in lines]
     return list(dict.fromkeys(filter(COMMAND.match, found)))
 
 
