@@ -7,6 +7,7 @@ the site is built; commands by `test_commands.py`.
 import importlib
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -69,23 +70,41 @@ def test_errors_name_a_page_that_exists():
         assert not place or place in {re.sub(r"\W+", "-", h.lower()) for h in headings}, error
 
 
-@pytest.mark.parametrize("package", ["ipa_core", "ipa_torch", "ipa_hf"])
-def test_public_names_have_docstring_example_and_types(package):
-    if package == "ipa_hf":
-        pytest.importorskip("peft")
+def bare_names(package):
+    """Return the public names of a package that lack a docstring, an example or types."""
     module = importlib.import_module(package)
     bare = []
     for name in module.__all__:
         thing = getattr(module, name)
         if not (inspect.isclass(thing) or inspect.isfunction(thing)):
             continue
-        if inspect.isclass(thing) and issubclass(thing, BaseException):
-            assert inspect.getdoc(thing), name
-            continue
-        if ">>>" not in (inspect.getdoc(thing) or ""):
-            bare.append(name)
+        text = inspect.getdoc(thing) or ""
+        error = inspect.isclass(thing) and issubclass(thing, BaseException)
+        typed = True
         if inspect.isfunction(thing):
-            hints = inspect.signature(thing)
-            untyped = [p for p in hints.parameters.values() if p.annotation is p.empty]
-            assert not untyped and hints.return_annotation is not hints.empty, name
-    assert not bare
+            signature = inspect.signature(thing)
+            hints = [p.annotation for p in signature.parameters.values()]
+            typed = signature.empty not in [*hints, signature.return_annotation]
+        if not text or not typed or not (error or ">>>" in text):
+            bare.append(name)
+    return bare
+
+
+@pytest.mark.parametrize("package", ["ipa_core", "ipa_torch", "ipa_hf"])  # ipa_timm: tests/timm
+def test_public_names_have_docstring_example_and_types(package):
+    if package == "ipa_hf":
+        pytest.importorskip("peft")
+    assert not bare_names(package)
+
+
+def test_formulas_of_pages_and_docstrings_are_drawn():
+    pytest.importorskip("latex2mathml")
+    hook = runpy.run_path(str(DOCS / "hooks" / "mathml.py"))["on_page_content"]
+    for source in (
+        r'<div class="arithmatex">\[x_i &lt; 1\]</div>',
+        r'<span class="arithmatex">\(x_i &lt; 1\)</span>',
+        r"<p>.. math:: x_i &lt; 1</p>",
+        r"<p>It is :math:<code>x_i &lt; 1</code>.</p>",
+    ):
+        drawn = hook(source)
+        assert drawn.count("<math") == 1 and "<msub>" in drawn and "math:" not in drawn
