@@ -33,6 +33,8 @@ class ShapeError(IPAError, ValueError):
 class RankError(IPAError, ValueError):
     """A rank is not an integer between 1 and the number of features."""
 
+    page = "docs/questions.md#which-rank"
+
 
 class ArrayTypeError(IPAError, TypeError):
     """An object is not an array, not of a real floating dtype, or of another array library."""
@@ -43,7 +45,7 @@ class ArrayTypeError(IPAError, TypeError):
 class NonFiniteError(IPAError, ValueError):
     """A batch holds NaN or infinity, or its squares leave the range of the dtype."""
 
-    page = "docs/learners.md#precision"
+    page = "docs/questions.md#what-does-an-error-with-a-layer-and-nan-say"
 
 
 class WeightError(IPAError, ValueError):
