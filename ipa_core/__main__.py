@@ -52,9 +52,9 @@ class _Rows:
         if find_spec("tqdm") is None:
             yield from batches
             return
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
-        with tqdm(unit=" rows", unit_scale=True, desc=self.path.name, file=sys.stderr) as bar:
+        with tqdm(unit=" rows", unit_scale=True, desc=self.path.name, disable=None) as bar:
             for batch in batches:
                 yield batch
                 bar.update(batch.shape[0])
@@ -131,7 +131,9 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     main = argparse.ArgumentParser(
-        prog="python -m ipa_core", description="Learn low-rank projectors from activations."
+        prog="python -m ipa_core",
+        description="Learn low-rank projectors from activations.",
+        epilog="More about it: docs/activations.md",
     )
     main.add_argument("--version", action="version", version=f"ipa-projectors {__version__}")
     commands = main.add_subparsers(required=True, metavar="COMMAND")
@@ -166,7 +168,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
     args = parser().parse_args(None if arguments is None else list(arguments))
     try:
         args.run(args)
-    except (IPAError, OSError) as error:
+    except (IPAError, OSError, ValueError) as error:
+        # The last is how matplotlib says that it cannot write such a file.
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

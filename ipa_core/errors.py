@@ -2,49 +2,86 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class IPAError(Exception):
-    """Base class of every error this library raises on purpose."""
+    """Base class of every error this library raises on purpose.
+
+    Its message says what to do; a note below the traceback names the page of the documentation
+    that helps further.
+
+    Attributes
+    ----------
+    page : str
+        Where that page lies in the repository.
+    """
+
+    page: ClassVar[str] = "docs/questions.md"
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.add_note(f"More about it: {self.page}")
 
 
 class ShapeError(IPAError, ValueError):
     """An array has the wrong shape."""
 
+    page = "docs/activations.md"
+
 
 class RankError(IPAError, ValueError):
     """A rank is not an integer between 1 and the number of features."""
+
+    page = "docs/questions.md#which-rank"
 
 
 class ArrayTypeError(IPAError, TypeError):
     """An object is not an array, not of a real floating dtype, or of another array library."""
 
+    page = "docs/activations.md"
+
 
 class NonFiniteError(IPAError, ValueError):
     """A batch holds NaN or infinity, or its squares leave the range of the dtype."""
+
+    page = "docs/questions.md#what-does-an-error-with-a-layer-and-nan-say"
 
 
 class WeightError(IPAError, ValueError):
     """Row weights are negative or not finite."""
 
+    page = "docs/activations.md#what-a-stream-can-be"
+
 
 class SettingError(IPAError, ValueError):
     """A setting is out of range, or two learners that should agree in a setting do not."""
+
+    page = "docs/learners.md"
 
 
 class EmptyStreamError(IPAError, ValueError):
     """A projector was asked for before any row was seen."""
 
+    page = "docs/activations.md"
+
 
 class StreamError(IPAError, TypeError):
     """An object is not an activation stream, or cannot be read as often as a learner needs."""
+
+    page = "docs/activations.md#what-a-stream-can-be"
 
 
 class FileFormatError(IPAError, ValueError):
     """A file or a state is not one of this library's, is damaged, or is of a newer version."""
 
+    page = "docs/activations.md#what-you-get"
+
 
 class MissingDependencyError(IPAError, ModuleNotFoundError):
     """An optional package is missing; the message names the extra that installs it."""
+
+    page = "docs/index.md#begin"
 
 
 def with_context(error: IPAError, context: str) -> IPAError:

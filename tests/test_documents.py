@@ -1,17 +1,18 @@
-"""The documentation holds: examples run, commands exist, no page is a dead end, no name is bare.
+"""The documentation holds: examples run, no page is a dead end, no name is bare.
 
 The Python of the bridges' pages is executed by the bridges' own tests; that of the tutorials when
-the site is built.
+the site is built; commands by `test_commands.py`.
 """
 
 import importlib
 import inspect
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+
+from ipa_core import IPAError
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -20,50 +21,25 @@ PAGES = sorted(DOCS.rglob("*.md"))
 ENDS = {"changelog.md", "index.md", "reference.md"}
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "docs/activations.md", "docs/learners.md", "docs/migrating.md"],
-)
+def examples(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["docs/activations.md", "docs/learners.md", "docs/migrating.md"])
 def test_examples_run(page, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    blocks = examples(page)
     assert blocks
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": "page"})
     assert capsys.readouterr().out
 
 
-def commands():
-    """Return every ``python -m ...`` and ``make ...`` of the pages, cut where prose goes on."""
-    found = set()
-    for page in [ROOT / "README.md", *PAGES]:
-        text = page.read_text(encoding="utf-8")
-        found |= set(re.findall(r"(?:^ {4}|`)((?:python -m|make) [^`\n#]+)", text, re.MULTILINE))
-    return sorted(command.strip() for command in found)
-
-
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m")])
-def test_command_exists_with_its_options(command):
-    _, _, module, *rest = command.split()
-    if module.startswith("benchmarks"):
-        source = importlib.util.find_spec(module)
-        assert source is not None and source.origin is not None, module
-        known = Path(source.origin).read_text(encoding="utf-8")
-    else:
-        pytest.importorskip("peft")
-        words = [word for word in rest[:1] if word.isalpha()]
-        asked = [sys.executable, "-m", module, *words, "--help"]
-        known = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    for option in re.findall(r"--[a-z-]+", command):
-        assert option in known, f"{module} has no {option}"
-
-
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
-def test_target_exists(command):
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    target = command.split()[1]
-    assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+@pytest.mark.parametrize("number", range(3))
+def test_each_example_of_the_readme_runs_by_itself(number):
+    pytest.importorskip("peft")
+    exec(compile(examples("README.md")[number], "README.md", "exec"), {"__name__": "page"})
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ENDS], ids=lambda p: p.name)
@@ -78,23 +54,59 @@ def test_page_is_in_the_navigation(page):
     assert f" {page.relative_to(DOCS).as_posix()}\n" in navigation
 
 
-@pytest.mark.parametrize("package", ["ipa_core", "ipa_torch", "ipa_hf"])
-def test_public_names_have_docstring_example_and_types(package):
-    if package == "ipa_hf":
-        pytest.importorskip("peft")
+def errors(base):
+    return [base, *(error for own in base.__subclasses__() for error in errors(own))]
+
+
+def test_errors_name_a_page_that_exists():
+    pytest.importorskip("torch")
+    importlib.import_module("ipa_torch")
+    for error in errors(IPAError):
+        (note,) = error("expected this, got that").__notes__
+        assert note.endswith(error.page)
+        page, _, place = error.page.partition("#")
+        text = (ROOT / page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        assert not place or place in {
+            re.sub(r"\W+", "-", h.lower()).strip("-") for h in headings
+        }, error
+
+
+def bare_names(package):
+    """Return the public names of a package that lack a docstring, an example or types."""
     module = importlib.import_module(package)
     bare = []
     for name in module.__all__:
         thing = getattr(module, name)
         if not (inspect.isclass(thing) or inspect.isfunction(thing)):
             continue
-        if inspect.isclass(thing) and issubclass(thing, BaseException):
-            assert inspect.getdoc(thing), name
-            continue
-        if ">>>" not in (inspect.getdoc(thing) or ""):
-            bare.append(name)
+        text = inspect.getdoc(thing) or ""
+        error = inspect.isclass(thing) and issubclass(thing, BaseException)
+        typed = True
         if inspect.isfunction(thing):
-            hints = inspect.signature(thing)
-            untyped = [p for p in hints.parameters.values() if p.annotation is p.empty]
-            assert not untyped and hints.return_annotation is not hints.empty, name
-    assert not bare
+            signature = inspect.signature(thing)
+            hints = [p.annotation for p in signature.parameters.values()]
+            typed = signature.empty not in [*hints, signature.return_annotation]
+        if not text or not typed or not (error or ">>>" in text):
+            bare.append(name)
+    return bare
+
+
+@pytest.mark.parametrize("package", ["ipa_core", "ipa_torch", "ipa_hf"])  # ipa_timm: tests/timm
+def test_public_names_have_docstring_example_and_types(package):
+    if package == "ipa_hf":
+        pytest.importorskip("peft")
+    assert not bare_names(package)
+
+
+def test_formulas_of_pages_and_docstrings_are_drawn():
+    pytest.importorskip("latex2mathml")
+    hook = runpy.run_path(str(DOCS / "hooks" / "mathml.py"))["on_page_content"]
+    for source in (
+        r'<div class="arithmatex">\[x_i &lt; 1\]</div>',
+        r'<span class="arithmatex">\(x_i &lt; 1\)</span>',
+        r"<p>.. math:: x_i &lt; 1</p>",
+        r"<p>It is :math:<code>x_i &lt; 1</code>.</p>",
+    ):
+        drawn = hook(source)
+        assert drawn.count("<math") == 1 and "<msub>" in drawn and "math:" not in drawn

@@ -99,7 +99,7 @@ def rank_and_share(cells: Sequence[Cell]) -> Figure:
 
 def likeness(found: dict[str, Any]) -> Figure:
     """Draw cosines of A, of B and of updates between trained adapters: the paper's figure 1."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.7), layout="constrained", sharey=True)
     names = found["adapters"]
     for place, (key, title) in zip(
         axes, {"a": "A", "b": "B", "update": "update B A"}.items(), strict=True

@@ -6,15 +6,21 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+#: As the Markdown extension marks formulas, and as docstrings write them.
+BLOCK = re.compile(
+    r'<div class="arithmatex">\\\[(.*?)\\\]</div>|<p>\.\. math::(.*?)</p>', flags=re.DOTALL
+)
+INLINE = re.compile(
+    r'<span class="arithmatex">\\\((.*?)\\\)</span>|:math:<code>(.*?)</code>', flags=re.DOTALL
+)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Replace every formula that the Markdown extension has marked."""
-    return FORMULA.sub(_mathml, content)
+    """Replace every formula by its MathML."""
+    content = BLOCK.sub(lambda found: _mathml(found, "div", "block"), content)
+    return INLINE.sub(lambda found: _mathml(found, "span", "inline"), content)
 
 
-def _mathml(match: re.Match[str]) -> str:
-    tag, kind, formula = match.groups()
-    display = "block" if kind == "[" else "inline"
-    return f'<{tag} class="formula">{convert(html.unescape(formula), display=display)}</{tag}>'
+def _mathml(found: re.Match[str], tag: str, display: str) -> str:
+    formula = html.unescape(found[1] or found[2]).strip()
+    return f'<{tag} class="formula">{convert(formula, display=display)}</{tag}>'

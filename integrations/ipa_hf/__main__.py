@@ -13,6 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, TaskType
 
+from ipa_core import __version__
 from ipa_core.errors import IPAError
 from ipa_hf.adapters import get_ipa_model
 from ipa_hf.record import AdapterRecord
@@ -24,7 +25,7 @@ SECONDS = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, or 1 after a message on what is wrong."""
+    """Run a command: 0 if it worked, 1 after a message on what is wrong, 130 if stopped."""
     chosen = _parser().parse_args(arguments)
     try:
         chosen.command(chosen)
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The last three are how transformers says what it misses in a model's folder.
         print(f"ipa_hf: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from where it was", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -127,8 +131,11 @@ def plot(record: AdapterRecord, path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ipa_hf", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m ipa_hf", description=__doc__, epilog="More about it: docs/peft.md"
+    )
+    parser.add_argument("--version", action="version", version=f"ipa-projectors {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     learn = commands.add_parser("fit", help="learn projections and write an initial adapter")
     learn.set_defaults(command=fit)

@@ -50,7 +50,7 @@ class AdapterRecord:
     def write(self, directory: str | os.PathLike[str]) -> None:
         """Write the side file into an adapter directory."""
         content = {"format": _FORMAT, "format_version": _VERSION, **asdict(self)}
-        text = json.dumps(content, indent=2, sort_keys=True)
+        text = json.dumps(content, indent=2)
         (Path(directory) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod

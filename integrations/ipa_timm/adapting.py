@@ -105,6 +105,15 @@ def attach(
     ------
     LayerError, ShapeError, SettingError
         As for `ipa_torch.attach`.
+
+    Examples
+    --------
+    >>> import timm, torch
+    >>> import ipa_timm
+    >>> model = timm.create_model("test_vit", num_classes=2)
+    >>> images = torch.randn(2, 3, 160, 160)
+    >>> projectors = ipa_timm.fit_projectors(model, [images], rank=4, progress=False)
+    >>> ipa_timm.attach(model, projectors.truncate(2), trainable=True)
     """
     model = plain(model)
     ipa_torch.attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
@@ -125,19 +134,54 @@ def merge(model: nn.Module) -> None:
 
     Its state dict loads in a model that timm has made.
 
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With an adapter, from `adapt`, `attach` or `load`.
+
     Raises
     ------
     LayerError
         If a layer is quantised; nothing is changed then.
     SettingError
         If the model has no adapter.
+
+    Examples
+    --------
+    >>> import timm, torch
+    >>> import ipa_timm
+    >>> model = timm.create_model("test_vit", num_classes=2)
+    >>> images = torch.randn(2, 3, 160, 160)
+    >>> projectors = ipa_timm.adapt(model, [images], rank=4, progress=False)
+    >>> ipa_timm.merge(model)
+    >>> again = timm.create_model("test_vit", num_classes=2)
+    >>> again.load_state_dict(model.state_dict())
+    <All keys matched successfully>
     """
     ipa_torch.merge(model)
     detach(model)
 
 
 def detach(model: nn.Module) -> None:
-    """Take the adapter out, and with it every trace; the classifier stays as it was trained."""
+    """Take the adapter out, and with it every trace; the classifier stays as it was trained.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With an adapter, or without.
+
+    Examples
+    --------
+    >>> import timm, torch
+    >>> import ipa_timm
+    >>> model = timm.create_model("test_vit", num_classes=2)
+    >>> images = torch.randn(2, 3, 160, 160)
+    >>> before = model.eval()(images)
+    >>> projectors = ipa_timm.adapt(model, [images], rank=4, progress=False)
+    >>> ipa_timm.detach(model)
+    >>> torch.equal(model(images), before)
+    True
+    """
     model = plain(model)
     ipa_torch.detach(model)
     restore(model, model.__dict__.pop(_SEPARATED, []))

@@ -82,6 +82,19 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0
         If the classifier has other classes, or a layer another shape.
     OSError
         If the file cannot be read.
+
+    Examples
+    --------
+    >>> import copy, tempfile, timm, torch
+    >>> import ipa_timm
+    >>> base = timm.create_model("test_vit", num_classes=2).eval()
+    >>> model, images = copy.deepcopy(base), torch.randn(2, 3, 160, 160)
+    >>> projectors = ipa_timm.adapt(model, [images], rank=4, progress=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ipa_timm.save(model, f"{folder}/adapter.safetensors")
+    ...     ipa_timm.load(base, f"{folder}/adapter.safetensors")
+    >>> torch.equal(base(images), model(images))
+    True
     """
     model = plain(model)
     state, head = _read(path, _architecture(model))

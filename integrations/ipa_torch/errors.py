@@ -10,9 +10,13 @@ from ipa_core.errors import IPAError, SettingError
 class LayerError(IPAError, LookupError):
     """A layer is not there, was never run, or is of a kind that cannot do what is asked."""
 
+    page = "docs/torch.md#limits"
+
 
 class PeerError(IPAError, RuntimeError):
     """Another process of a distributed run failed; the message says which, and with what."""
+
+    page = "docs/scaling.md"
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

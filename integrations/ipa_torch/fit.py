@@ -151,8 +151,8 @@ def fit_projectors(
     >>> from ipa_torch import fit_projectors
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> batches = [torch.randn(32, 16) for _ in range(4)]
-    >>> fit_projectors(model, batches, rank=2, progress=False)
-    Projectors(2 layers, 2 projectors)
+    >>> list(fit_projectors(model, batches, rank=2, progress=False))
+    ['0', '2']
     """
     check_choice("on_missing", on_missing, OnMissing)
     check_choice("on_error", on_error, OnError)

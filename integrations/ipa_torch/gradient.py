@@ -86,8 +86,8 @@ def fit_gradient_projectors(
     >>> def loss(model, batch):
     ...     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
     >>> batch = torch.randn(32, 8), torch.randint(0, 2, (32,))
-    >>> fit_gradient_projectors(model, [batch], rank=2, loss=loss)
-    Projectors(2 layers, 2 projectors)
+    >>> list(fit_gradient_projectors(model, [batch], rank=2, loss=loss))
+    ['0', '2']
     """
     check_choice("source", source, Source)
     model = plain(model)

@@ -113,6 +113,11 @@ class OnlineLearning:
         self._fresh: set[Projection] = set()  # recorded since the last step
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
+    def __repr__(self) -> str:
+        layers = sum(map(len, self._groups.values()))
+        rows = max(one.samples for one in self._learners.values())
+        return f"OnlineLearning({layers} layers, {len(self._groups)} projectors, {rows:,} rows)"
+
     def __enter__(self) -> Self:
         self._filter.open()
         self._handles.append(

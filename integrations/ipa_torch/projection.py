@@ -71,6 +71,11 @@ class Projection(nn.Module):
         """Number of rows of P."""
         return int(self.weight.shape[0])
 
+    def extra_repr(self) -> str:
+        """Tell the shape, and what becomes of P in training."""
+        rank, features = self.weight.shape
+        return f"{features} -> {rank}, {'trained' if self.trainable else 'frozen'}"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return s P x, in the layout of the layer's output with ``rank`` in place of outputs."""
         # A compiler removes common subexpressions itself, and cannot trace weak references.

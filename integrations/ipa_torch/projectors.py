@@ -39,7 +39,7 @@ class Projectors(Mapping[str, Projector]):
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     >>> projectors = fit_projectors(model, [torch.ones(8, 4)], rank=1, progress=False)
     >>> projectors
-    Projectors(2 layers, 2 projectors)
+    Projectors(2 layers, 2 projectors, rank 1, captured 1.000)
     >>> projectors["0"].features
     4
     """
@@ -74,8 +74,13 @@ class Projectors(Mapping[str, Projector]):
         return name in self._projectors
 
     def __repr__(self) -> str:
-        left_out = f", {len(self.missing)} layers missing" if self.missing else ""
-        return f"Projectors({len(self)} layers, {len(self.shared)} projectors{left_out})"
+        parts = [f"{len(self)} layers", f"{len(self.shared)} projectors"]
+        if self._projectors:
+            ranks, captured = zip(*((p.rank, p.captured()) for p in self.values()), strict=True)
+            parts += [f"rank {_span(ranks, 'd')}", f"captured {_span(captured, '.3f')}"]
+        if self.missing:
+            parts.append(f"{len(self.missing)} layers missing")
+        return f"Projectors({', '.join(parts)})"
 
     @property
     def shared(self) -> list[tuple[str, ...]]:
@@ -199,6 +204,12 @@ def rank_for(name: str, rank: int | Mapping[str, int]) -> int:
     if name not in rank:
         raise LayerError(f"expected a rank for layer {name!r}, got none; add it to the mapping")
     return rank[name]
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """Return the least and the largest value, or the one that all have."""
+    least, largest = format(min(values), form), format(max(values), form)
+    return least if least == largest else f"{least} to {largest}"
 
 
 def together(names: tuple[str, ...]) -> str:

@@ -77,6 +77,18 @@ def test_wrong_usage_and_missing_folder(activations, tmp_path, capsys):
     assert "to exist" in capsys.readouterr().err
 
 
+def test_unknown_picture_format_is_one_line(tmp_path, capsys):
+    save(fit_projector(X, 2), tmp_path / "p.safetensors")
+    assert run("show", tmp_path / "p.safetensors", "--plot", tmp_path / "p.xyz") == 1
+    assert capsys.readouterr().err.startswith("error: Format 'xyz' is not supported")
+
+
+def test_no_progress_bar_in_a_log(activations, tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    assert run("fit", activations, "--rank", 2, "--out", tmp_path / "p.safetensors") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_interruption_writes_nothing(activations, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

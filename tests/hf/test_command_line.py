@@ -7,7 +7,9 @@ import transformers
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from ipa_hf import __main__
 from ipa_hf.__main__ import main
+from ipa_hf.record import AdapterRecord, LayerRecord
 
 from .models import make, outputs, text_batches
 
@@ -96,6 +98,31 @@ def test_show(model, texts, tmp_path, capsys):
     assert "model.layers.1.mlp.down_proj" in shown
     assert "trained along with B; scaling 0.25" in shown
     assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_are_shown_in_the_order_of_the_model(tmp_path, capsys):
+    layer = LayerRecord(rank=2, factor=1.0, captured=0.5, samples=9)
+    names = ["layers.2.q_proj", "layers.10.q_proj"]
+    AdapterRecord(True, "energy", dict.fromkeys(names, layer)).write(tmp_path)
+    assert main(["show", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(names[0]) < shown.index(names[1])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("ipa-projectors ")
+
+
+def test_interruption_says_how_to_go_on(model, texts, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "get_ipa_model", interrupt)
+    assert fit(model, texts, tmp_path / "adapter") == 130
+    assert capsys.readouterr().err.endswith("the same command goes on from where it was\n")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ timm = pytest.importorskip("timm", reason="needs timm on the path: make test-tim
 
 from timm.models import list_modules
 
+from tests.test_documents import bare_names
+
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "timm.md").read_text(encoding="utf-8")
 
@@ -24,3 +26,7 @@ def test_table_of_families_is_of_this_timm():
     table = (ROOT / "benchmarks" / "results" / "timm_families.md").read_text(encoding="utf-8")
     assert table.startswith(f"timm {timm.__version__}: ")
     assert set(re.findall(r"^\| (\w+) \| `", table, re.MULTILINE)) == set(list_modules())
+
+
+def test_public_names_have_docstring_example_and_types():
+    assert not bare_names("ipa_timm")

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -394,7 +396,10 @@ class TestProjectors:
         assert ("attention.0.q", "attention.0.k", "attention.0.v") in projectors.shared
         assert "attention.0.{q, k, v}" in projectors.summary()
         assert "the batches ended" in projectors.summary()
-        assert repr(projectors) == "Projectors(12 layers, 8 projectors)"
+        assert re.fullmatch(
+            r"Projectors\(12 layers, 8 projectors, rank 3, captured 0\.\d{3} to \d\.\d{3}\)",
+            repr(projectors),
+        )
 
     def test_saved_and_loaded(self, tmp_path):
         projectors = self.fitted()

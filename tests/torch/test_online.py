@@ -27,6 +27,7 @@ def test_p_follows_the_inputs_and_only_in_step():
         before = p.clone()
         model(new)
         assert torch.equal(p, before)
+        assert repr(online) == "OnlineLearning(1 layers, 1 projectors, 200 rows)"
         online.step()
     wanted = fit_projectors(mlp(12, 4), [new], 2, learner=ExactCovariance, progress=False)["0"]
     inside = torch.linalg.svdvals(p @ wanted.components.T)

@@ -1,0 +1,107 @@
+"""Numbers that pages quote are those of the results files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import summary
+from benchmarks.evidence.cells import FOLDER as EVIDENCE
+from benchmarks.evidence.cells import read
+from benchmarks.evidence.statistics import mean_and_deviation, of_method
+from benchmarks.record import FOLDER
+
+ROOT = Path(__file__).parents[2]
+MAIN = ["LoRA", "LoRA, half rank", "IPA, trainable", "IPA, frozen", "random A, frozen"]
+#: Those that docs/questions.md quotes, too.
+ASKED = {"LoRA", "IPA, trainable", "IPA, frozen"}
+
+
+def short(value):
+    return f"{value:.1e}".replace("e-0", "e-")
+
+
+def mib(value):
+    return f"{value / 2**20:.0f} MiB"
+
+
+def learners(found):
+    excess = found["excess"]["RandomizedSVD"]
+    return [f"{short(excess['up'])} (384 features), {short(excess['down'])} (1,536)"]
+
+
+def peers(found):
+    times = {name: peer["time_ratio"] for name, peer in found["peers"].items()}
+    sklearn, peft = times["scikit-learn IncrementalPCA"], times["PEFT IncrementalPCA"]
+    return [f"{sklearn:.0f} times as fast (PEFT's: {peft:.0f})"]
+
+
+def eva(found):
+    own = found["against_eva"]
+    return [
+        f"{own['speed_up']:.0f}",
+        short(own["own_excess_mean"]),
+        f"{own['eva_excess_mean']:.2f}",
+    ]
+
+
+def learning(found):
+    return [f"{found['learning']['ratio']:.2f}", short(found["learning"]["excess_mean"])]
+
+
+def training(found):
+    saved = found["saved_bytes"]
+    return [f"{found['step_ratio_median']['lora']:.2f}", mib(saved["ipa"]), mib(saved["lora"])[:-4]]
+
+
+QUOTED = [
+    ("README.md", "error above the exact optimum", "learners", learners),
+    ("README.md", "a batch of 2,048 x 4,096", "peers", peers),
+    ("README.md", "learning beside PEFT's EVA", "torch_learning", eva),
+    ("README.md", "training step beside PEFT's LoRA", "torch_training", training),
+    ("docs/torch.md", "(forward + learning) / forward", "torch_learning", learning),
+    ("docs/torch.md", "16 batches of 32 reviews, beside EVA", "torch_learning", eva),
+    ("docs/torch.md", "training step, frozen shared P", "torch_training", training),
+]
+
+
+def row(page, beginning):
+    lines = (ROOT / page).read_text("utf-8").splitlines()
+    (found,) = (line for line in lines if line.startswith(f"| {beginning}"))
+    return found
+
+
+@pytest.mark.parametrize(("page", "beginning", "file", "find"), QUOTED)
+def test_row_has_the_numbers_of_its_file(page, beginning, file, find):
+    wanted = find(json.loads((FOLDER / f"{file}.json").read_text()))
+    cell = row(page, beginning)
+    for text in wanted:
+        assert re.search(rf"(?<![\d.]){re.escape(text)}", cell), f"{text} is not in: {cell}"
+
+
+def test_headlines_of_the_readme():
+    cells = [cell for cell in read(EVIDENCE / "classification.jsonl") if cell.study == "main"]
+    cells = [cell for cell in cells if cell.task == "headlines"]
+    found = [
+        mean_and_deviation([cell.accuracy for cell in of_method(cells, name)]) for name in MAIN
+    ]
+    means = ", ".join(f"{mean:.1f}" for mean, _ in found)
+    deviations = [deviation for _, deviation in found]
+    answers = (ROOT / "docs" / "questions.md").read_text("utf-8")
+    for (mean, _), name in zip(found, MAIN, strict=True):
+        assert name not in ASKED or f"{mean:.1f}" in answers, name
+    wanted = f"| {means} % (± {min(deviations):.1f} to {max(deviations):.1f}) |"
+    assert wanted in row("README.md", "headlines on MiniLM, five seeds")
+
+
+def test_no_row_of_the_readme_is_left_out():
+    table = (
+        (ROOT / "README.md").read_text("utf-8").partition("## Measured")[2].partition("\n## ")[0]
+    )
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == sum(page == "README.md" for page, *_ in QUOTED) + 1
+
+
+def test_summary_is_of_the_results():
+    assert summary.summary(quick=False) == (FOLDER / "summary.md").read_text("utf-8")
