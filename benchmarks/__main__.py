@@ -4,7 +4,15 @@ import importlib.util
 import subprocess
 import sys
 
-SUITE = ["learners", "peers", "growth", "torch_learning", "torch_training"]
+SUITE = [
+    "learners",
+    "peers",
+    "growth",
+    "torch_learning",
+    "torch_peers",
+    "torch_training",
+    "export",
+]
 
 
 def main() -> int:
@@ -13,7 +21,7 @@ def main() -> int:
     if not has_gpu():
         print("\n## gpu\n\nnot measured: no CUDA device", flush=True)
     else:
-        failed += not run("gpu", *(["--blocks", "2"] if "--quick" in sys.argv else []))
+        failed += not run("gpu", *sys.argv[1:])
     run("summary", *sys.argv[1:])
     return failed
 

@@ -1,95 +1,48 @@
 """Learning and training on a GPU, beside their floors and PEFT.
 
-    python -m benchmarks.gpu [--blocks 8] [--rehearse]
+    python -m benchmarks.gpu [--blocks 8] [--quick] [--rehearse]
 
 Learners of CuPy and torch on one device; learning over a random-weight model of LLaMA-3-8B's
-shapes in bfloat16, beside its bare forward pass and PEFT's EVA; a training step beside PEFT's LoRA
-and DoRA. The device's own floor (a large matrix product, a large copy) stands first. ``--rehearse``
-runs all of it, tiny, on whatever device there is, and writes nothing.
+shapes in bfloat16, as many blocks as fit, beside its bare forward pass and PEFT's EVA; a training
+step beside PEFT's LoRA and DoRA. The device's own floor (a large matrix product, a large copy)
+stands beside each. ``--rehearse`` runs all of it, tiny, on whatever device there is, with NumPy for
+CuPy where there is no CUDA, and writes nothing.
 """
 
 import argparse
 import copy
+import importlib
 import importlib.util
-import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import record
-from benchmarks.torch_learning import Late, Loader
+from benchmarks import floor, record
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import Action, in_turns, medians, ratio
+from benchmarks.torch_peers import Late, Loader
 from ipa_core import IncrementalPCA, Learner, RandomizedSVD
-from ipa_torch import attach, detach, fit_projectors, select_layers
+from ipa_torch import attach, fit_projectors, select_layers
 
 RANK = 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARRAYS = "cupy" if DEVICE == "cuda" else "numpy"
 PACKAGES = ["ipa-projectors", "peft", "torch", "transformers"]
-Action = Callable[[], object]
+#: Weights of a block, with what DoRA keeps of 2,048 tokens for the backward pass, generously.
+BLOCK_BYTES = 3e9
 
 
-class Device:
-    """Where it runs: how to wait for it, and what it has allocated."""
-
-    def __init__(self) -> None:
-        self.name = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def wait(self) -> None:
-        if self.name == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, action: Action) -> float:
-        self.wait()
-        start = time.perf_counter()
-        action()
-        self.wait()
-        return time.perf_counter() - start
-
-    def in_turns(self, actions: dict[str, Action], count: int) -> dict[str, float]:
-        """Return the median seconds of each; the first round warms up."""
-        times: dict[str, list[float]] = {name: [] for name in actions}
-        for number in range(count + 1):
-            for name, action in actions.items():
-                taken = self.seconds(action)
-                if number:
-                    times[name].append(taken)
-        return {name: statistics.median(values) for name, values in times.items()}
-
-    def peak_bytes(self, action: Action) -> int | None:
-        if self.name != "cuda":
-            return None
-        self.wait()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        action()
-        self.wait()
-        return torch.cuda.max_memory_allocated() - before
-
-    def describe(self) -> str:
-        return torch.cuda.get_device_name() if self.name == "cuda" else "cpu"
-
-
-def roofline(device: Device, size: int) -> dict[str, float]:
-    """Return what a large product and a large copy reach."""
-    a, b = (torch.randn(size, size, device=device.name, dtype=torch.bfloat16) for _ in range(2))
-    wide = a.float()
-    taken = device.in_turns(
-        {"bfloat16": lambda: a @ b, "float32": lambda: wide @ wide, "copy": wide.clone}, 5
-    )
-    return {
-        "bfloat16_tflops": 2 * size**3 / taken["bfloat16"] / 1e12,
-        "float32_tflops": 2 * size**3 / taken["float32"] / 1e12,
-        "copy_gb_per_second": 2 * wide.nbytes / taken["copy"] / 1e9,
-    }
-
-
-def learners(device: Device, features: int, rows: int, batches: int) -> dict[str, Any]:
+def learners(features: int, rows: int, batches: int, machine: floor.Machine) -> dict[str, Any]:
     """Compare libraries and learners with the two bare products of the sketch's width."""
-    scale = torch.arange(1, features + 1, device=device.name) ** -0.5
-    pool = [torch.randn(rows, features, device=device.name) * scale for _ in range(4)]
-    basis = torch.linalg.qr(torch.randn(features, 2 * RANK + 8, device=device.name)).Q
+    scale = torch.arange(1, features + 1, device=DEVICE) ** -0.5
+    pool = [torch.randn(rows, features, device=DEVICE) * scale for _ in range(4)]
+    basis = torch.linalg.qr(torch.randn(features, 2 * RANK + 8, device=DEVICE)).Q
 
     def bare() -> None:
         image = torch.zeros_like(basis)
@@ -97,31 +50,39 @@ def learners(device: Device, features: int, rows: int, batches: int) -> dict[str
             x = pool[number % 4]
             image = image + x.T @ (x @ basis)
 
-    def learn(make: Callable[[int], Learner], data: list[Any]) -> Action:
-        def go() -> None:
-            learner = make(RANK)
-            for number in range(batches):
-                learner.update(data[number % 4])
-            learner.finalize()
+    def learn(make: Callable[[int], Learner], data: list[Any]) -> None:
+        learner = make(RANK)
+        for number in range(batches):
+            learner.update(data[number % 4])
+        learner.finalize()
 
-        return go
+    libraries: dict[str, list[Any]] = {"torch": pool}
+    if importlib.util.find_spec(ARRAYS):
+        other = importlib.import_module(ARRAYS)
+        libraries[ARRAYS] = [other.from_dlpack(x) for x in pool]
+    actions: dict[str, Action] = {"two bare products": bare} | {
+        f"{library} {make.__name__}": partial(learn, make, data)
+        for library, data in libraries.items()
+        for make in (RandomizedSVD, IncrementalPCA)
+    }
+    times = in_turns(actions, 3)
+    entries = batches * rows * features
+    least = machine.seconds(floor.two_products(RANK, entries), 4 * entries)
+    figures: dict[str, Any] = {
+        name: {"seconds": taken, "ratio": ratio(times, name, "two bare products")}
+        for name, taken in medians(times).items()
+    }
+    return figures | {"floor": least / figures["two bare products"]["seconds"]}
 
-    actions: dict[str, Action] = {"two bare products": bare}
-    for make in (RandomizedSVD, IncrementalPCA):
-        actions[f"torch {make.__name__}"] = learn(make, pool)
-    if device.name == "cuda" and importlib.util.find_spec("cupy"):
-        import cupy
 
-        shared = [cupy.from_dlpack(x) for x in pool]
-        for make in (RandomizedSVD, IncrementalPCA):
-            actions[f"cupy {make.__name__}"] = learn(make, shared)
-    taken = device.in_turns(actions, 3)
-    floor = taken["two bare products"]
-    return {name: {"seconds": t, "ratio": t / floor} for name, t in taken.items()}
+def fitting() -> int:
+    """Return how many of LLaMA-3-8B's 32 blocks the device holds in training."""
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(32, int(free / BLOCK_BYTES)))
 
 
-def llama(blocks: int, tiny: bool, device: Device) -> nn.Module:
-    """Return a random-weight model of LLaMA-3-8B's shapes, with as many blocks as asked for."""
+def llama(blocks: int, tiny: bool) -> nn.Module:
+    """Return a random-weight model of LLaMA-3-8B's shapes, frozen."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = (
@@ -137,131 +98,196 @@ def llama(blocks: int, tiny: bool, device: Device) -> nn.Module:
         use_cache=False,
         dtype=torch.bfloat16,
     )
-    with torch.device(device.name):
+    with torch.device(DEVICE):
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return LlamaForCausalLM(config).eval()
+            return LlamaForCausalLM(config).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(torch.float32)
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy with modules of its own and the same frozen weights."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
 def tokens(model: nn.Module, count: int, batch: int, length: int) -> list[dict[str, torch.Tensor]]:
-    parameter = next(model.parameters())
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(vocabulary, (count, batch, length), device=parameter.device)
+    ids = torch.randint(model.config.vocab_size, (count, batch, length), device=DEVICE)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
 
 
-def learning(device: Device, model: nn.Module, batches: list[Any], rank: int) -> dict[str, Any]:
-    """Compare a pass over all batches with the same pass, learning; then with EVA."""
-    body, targets = model.model, list(select_layers(model.model, "all-linear"))
+def learning(
+    model: nn.Module, batches: list[Any], rank: int, wide: floor.Machine
+) -> dict[str, Any]:
+    """Compare a pass over all batches with the same pass, learning; then with EVA.
+
+    Learners compute in float32, whatever the model does.
+    """
+    body = model.get_submodule("model")
+    targets = list(select_layers(body, "all-linear"))
 
     def bare() -> None:
         with torch.no_grad():
             for batch in batches:
                 body(**batch)
 
-    def learn() -> None:
-        fit_projectors(body, batches, rank, targets=targets, progress=False)
+    learn = partial(fit_projectors, body, batches, rank, targets=targets, progress=False)
+    times = in_turns({"bare": bare, "learning": learn}, 3)
+    seconds = medians(times)
+    projectors = learn()
+    least = wide.seconds(floor.two_products(rank, floor.entries(projectors)))
+    own = {name: projector.components for name, projector in projectors.items()}
+    other = eva(body, batches, rank, targets)
+    return {
+        **seconds,
+        "ratio": ratio(times, "learning", "bare"),
+        "floor": 1 + least / seconds["bare"],
+        "peak_bytes": {"bare": peak_bytes(bare), "learning": peak_bytes(learn)},
+        "lost": lost(body, own, batches[0]),
+        "eva_seconds": other["seconds"],
+        "eva_ended": other["ended"],
+        "eva_lost": lost(body, other["a"], batches[0]) if other["ended"] else None,
+        "times_faster_than_eva": other["seconds"] / seconds["learning"],
+        "eva_floor": other["seconds"] / (seconds["bare"] + least),
+    }
 
-    taken = device.in_turns({"bare": bare, "learning": learn}, 3)
-    figures: dict[str, Any] = taken | {"ratio": taken["learning"] / taken["bare"]}
-    figures["peak_bytes"] = {"bare": device.peak_bytes(bare), "learning": device.peak_bytes(learn)}
-    return figures | eva(device, body, batches, rank, targets, taken["learning"])
 
-
-def eva(
-    device: Device, body: nn.Module, batches: list[Any], rank: int, targets: list[str], own: float
-) -> dict[str, Any]:
+def eva(body: nn.Module, batches: list[Any], rank: int, targets: list[str]) -> dict[str, Any]:
     from peft import EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model
 
     config = LoraConfig(
         r=rank, target_modules=targets, init_lora_weights="eva", eva_config=EvaConfig()
     )
-    wrapped = get_peft_model(body, config, low_cpu_mem_usage=True)
-    loader = Loader(batches, seconds=60)
-    ended = True
-
-    def go() -> None:
-        nonlocal ended
-        try:
-            get_eva_state_dict(wrapped, loader, show_progress_bar=False)
-        except Late:
-            ended = False
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        taken = device.seconds(go)
-    wrapped.unload()
+    wrapped = get_peft_model(twin(body), config, low_cpu_mem_usage=True)
+    state: dict[str, torch.Tensor] = {}
+    start = time.perf_counter()
+    try:
+        state = get_eva_state_dict(wrapped, Loader(batches), show_progress_bar=False)
+    except Late:
+        pass
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return {
-        "eva_seconds": taken,
-        "eva_forward_passes": loader.passes,
-        "eva_ended": ended,
-        "times_faster_than_eva": taken / own,
+        "seconds": time.perf_counter() - start,
+        "ended": bool(state),
+        "a": {name.removeprefix("base_model.model."): a for name, a in state.items()},
     }
 
 
-def training(device: Device, model: nn.Module, batch: Any, rank: int) -> dict[str, Any]:
-    """Compare one training step, frozen and shared projections against LoRA and DoRA."""
+@torch.no_grad()
+def lost(body: nn.Module, found: Mapping[str, torch.Tensor], batch: Any) -> float:
+    """Return the share of energy that projections lose of a batch's inputs, mean over layers."""
+    shares: list[torch.Tensor] = []
+
+    def look(rows: torch.Tensor, module: nn.Module, given: tuple[torch.Tensor]) -> None:
+        x = given[0].flatten(0, -2).float()
+        basis = torch.linalg.qr(rows.float().T).Q
+        shares.append(1 - (x @ basis).square().sum() / x.square().sum())
+
+    handles = [
+        body.get_submodule(name).register_forward_pre_hook(partial(look, rows))
+        for name, rows in found.items()
+    ]
+    body(**batch)
+    for handle in handles:
+        handle.remove()
+    return float(torch.stack(shares).mean())
+
+
+def training(
+    model: nn.Module, batch: Any, rank: int, machine: floor.Machine
+) -> dict[str, dict[str, Any]]:
+    """Compare a training step, frozen and shared projections against LoRA and DoRA, in turns.
+
+    Peaks are above what stays between two steps: weights, adapters, states of the optimiser.
+    """
     from peft import LoraConfig, get_peft_model
 
-    targets = list(select_layers(model.model, "all-linear"))
-    labels = {"labels": batch["input_ids"]}
-    figures: dict[str, Any] = {}
-
-    def measure(name: str, adapted: nn.Module) -> None:
-        parameters = [p for p in adapted.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(parameters, lr=1e-4)
-
-        def step() -> None:
-            optimiser.zero_grad()
-            adapted(**batch, **labels).loss.backward()
-            optimiser.step()
-
-        taken = device.in_turns({name: step}, 5)[name]
-        figures[name] = {"seconds": taken, "peak_bytes": device.peak_bytes(step)}
-
-    projectors = fit_projectors(model.model, [batch], rank, targets=targets, progress=False)
-    attach(model.model, projectors)
-    measure("ipa", model.train())
-    detach(model.model)
-    for name, dora in (("lora", False), ("dora", True)):
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=dora)
-        body = copy.copy(model)
-        adapted = get_peft_model(body, config)
-        measure(name, adapted.train())
-        adapted.unload()
+    targets = [f"model.{name}" for name in select_layers(model.get_submodule("model"))]
+    projectors = fit_projectors(model, [batch], rank, targets=targets, progress=False)
+    ours = twin(model)
+    attach(ours, projectors)
+    config = partial(LoraConfig, r=rank, lora_alpha=rank, target_modules=targets)
+    steps = {
+        "ipa": stepper(ours.train(), batch),
+        "lora": stepper(get_peft_model(twin(model), config()).train(), batch),
+        "dora": stepper(get_peft_model(twin(model), config(use_dora=True)).train(), batch),
+    }
+    with FlopCounterMode(display=False) as counter:
+        steps["ipa"]()
+    least = machine.seconds(counter.get_total_flops())
+    times = in_turns(steps, 5)
+    figures: dict[str, dict[str, Any]] = {
+        name: {"seconds": taken, "peak_bytes": peak_bytes(steps[name])}
+        for name, taken in medians(times).items()
+    }
     for name in ("lora", "dora"):
-        figures[name]["time_ratio"] = figures["ipa"]["seconds"] / figures[name]["seconds"]
-        if (peak := figures[name]["peak_bytes"]) is not None:
-            figures[name]["memory_ratio"] = figures["ipa"]["peak_bytes"] / peak
+        peak, own = figures[name]["peak_bytes"], figures["ipa"]["peak_bytes"]
+        figures[name]["time_ratio"] = ratio(times, "ipa", name)
+        figures[name]["memory_ratio"] = own / peak if peak else None
+        figures[name]["floor"] = least / figures[name]["seconds"]
     return figures
+
+
+def stepper(model: nn.Module, batch: Any) -> Action:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step() -> None:
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()  # at the end: gradients belong to the peak of their own step
+
+    return step
+
+
+def device() -> dict[str, Any]:
+    found: dict[str, Any] = {"name": DEVICE}
+    if importlib.util.find_spec(ARRAYS):  # its distribution has other names than the module
+        found[ARRAYS] = importlib.import_module(ARRAYS).__version__
+    if DEVICE == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        found |= {"name": torch.cuda.get_device_name(), "bytes": total, "free_bytes": free}
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=8, help="of LLaMA-3-8B's 32")
+    parser.add_argument("--blocks", type=int, help="of LLaMA-3-8B's 32; by default what fits")
+    parser.add_argument("--quick", action="store_true", help="two blocks")
     parser.add_argument("--rehearse", action="store_true", help="tiny, anywhere, nothing written")
     args = parser.parse_args()
-    device, tiny = Device(), args.rehearse
-    if device.name != "cuda" and not tiny:
+    tiny = args.rehearse
+    if DEVICE != "cuda" and not tiny:
         raise SystemExit("expected a CUDA device, got none; --rehearse runs without one")
     torch.manual_seed(0)
+    warnings.simplefilter("ignore")
     rank = 4 if tiny else RANK
-    results: dict[str, Any] = {"device": device.describe()}
-    results["roofline"] = roofline(device, 256 if tiny else 8192)
-    results["learners"] = learners(device, *((128, 256, 4) if tiny else (4096, 8192, 64)))
-    model = llama(2 if tiny else args.blocks, tiny, device)
+    size = {"size": 256, "copied": 2**20} if tiny else {"size": 8192, "copied": 2**30}
+    wide = floor.machine(DEVICE, torch.float32, **size)
+    narrow = floor.machine(DEVICE, torch.bfloat16, **size)
+    results: dict[str, Any] = {
+        "device": device(),
+        "machine_floor": {"float32": wide.record(), "bfloat16": narrow.record()},
+        "learners": learners(*((128, 256, 4) if tiny else (4096, 8192, 64)), wide),
+    }
+    model = llama(2 if tiny or args.quick else args.blocks or fitting(), tiny)
     results["blocks"] = model.config.num_hidden_layers
-    batches = tokens(model, *((2, 2, 16) if tiny else (8, 8, 1024)))
-    results["learning"] = learning(device, model, batches, rank)
-    results["training"] = training(
-        device, model, tokens(model, 1, 2, 16 if tiny else 1024)[0], rank
-    )
+    batches = tokens(model, *((2, 2, 32) if tiny else (8, 8, 1024)))
+    results["learning"] = learning(model, batches, rank, wide)
+    batch = tokens(model, 1, 2, 16 if tiny else 1024)[0]
+    results["training"] = training(model, batch, rank, narrow)
+    results["floors"] = {
+        "learners": results["learners"].pop("floor"),
+        "learning": results["learning"]["floor"],
+        "eva": results["learning"]["eva_floor"],
+        "step": results["training"]["lora"]["floor"],
+    }
     for name, figures in results.items():
         print(name, figures, flush=True)
     if not tiny:
-        record.write("gpu", False, PACKAGES, results)
+        record.write("gpu", args.quick, PACKAGES, results)
 
 
 if __name__ == "__main__":

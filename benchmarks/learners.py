@@ -8,16 +8,18 @@ Time: per row, as a ratio to the two bare matrix products of the sketch's own wi
 
 import argparse
 import statistics
-import time
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from threadpoolctl import threadpool_limits
 
-from benchmarks import record
+from benchmarks import floor, record
 from benchmarks.activations import streams
+from benchmarks.timing import seconds
 from ipa_core import (
     ExactCovariance,
     HebbianRule,
@@ -71,13 +73,6 @@ def decaying(features: int, rows: int, count: int) -> list[np.ndarray]:
     return batches
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Return the seconds that an action takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def bare_products(pool: list[np.ndarray], count: int, width: int) -> None:
     """Do nothing but Y <- Y + X^T (X O), on ``count`` batches."""
     basis = np.linalg.qr(np.ones((pool[0].shape[1], 1)) + np.eye(pool[0].shape[1], width))[0]
@@ -104,12 +99,12 @@ def cost(features: int, rows: int, total: int, repeats: int) -> dict[str, dict[s
     # It would take minutes; its final decomposition then weighs more than on a long stream.
     short = max(4, count // 8)
     for _ in range(repeats):
-        floor = seconds(lambda: bare_products(pool, count, 2 * RANK + 8)) / count
+        products = seconds(lambda: bare_products(pool, count, 2 * RANK + 8)) / count
         for name in names:
             batches = short if name == "ExactCovariance" else count
             learner = LEARNERS[name](RANK)
             taken = seconds(partial(learn, learner, pool, batches)) / batches
-            ratios[name].append(taken / floor)
+            ratios[name].append(taken / products)
     for name in names:
         tracemalloc.start()
         learn(LEARNERS[name](RANK), pool, 4)
@@ -131,17 +126,24 @@ def cost(features: int, rows: int, total: int, repeats: int) -> dict[str, dict[s
     return result
 
 
-def long_stream(features: int, rows: int, total: int, repeats: int) -> dict[str, float]:
-    """Return time ratios to the floor over a long stream, its beginning included."""
+def long_stream(
+    features: int, rows: int, total: int, repeats: int, machine: floor.Machine
+) -> dict[str, float]:
+    """Return time ratios to the bare products over a long stream, its beginning included.
+
+    Among them that of the products' operations at the machine's speed.
+    """
     pool, count = decaying(features, rows, 4), total // rows
-    ratios: dict[str, list[float]] = {"RandomizedSVD": [], "IncrementalPCA": []}
+    least = machine.seconds(floor.two_products(RANK, total * features), 4 * total * features)
+    ratios: dict[str, list[float]] = {"RandomizedSVD": [], "IncrementalPCA": [], "floor": []}
     for _ in range(repeats):
-        floor = seconds(lambda: bare_products(pool, count, 2 * RANK + 8))
-        for name, values in ratios.items():
+        products = seconds(lambda: bare_products(pool, count, 2 * RANK + 8))
+        ratios["floor"].append(least / products)
+        for name in ("RandomizedSVD", "IncrementalPCA"):
             # Its time for a row does not depend on how many came before.
             batches = count if name == "RandomizedSVD" else count // 8
             taken = seconds(partial(learn, LEARNERS[name](RANK), pool, batches))
-            values.append(taken / batches / (floor / count))
+            ratios[name].append(taken / batches / (products / count))
         print(f"{total:,} rows of {features}: {ratios}", flush=True)
     return {name: statistics.median(values) for name, values in ratios.items()}
 
@@ -152,9 +154,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    machine = floor.machine()
     with threadpool_limits(args.threads):
-        results = {
+        results: dict[str, Any] = {
             "threads": args.threads,
+            "machine_floor": machine.record(),
             "excess": excess_errors(8 if args.quick else 40),
             "cost": {
                 f"{features} features, batches of {rows}": cost(
@@ -164,9 +169,10 @@ def main() -> None:
                 for rows in ((2048,) if args.quick else (300, 2048, 8192))
             },
             "long_stream": long_stream(
-                *((1024, 1024, 65_536, 1) if args.quick else (4096, 2048, 262_144, 3))
+                *((1024, 1024, 65_536, 1) if args.quick else (4096, 2048, 262_144, 3)), machine
             ),
         }
+    results["floors"] = {"long_stream": results["long_stream"].pop("floor")}
     packages = ["ipa-projectors", "numpy"]
     path = record.write("learners", args.quick, packages, results)
     path.with_suffix(".md").write_text(tables(results))

@@ -1,9 +1,12 @@
-"""What autograd keeps for the backward pass."""
+"""What autograd keeps for the backward pass, and what an action needs at its peak."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
+
+_STATUS = Path("/proc/self/status")
 
 
 def saved_for_backward(
@@ -22,3 +25,29 @@ def saved_for_backward(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
     return output, sum(kept.values())
+
+
+def peak_bytes(action: Callable[[], object]) -> int | None:
+    """Return what an action allocates at most above what was held before it.
+
+    On the GPU, if there is one; else in this process, which only Linux tells. There, what was freed
+    before and not given back hides as much: use a fresh process.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not _STATUS.is_file():
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    before = _peak_of_process()
+    action()
+    return _peak_of_process() - before
+
+
+def _peak_of_process() -> int:
+    lines = _STATUS.read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

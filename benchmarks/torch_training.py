@@ -2,26 +2,27 @@
 
     python -m benchmarks.torch_training [--quick]
 
-MiniLM with a linear head, rank 16 on all linear layers of the encoder, the same batch of 32
-reviews, against PEFT's LoRA and DoRA, unmerged. All take turns, so that whatever else the machine
-does falls on all.
+MiniLM in float32 and in bfloat16 with a linear head, rank 16 on all linear layers of the encoder,
+the same batch of 32 reviews, against PEFT's LoRA and DoRA, unmerged. All take turns, so that
+whatever else the machine does falls on all. The floor has the operations of all matrix products at
+the speed of a large one; of memory, what a gradient through the frozen model keeps, and P x.
 """
 
 import argparse
 import copy
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import record
+from benchmarks import floor, record
+from benchmarks.floor import Machine
 from benchmarks.memory import saved_for_backward
+from benchmarks.timing import Action, in_turns, medians, ratio
 from benchmarks.torch_learning import PACKAGES, RANK, THREADS, cut, linear, load
-from ipa_torch import attach, detach, fit_projectors, merge, select_layers
+from ipa_torch import Projectors, attach, detach, fit_projectors, merge
 
 
 class Classifier(nn.Module):
@@ -30,10 +31,10 @@ class Classifier(nn.Module):
         self.body, self.head = body, nn.Linear(384, 2)
 
     def forward(self, **batch: Any) -> torch.Tensor:
-        return self.head(self.body(**batch).last_hidden_state[:, 0])
+        return self.head(self.body(**batch).last_hidden_state[:, 0].float())
 
 
-def stepper(model: nn.Module, batch: Any) -> Callable[[], None]:
+def stepper(model: nn.Module, batch: Any) -> Action:
     labels = torch.arange(batch["input_ids"].shape[0]) % 2
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3)
@@ -46,7 +47,7 @@ def stepper(model: nn.Module, batch: Any) -> Callable[[], None]:
     return step
 
 
-def runner(model: nn.Module, batch: Any) -> Callable[[], None]:
+def runner(model: nn.Module, batch: Any) -> Action:
     def run() -> None:
         with torch.no_grad():
             model(**batch)
@@ -54,35 +55,32 @@ def runner(model: nn.Module, batch: Any) -> Callable[[], None]:
     return run
 
 
-def in_turns(actions: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
-    """Time actions in turns; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(count + 1):
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return times
+def operations(action: Action) -> int:
+    """Count the operations of all matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
 
 
-def ratio(times: dict[str, list[float]], other: str) -> float:
-    return statistics.median(o / p for o, p in zip(times["ipa"], times[other], strict=True))
+def saved_at_least(body: nn.Module, batch: Any, projections: int) -> int:
+    """Return the bytes that a gradient through the frozen model keeps, and one P x an input."""
+    bare = Classifier(copy.deepcopy(body)).requires_grad_(False).train()
+    bare.body.get_submodule("embeddings").register_forward_hook(
+        lambda module, given, output: output.requires_grad_()
+    )
+    _, kept = saved_for_backward(bare, partial(bare, **batch))
+    size = next(body.parameters()).element_size()
+    return kept + size * RANK * batch["input_ids"].numel() * projections
 
 
-def main() -> None:
+def compare(
+    body: nn.Module, batches: list[Any], projectors: Projectors, repeats: int, machine: Machine
+) -> dict[str, Any]:
+    """Let the frozen projections take turns with LoRA and DoRA; in the end, merge them."""
     from peft import LoraConfig, get_peft_model
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="5 steps instead of 40")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
-    body, tokenizer, texts = load()
-    batches = cut(tokenizer, texts, 32, 8)
-    targets = list(select_layers(body, linear))
+    targets = list(projectors)
     config = partial(LoraConfig, r=RANK, lora_alpha=RANK, target_modules=targets)
-
     models = {
         "ipa": Classifier(copy.deepcopy(body)),
         "lora": Classifier(get_peft_model(copy.deepcopy(body), config())),
@@ -90,11 +88,11 @@ def main() -> None:
     }
     ipa = models["ipa"]
     ipa.requires_grad_(False)
-    attach(ipa.body, fit_projectors(ipa.body, batches, RANK, targets=linear, progress=False))
+    attach(ipa.body, projectors)
     for model in models.values():
         model.train().head.requires_grad_(True)
 
-    repeats = 5 if quick else 40
+    least = {"step": operations(stepper(ipa, batches[0]))}
     steps = in_turns({name: stepper(m, batches[0]) for name, m in models.items()}, repeats)
     memory = {
         name: saved_for_backward(model, partial(model, **batches[0]))[1]
@@ -102,31 +100,64 @@ def main() -> None:
     }
     for model in models.values():
         model.eval()
+    least["forward"] = operations(runner(ipa, batches[0]))
     forwards = in_turns({name: runner(m, batches[0]) for name, m in models.items()}, repeats)
-
     with torch.no_grad():
         before = ipa(**batches[1])
         merge(ipa.body)
         detach(ipa.body)
         difference = float((ipa(**batches[1]) - before).abs().max())
 
-    for name in ("lora", "dora"):
-        print(
-            f"against {name}: step {ratio(steps, name):.3f} of its time (target 0.90), forward "
-            f"{ratio(forwards, name):.3f} (target 0.90), saved for backward "
-            f"{memory['ipa'] / 2**20:.0f} MiB of {memory[name] / 2**20:.0f} (target 0.90)"
-        )
-    print(f"merged output differs by {difference:.1e}")
-    results = {
-        "threads": THREADS,
-        "step_ratio_median": {name: ratio(steps, name) for name in ("lora", "dora")},
-        "forward_ratio_median": {name: ratio(forwards, name) for name in ("lora", "dora")},
-        "step_seconds_median": {name: statistics.median(all_) for name, all_ in steps.items()},
-        "forward_seconds_median": {n: statistics.median(all_) for n, all_ in forwards.items()},
+    seconds = {"step": medians(steps), "forward": medians(forwards)}
+    saved = saved_at_least(body, batches[0], len(projectors.shared))
+    return {
+        "machine_floor": machine.record(),
+        "operations": least,
+        "floors": {
+            f"{what}, {name}": machine.seconds(least[what]) / seconds[what][name]
+            for what in seconds
+            for name in ("lora", "dora")
+        }
+        | {"saved": saved / memory["lora"]},
+        "step_ratio_median": {name: ratio(steps, "ipa", name) for name in ("lora", "dora")},
+        "forward_ratio_median": {name: ratio(forwards, "ipa", name) for name in ("lora", "dora")},
+        "step_seconds_median": seconds["step"],
+        "forward_seconds_median": seconds["forward"],
         "saved_bytes": memory,
         "merged_difference": difference,
     }
-    record.write("torch_training", quick, PACKAGES, results)
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    saved = found["saved_bytes"]
+    for other in ("lora", "dora"):
+        print(
+            f"{name}, against {other}: step {found['step_ratio_median'][other]:.3f} of its time "
+            f"(target 0.90), forward {found['forward_ratio_median'][other]:.3f} (target 0.90), "
+            f"saved for backward {saved['ipa'] / 2**20:.0f} MiB of {saved[other] / 2**20:.0f} "
+            "(target 0.90)"
+        )
+    print(f"merged output differs by {found['merged_difference']:.1e}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="5 steps instead of 40")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    body, tokenizer, texts = load()
+    batches, repeats = cut(tokenizer, texts, 32, 8), 5 if quick else 40
+    projectors = fit_projectors(body, batches, RANK, targets=linear, progress=False)
+    results = compare(body, batches, projectors, repeats, floor.machine())
+    show("float32", results)
+    machine = floor.machine(dtype=torch.bfloat16)
+    half = compare(body.bfloat16(), batches, projectors, repeats, machine)
+    show("bfloat16", half)
+    results["floors"] |= {f"bfloat16 {what}": value for what, value in half.pop("floors").items()}
+    record.write(
+        "torch_training", quick, PACKAGES, {"threads": THREADS} | results | {"bfloat16": half}
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from ipa_torch.checkpointing import Checkpoints
 from ipa_torch.errors import LayerError, PeerError
 from ipa_torch.fit import fit_projectors
 from ipa_torch.gradient import fit_gradient_projectors
+from ipa_torch.memory import learner_bytes
 from ipa_torch.online import OnlineLearning
 from ipa_torch.projection import Projection, energy_scale
 from ipa_torch.projectors import Projectors
@@ -51,6 +52,7 @@ __all__ = [
     "energy_scale",
     "fit_gradient_projectors",
     "fit_projectors",
+    "learner_bytes",
     "load_adapter_state_dict",
     "merge",
     "select_layers",

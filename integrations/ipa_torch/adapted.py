@@ -116,7 +116,7 @@ class Adapted(nn.Module):
             z = nn.functional.dropout(z, rate)
         lift = self.lifts[self.active]
         if self._is_plain(x, z, lift):
-            return self._added_in_place(x, z, lift)
+            return self._added_in_place(x, z, lift.to(z.dtype))
         output = self.base_layer(*args, **kwargs)
         if not torch.is_autocast_enabled(output.device.type):
             z = z.to(lift.dtype)
@@ -128,7 +128,9 @@ class Adapted(nn.Module):
             type(base) is nn.Linear
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not x.is_nested
-            and x.dtype == z.dtype == lift.dtype == base.weight.dtype
+            and x.dtype == z.dtype == base.weight.dtype
+            # Float16 has too small a range for B and its gradient.
+            and z.dtype in (lift.dtype, torch.bfloat16)
             and not torch.is_autocast_enabled(x.device.type)
         )
 

@@ -67,14 +67,10 @@ def turns_within(
     """
     if not max_bytes > 0:
         raise SettingError(f"expected max_bytes above 0 or None, got {max_bytes!r}")
-    measured = cache(lambda rank, features: held_bytes(learner, rank, features, converging))
     turns: list[Turn] = []
-    for names, features in _sharing(model, layers, ranks, batch, run):
+    sizes = bytes_by_input(model, layers, ranks, learner, batch, run, converging=converging)
+    for names, size in sizes.items():
         group = {name: layers[name] for name in names}
-        try:
-            size = measured(ranks[names[0]], features)
-        except IPAError as error:
-            raise with_context(error, f"layer {names[0]!r}") from error
         if size > max_bytes:
             raise SettingError(
                 f"layer {names[0]!r}: expected max_bytes of at least {size:,}, which its learner "
@@ -85,6 +81,27 @@ def turns_within(
         else:
             turns.append(Turn(group, size))
     return turns
+
+
+def bytes_by_input(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    learner: Callable[[int], Learner],
+    batch: Any,
+    run: Forward,
+    *,
+    converging: bool,
+) -> dict[tuple[str, ...], int]:
+    """Return the bytes of each learner, by the names of the layers that share it."""
+    measured = cache(lambda rank, features: held_bytes(learner, rank, features, converging))
+    sizes = {}
+    for names, features in _sharing(model, layers, ranks, batch, run):
+        try:
+            sizes[tuple(names)] = measured(ranks[names[0]], features)
+        except IPAError as error:
+            raise with_context(error, f"layer {names[0]!r}") from error
+    return sizes
 
 
 def held_bytes(

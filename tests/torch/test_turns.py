@@ -1,5 +1,7 @@
 """Learning in turns, under a budget of memory."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from ipa_core import ExactCovariance, IncrementalPCA, RandomizedSVD
 from ipa_core.errors import EmptyStreamError, RankError, SettingError, StreamError
-from ipa_torch import fit_projectors
+from ipa_torch import fit_projectors, learner_bytes
 from ipa_torch.turns import held_bytes
 
 from .models import Transformer, decaying
@@ -60,6 +62,30 @@ def test_measured_bytes_bound_what_is_held(learner):
         arrays = probe.state_dict().values()
         held = sum(x.nbytes for x in arrays if isinstance(x, torch.Tensor))
         assert 2 * held <= 1.05 * held_bytes(learner, 4, 40, False)
+
+
+def test_said_before_the_run_and_held_to():
+    model, most = Transformer(blocks=1), []
+    batches = [torch.randint(20, (64, 40)) for _ in range(6)]
+    said = learner_bytes(model, batches[0], 2)
+    assert list(said) == [
+        ("attention.0.q", "attention.0.k", "attention.0.v"),
+        ("attention.0.out",),
+        ("up.0",),
+        ("down.0",),
+    ]
+
+    def forward(model, batch):
+        model(batch)
+        held = [each.state_dict() for each in gc.get_objects() if type(each) is RandomizedSVD]
+        arrays = [x for state in held for x in state.values() if isinstance(x, torch.Tensor)]
+        most.append(sum({x.data_ptr(): x.nbytes for x in arrays}.values()))
+
+    gc.collect()
+    whole = sum(said.values())
+    assert learned(model, batches, forward=forward, max_bytes=whole).passes == 1
+    assert learned(model, batches, max_bytes=whole - 1).passes == 2
+    assert 0.2 * whole < max(most) <= whole
 
 
 def test_shuffled_loaders_give_every_pass_the_same_order():

@@ -1,0 +1,80 @@
+"""The benchmarks' own machinery: floors, the summary, the figure, and a rehearsal of the GPU's."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from benchmarks import gpu, growth, record, summary
+from benchmarks.floor import Machine, entries, two_products
+from benchmarks.timing import in_turns, ratio
+from ipa_torch import fit_projectors
+
+
+def test_floor_is_the_longer_of_operations_and_bytes():
+    machine = Machine(operations=100, bytes=10)
+    assert machine.seconds(200) == 2
+    assert machine.seconds(200, 50) == 5
+
+
+def test_floor_counts_shared_inputs_once():
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 1}
+    model = BertModel(BertConfig(vocab_size=20, num_hidden_layers=1, **size)).encoder
+    found = fit_projectors(model, [torch.randn(6, 9, 8)], 2, progress=False)
+    assert entries(found) == 6 * 9 * (8 + 8 + 8 + 16)  # query, key and value; three more
+    assert two_products(2, 10) == 2 * (2 * 10 * 12)
+
+
+def test_turns_begin_with_one_that_does_not_count():
+    calls = []
+    times = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3
+    assert [len(values) for values in times.values()] == [2, 2]
+    assert ratio({"a": [1, 4, 9], "b": [1, 2, 3]}, "a", "b") == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "met"),
+    [(0.9, "0.90", "yes"), (0.91, "0.90", "**no**"), (10, "10+", "yes"), (9.99, "10+", "**no**")],
+)
+def test_targets_are_the_most_or_with_a_plus_the_least(value, target, met, tmp_path, monkeypatch):
+    results = {"value": value, "floors": {"least": 0.5}}
+    (tmp_path / "one.json").write_text(json.dumps(results))
+    row = summary.Row("one", "measure", target, lambda r: r["value"], "least")
+    other = summary.Row("two", "other", target, lambda r: r["value"], "least")
+    monkeypatch.setattr(summary, "FOLDER", tmp_path)
+    monkeypatch.setattr(summary, "ROWS", [row, other])
+    lines = summary.summary(quick=False).splitlines()
+    assert (
+        lines[2] == f"| measure | {target} | {value} | 0.5 | {met} | `python -m benchmarks.one` |"
+    )
+    assert "| not measured |  |  |" in lines[3]
+
+
+def test_summary_shows_the_recorded_results():
+    assert summary.summary(quick=False) == (record.FOLDER / "summary.md").read_text()
+
+
+def test_growth_is_a_slope_and_a_figure(tmp_path):
+    found = growth.measure({1: lambda: None, 2: lambda: None}, 1)
+    assert found["seconds"].keys() == {"1", "2"} and math.isfinite(found["slope"])
+    recorded = json.loads((record.FOLDER / "growth.json").read_text())["growth"]
+    with growth.plt.rc_context(growth.STYLE):
+        growth.draw(recorded).savefig(tmp_path / "growth.svg", metadata={"Date": None})
+    for drawn in (tmp_path / "growth.svg", growth.FIGURE):
+        text = drawn.read_text()
+        for name, line in recorded.items():
+            assert f">{name}<" in text and f"slope {line['slope']:.2f}" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure the device")
+def test_rehearsal_for_the_gpu_runs_every_part(monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse"])
+    gpu.main()
+    shown = capsys.readouterr().out
+    for part in ("learners", "learning", "training", "floors", "eva_lost", "memory_ratio"):
+        assert part in shown
