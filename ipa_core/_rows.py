@@ -41,6 +41,8 @@ class Rows:
 
     def cut(self, start: int, stop: int) -> Rows:
         """Return rows ``start`` to ``stop`` as views."""
+        if start == 0 and stop == self.count:
+            return self
         part = slice(start, stop)
         weights = None if self.weights is None else self.weights[part]
         return Rows(self.x[part, :], weights, self.squares[part], self.masses[part])

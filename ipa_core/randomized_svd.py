@@ -40,8 +40,8 @@ class RandomizedSVD(Learner):
     happens. At its end the segment's second moment is recovered by Nystrom's formula,
     :math:`C \approx Y (O^\top Y)^{-1} Y^\top`, and folded into a factor F of 5k/4 rows. The
     next basis holds the leading rows of F and k/8 probes: randomly signed sums of the rows about to
-    come, power-iterated once on them, which look for what F does not know. Segments double in
-    length from 16 k to 400 k rows. A block of 128 rows of which the basis misses twice what it
+    come, power-iterated once on them, which look for what F does not know. Segments grow fourfold
+    in length from 16 k to 400 k rows. A block of 128 rows of which the basis misses twice what it
     usually does, of the block's own energy and of the usual one, ends the segment and is decomposed
     exactly, as the first 256 rows of all are.
 
@@ -125,8 +125,8 @@ class RandomizedSVD(Learner):
         return max(_BLOCK, 2 * self._width)
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        while rows.count:
-            rows = rows.cut(self._absorb_some(xp, rows), rows.count)
+        while (done := self._absorb_some(xp, rows)) < rows.count:
+            rows = rows.cut(done, rows.count)
 
     def _absorb_some(self, xp: Namespace, rows: Rows) -> int:
         """Absorb the first block exactly, or familiar ones in a segment; return how many rows."""
@@ -177,8 +177,7 @@ class RandomizedSVD(Learner):
         return principal_rows(xp, self._with_segment(xp), self.rank)
 
     def _segment_limit(self) -> int:
-        doublings = min(self._segments, 16)
-        return self._width * min(_FIRST_SEGMENT << doublings, _LONGEST_SEGMENT)
+        return self._width * min(_FIRST_SEGMENT * 4 ** min(self._segments, 8), _LONGEST_SEGMENT)
 
     def _familiar(
         self, xp: Namespace, rows: Rows, seen: Array, ends: list[int], opening: bool
