@@ -57,6 +57,7 @@ EXCEPTIONS = {
     "python -m benchmarks.peers": QUIET,
     "python -m benchmarks.growth": QUIET,
     "python -m benchmarks.torch_learning": QUIET,
+    "python -m benchmarks.torch_peers": QUIET,
     "python -m benchmarks.torch_training": QUIET,
     "python -m benchmarks.scaling_ranks": MINUTES,
     "python -m benchmarks.scaling_kills": MINUTES,
