@@ -177,7 +177,8 @@ class RandomizedSVD(Learner):
         return principal_rows(xp, self._with_segment(xp), self.rank)
 
     def _segment_limit(self) -> int:
-        return self._width * min(_FIRST_SEGMENT * 4 ** min(self._segments, 8), _LONGEST_SEGMENT)
+        fourfold = 2 * min(self._segments, 8)
+        return self._width * min(_FIRST_SEGMENT << fourfold, _LONGEST_SEGMENT)
 
     def _familiar(
         self, xp: Namespace, rows: Rows, seen: Array, ends: list[int], opening: bool
