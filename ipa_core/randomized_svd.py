@@ -45,8 +45,8 @@ class RandomizedSVD(Learner):
     usually does, of the block's own energy and of the usual one, ends the segment and is decomposed
     exactly, as the first 256 rows of all are.
 
-    Guarantee: bounded. Time two products, O(4 k d) for a row, and about a tenth on a long stream, the
-    check of the rows included; memory O(4 k d). With k >= features it is exact.
+    Guarantee: bounded. Time two products, O(4 k d) for a row, and about a tenth on a long stream,
+    the check of the rows included; memory O(4 k d). With k >= features it is exact.
 
     Parameters
     ----------
