@@ -17,11 +17,17 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.evidence.cells import FOLDER, Cell, read  # noqa: E402
-from benchmarks.evidence.methods import METHODS  # noqa: E402
+from benchmarks.evidence.methods import COMPARED  # noqa: E402
 from benchmarks.evidence.statistics import mean_and_deviation, of_method  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs" / "figures"
-COLOURS = {"LoRA": "#0072b2", "IPA, frozen": "#e69f00", "IPA, trainable": "#009e73"}
+COLOURS = {
+    "LoRA": "#0072b2",
+    "IPA, frozen": "#e69f00",
+    "IPA, trainable": "#009e73",
+    "random A, frozen": "#999999",
+    "damped gradient, frozen": "#d55e00",
+}
 # Text stays text, and the same results give the same file.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9}
 
@@ -56,7 +62,7 @@ def main() -> int:
 def methods(cells: Sequence[Cell]) -> Figure:
     """Draw the accuracy of each method on each task: the paper's figure 3."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    names = [name for name in reversed(METHODS) if of_method(cells, name)]
+    names = [name for name in reversed(COMPARED) if of_method(cells, name)]
     size = (3.2 * len(tasks) + 1.5, 0.26 * len(names) + 1)
     figure, axes = plt.subplots(
         1, len(tasks), figsize=size, sharey=True, layout="constrained", squeeze=False
@@ -67,7 +73,7 @@ def methods(cells: Sequence[Cell]) -> Figure:
             values = [cell.accuracy for cell in of_method(of_task, name)]
             if not values:
                 continue
-            trained = METHODS[name].trainable
+            trained = COMPARED[name].trainable
             colour = "#0072b2" if trained else "#e69f00"
             place.plot(values, [height] * len(values), ".", color=colour, alpha=0.4)
             mean, deviation = mean_and_deviation(values)

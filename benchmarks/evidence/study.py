@@ -62,9 +62,11 @@ class Study:
         if known is not None:
             return known
         began = time.perf_counter()
-        model, spent = adapter(METHODS[name], seed)
+        method = METHODS[name]
+        model, spent = adapter(method, seed)
         learning = time.perf_counter() - began
-        cost = train(model, task, settings, rate, seed, spent)
+        turn = adapter.turn(method, model, seed)
+        cost = train(model, task, settings, rate, seed, spent, turn)
         cell = Cell(
             study=self.name,
             task=task.name,
