@@ -75,7 +75,7 @@ def main() -> int:
 def variations(study: str, settings: Settings, examples: int) -> list[Settings]:
     """Return the settings of a sweep; rates are those of the main study."""
     if study == "rank":
-        return [replace(settings, rank=rank) for rank in (1, 2, 4, 16, 64)]
+        return [replace(settings, rank=rank) for rank in (1, 4, 16, 64)]
     # What learning P costs is not asked here: nothing is taken off the steps.
     shares = (0.001, 0.01, 0.1, 1)
     return [
