@@ -91,15 +91,17 @@ def methods(cells: Sequence[Cell]) -> Figure:
 
 def rank_and_share(cells: Sequence[Cell]) -> Figure:
     """Draw accuracy against rank, and against the texts P is learned from: the paper's figure 4."""
-    tasks = list(dict.fromkeys(cell.task for cell in cells))
-    figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(8, 3 * len(tasks)), layout="constrained", squeeze=False
-    )
-    for row, task in zip(axes, tasks, strict=True):
+    swept = sorted({(cell.study, cell.task) for cell in cells if cell.study in ("rank", "share")})
+    size = (4 * len(swept), 3)
+    figure, axes = plt.subplots(1, len(swept), figsize=size, layout="constrained", squeeze=False)
+    for place, (study, task) in zip(axes[0], swept, strict=True):
         own = [cell for cell in cells if cell.task == task]
-        at_rank = [cell for cell in own if cell.study in ("rank", "main")]
-        _curves(row[0], at_rank, "rank", f"{task}: rank")
-        _curves(row[1], [c for c in own if c.study == "share"], "learn_from", "texts that P saw")
+        if study == "rank":
+            at_rank = [cell for cell in own if cell.study in ("rank", "main")]
+            _curves(place, at_rank, "rank", f"{task}: rank")
+        else:
+            shares = [cell for cell in own if cell.study == "share"]
+            _curves(place, shares, "learn_from", f"{task}: texts that P saw")
     return figure
 
 
