@@ -192,17 +192,46 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
     return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
 
 
+def adjectives() -> list[tuple[str, int]]:
+    """Return 50,000 phrases, labelled 1 where their adjectives stand in the usual order."""
+    examples = bigbench("hyperbaton")["hyperbaton"]
+    return [
+        (one["input"].split('a " ')[1].split(' " b "')[0], int(one["target_scores"]["a"]))
+        for one in examples
+    ]
+
+
 def cifar10() -> list[tuple[bytes, int]]:
     """Return the 10,000 test images of CIFAR-10 as PNG files, with their labels."""
-    inner = "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
+    name = "cifar10_classification/base64"
+    return [(base64.b64decode(image), label) for image, label in labelled(bigbench(name)[name])]
+
+
+def bigbench(*names: str) -> dict[str, list[dict]]:
+    """Return the examples of tasks of BIG-bench, in one pass through its archive.
+
+    Parameters
+    ----------
+    *names : str
+        Folders of the tasks, with that of the subtask if there are some: ``"color/hex"``.
+    """
+    wanted = {f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json": name for name in names}
+    found = {}
     with tarfile.open(fetch(BIGBENCH)) as tar:
-        member = tar.extractfile(inner)
-        if member is None:
-            raise AssetError(f"expected the file {inner} in {BIGBENCH}, got a folder")
-        examples = json.load(member)["examples"]
+        for member in tar:
+            file = tar.extractfile(member) if member.name in wanted else None
+            if file is not None:
+                found[wanted[member.name]] = json.load(file)["examples"]
+            if len(found) == len(wanted):
+                return found
+    raise AssetError(f"expected the tasks {sorted(names)} in {BIGBENCH}, got {sorted(found)}")
+
+
+def labelled(examples: list[dict]) -> list[tuple[str, int]]:
+    """Return the inputs of BIG-bench examples with the place of the best of their choices."""
     classes = sorted(examples[0]["target_scores"])
     return [
-        (base64.b64decode(one["input"]), classes.index(max(scores, key=scores.__getitem__)))
+        (one["input"], classes.index(max(scores, key=scores.__getitem__)))
         for one in examples
         for scores in [one["target_scores"]]
     ]

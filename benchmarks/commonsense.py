@@ -18,7 +18,7 @@ from benchmarks.classification import quieten
 from benchmarks.evidence.cells import FOLDER, Cells
 from benchmarks.evidence.language import LanguageTask
 from benchmarks.evidence.methods import METHODS
-from benchmarks.evidence.questions import from_instructions, packaged
+from benchmarks.evidence.questions import MIXTURE, PACKAGED, from_instructions, packaged
 from benchmarks.evidence.study import Study
 from benchmarks.evidence.task import Settings
 
@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("study", choices=["main"])
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN)
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--sets", nargs="+", choices=list(PACKAGED), default=list(MIXTURE))
+    made.add_argument("--each", type=int, default=400, help="questions of a set to train on")
+    made.add_argument("--tested", type=int, default=200, help="questions of a set to test on")
     made.add_argument("--model", type=Path, help="folder of a causal model, with tokenizer")
     made.add_argument("--data", type=Path, help="folder of the paper's files")
     made.add_argument("--adapted", type=int, default=4, help="upper blocks to adapt, 0 for all")
@@ -80,12 +83,15 @@ def settings(arguments: argparse.Namespace) -> Settings:
 def language_task(arguments: argparse.Namespace) -> LanguageTask:
     """Return the task that the command line asks for."""
     data, model = arguments.data, arguments.model
-    names = [model.name if model else "SmolLM2-135M", data.name if data else "packaged"]
+    sets = "packaged" if arguments.sets == list(MIXTURE) else " ".join(arguments.sets)
+    names = [model.name if model else "SmolLM2-135M", data.name if data else sets]
     if arguments.steps != STEPS:
         names.append(f"{arguments.steps} steps")
     return LanguageTask(
         " ".join(names),
-        from_instructions(data, 120) if data else packaged(400, 200),
+        from_instructions(data, 120)
+        if data
+        else packaged(arguments.each, arguments.tested, arguments.sets),
         adapted=arguments.adapted or None,
         folder=model,
         on_prompt=arguments.loss_on_prompt,

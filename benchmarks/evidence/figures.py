@@ -17,11 +17,17 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.evidence.cells import FOLDER, Cell, read  # noqa: E402
-from benchmarks.evidence.methods import METHODS  # noqa: E402
+from benchmarks.evidence.methods import COMPARED  # noqa: E402
 from benchmarks.evidence.statistics import mean_and_deviation, of_method  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs" / "figures"
-COLOURS = {"LoRA": "#0072b2", "IPA, frozen": "#e69f00", "IPA, trainable": "#009e73"}
+COLOURS = {
+    "LoRA": "#0072b2",
+    "IPA, frozen": "#e69f00",
+    "IPA, trainable": "#009e73",
+    "random A, frozen": "#999999",
+    "damped gradient, frozen": "#d55e00",
+}
 # Text stays text, and the same results give the same file.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9}
 
@@ -56,7 +62,7 @@ def main() -> int:
 def methods(cells: Sequence[Cell]) -> Figure:
     """Draw the accuracy of each method on each task: the paper's figure 3."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    names = [name for name in reversed(METHODS) if of_method(cells, name)]
+    names = [name for name in reversed(COMPARED) if of_method(cells, name)]
     size = (3.2 * len(tasks) + 1.5, 0.26 * len(names) + 1)
     figure, axes = plt.subplots(
         1, len(tasks), figsize=size, sharey=True, layout="constrained", squeeze=False
@@ -67,7 +73,7 @@ def methods(cells: Sequence[Cell]) -> Figure:
             values = [cell.accuracy for cell in of_method(of_task, name)]
             if not values:
                 continue
-            trained = METHODS[name].trainable
+            trained = COMPARED[name].trainable
             colour = "#0072b2" if trained else "#e69f00"
             place.plot(values, [height] * len(values), ".", color=colour, alpha=0.4)
             mean, deviation = mean_and_deviation(values)
@@ -85,15 +91,17 @@ def methods(cells: Sequence[Cell]) -> Figure:
 
 def rank_and_share(cells: Sequence[Cell]) -> Figure:
     """Draw accuracy against rank, and against the texts P is learned from: the paper's figure 4."""
-    tasks = list(dict.fromkeys(cell.task for cell in cells))
-    figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(8, 3 * len(tasks)), layout="constrained", squeeze=False
-    )
-    for row, task in zip(axes, tasks, strict=True):
+    swept = sorted({(cell.study, cell.task) for cell in cells if cell.study in ("rank", "share")})
+    size = (4 * len(swept), 3)
+    figure, axes = plt.subplots(1, len(swept), figsize=size, layout="constrained", squeeze=False)
+    for place, (study, task) in zip(axes[0], swept, strict=True):
         own = [cell for cell in cells if cell.task == task]
-        at_rank = [cell for cell in own if cell.study in ("rank", "main")]
-        _curves(row[0], at_rank, "rank", f"{task}: rank")
-        _curves(row[1], [c for c in own if c.study == "share"], "learn_from", "texts that P saw")
+        if study == "rank":
+            at_rank = [cell for cell in own if cell.study in ("rank", "main")]
+            _curves(place, at_rank, "rank", f"{task}: rank")
+        else:
+            shares = [cell for cell in own if cell.study == "share"]
+            _curves(place, shares, "learn_from", f"{task}: texts that P saw")
     return figure
 
 

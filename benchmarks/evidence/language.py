@@ -123,6 +123,9 @@ class LanguageTask:
     def training(self, seed: int) -> Sequence[Example]:
         return random.Random(seed).sample(self._pool, round(self._share * len(self._pool)))
 
+    def of_texts(self, name: str, seed: int) -> Sequence[Example]:
+        raise ValueError(f"expected a P from the task's own questions, got one from {name!r}")
+
     def fresh(self, seed: int) -> nn.Module:
         return Speaker(copy.deepcopy(self._body), self._output, self._targets)
 

@@ -12,6 +12,7 @@ from torch import nn
 import ipa_hf
 from benchmarks.evidence.cutting import Batch
 from benchmarks.evidence.projections import KINDS, Sample, target_names
+from benchmarks.evidence.refreshing import Refresh, Turn
 from benchmarks.evidence.task import Settings, Task, run, sample
 from ipa_torch import Projectors
 
@@ -30,6 +31,10 @@ class Method:
         As in `ipa_hf.initialize`.
     rank : float
         Times the rank of the settings.
+    refresh : Refresh, optional
+        Whether a frozen P is chosen anew early in training.
+    texts : sequence of str
+        The texts that P is chosen from, in equal parts; by default those of the task.
     options : mapping
         Of `LoraConfig`.
     """
@@ -38,39 +43,60 @@ class Method:
     trainable: bool = True
     scaling: str | float = "energy"
     rank: float = 1
+    refresh: Refresh | None = None
+    texts: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 #: LoRA's random A has rows of this length; random orthonormal ones get it too.
 RANDOM = 3**-0.5
 
-METHODS: dict[str, Method] = {
+#: What the paper compares, and P chosen by the gradient.
+COMPARED: dict[str, Method] = {
     "LoRA": Method(),
     "LoRA, half rank": Method(rank=0.5),
     "DoRA": Method(options={"use_dora": True}),
     "PiSSA": Method(options={"init_lora_weights": "pissa"}),
     "EVA": Method("eva"),
     "IPA, trainable": Method("inputs"),
-    "gradient, trainable": Method("gradient"),
     "random A, frozen": Method(trainable=False),
     "orthonormal, frozen": Method("orthonormal", False, RANDOM),
     "IPA, frozen": Method("inputs", False),
     "gradient, frozen": Method("gradient", False),
     "gradient less inputs, frozen": Method("gradient less inputs", False),
-    # Ideas beyond the paper.
-    "inputs by gradient norm, frozen": Method("inputs by gradient norm", False),
     "damped gradient, frozen": Method("damped gradient", False),
-    "damped gradient, trainable": Method("damped gradient"),
-    "damped gradient (32), frozen": Method("damped gradient, 32 directions", False),
-    "outputs, frozen": Method("outputs", False),
+}
+#: Ideas beyond the paper.
+BEYOND: dict[str, Method] = {
+    "random A, then damped gradient": Method(trainable=False, refresh=Refresh("damped gradient")),
+    "damped gradient, half refreshed": Method(
+        "damped gradient", False, refresh=Refresh("damped gradient", kept=0.5)
+    ),
+    "half inputs, half damped gradient": Method("half inputs", False),
+    "natural gradient, frozen": Method("natural gradient", False),
     "short update, frozen": Method("short update", False),
+    "inputs by gradient norm, frozen": Method("inputs by gradient norm", False),
+    "outputs, frozen": Method("outputs", False),
+    "IPA spread ranks, frozen": Method("inputs, spread ranks", False),
+    "damped gradient (32), frozen": Method("damped gradient, 32 directions", False),
+    "damped gradient, trainable": Method("damped gradient"),
+    "gradient, trainable": Method("gradient"),
     "short update, trainable": Method("short update"),
-    # How P of the inputs is learned and scaled.
+}
+#: How P of the inputs is learned and scaled, and from which texts.
+LEARNED: dict[str, Method] = {
     "IPA centred, frozen": Method("inputs, centred", False),
     "IPA padding counted, frozen": Method("inputs, padding counted", False),
+    "IPA by IncrementalPCA, frozen": Method("inputs, IncrementalPCA", False),
+    "IPA by HebbianRule, frozen": Method("inputs, HebbianRule", False),
+    "IPA by an autoencoder, frozen": Method("inputs, autoencoder", False),
     "IPA lambda 0.25, frozen": Method("inputs", False, 0.25),
     "IPA lambda 0.05, frozen": Method("inputs", False, 0.05),
+    "IPA of another task, frozen": Method("inputs", False, texts=("adjectives",)),
+    "IPA of neutral texts, frozen": Method("inputs", False, texts=("social_iqa",)),
+    "IPA shared by two tasks, frozen": Method("inputs", False, texts=("headlines", "reviews")),
 }
+METHODS = COMPARED | BEYOND | LEARNED
 
 
 class Adapter:
@@ -82,7 +108,7 @@ class Adapter:
     def __init__(self, task: Task, settings: Settings) -> None:
         self.task = task
         self.settings = settings
-        self._learned: dict[tuple[str, int, int], tuple[Any, float]] = {}
+        self._learned: dict[tuple[Any, ...], tuple[Any, float]] = {}
 
     def __call__(self, method: Method, seed: int) -> tuple[nn.Module, float]:
         """Return an adapted model, and the training steps that choosing its P is worth."""
@@ -92,6 +118,9 @@ class Adapter:
         learned, cost = self._learn(model, method, rank, seed)
         torch.manual_seed(seed)  # of LoRA's A
         config = _config(model, method, rank)
+        if method.refresh is not None:
+            kind = KINDS[method.refresh.projection]
+            cost += _steps(kind.passes, self._batches(method, seed))
         if method.projection is None:
             model.body = get_peft_model(model.body, config)
             if not method.trainable:
@@ -103,28 +132,53 @@ class Adapter:
             initialize_lora_eva_weights(model.body, eva_state_dict=state)
         else:
             model.body = ipa_hf.get_ipa_model(
-                model.body, config, learned, trainable=method.trainable, scaling=method.scaling
+                model.body,
+                ipa_hf.match_ranks(config, learned),
+                learned,
+                trainable=method.trainable,
+                scaling=method.scaling,
             )
-        return model, cost
+        return model, cost if self.settings.charged else 0.0
+
+    def turn(self, method: Method, model: nn.Module, seed: int) -> Turn | None:
+        """Return the refresh that is due in the training of an adapted model, if one is."""
+        if method.refresh is None:
+            return None
+        some = self._batches(method, seed)
+        return Turn(method.refresh, Sample(model, some, self.task.loss, self.settings.rank, seed))
 
     def _learn(
         self, model: nn.Module, method: Method, rank: int, seed: int
     ) -> tuple[Projectors | dict[str, torch.Tensor] | None, float]:
         if method.projection is None:
             return None, 0.0
-        key = (method.projection, rank, seed)
+        key = (method.projection, method.texts, rank, seed)
         if key not in self._learned:
-            settings, task = self.settings, self.task
-            some = sample(task.training(seed), settings.batch_size, settings.learn_from, seed)
+            some = self._batches(method, seed)
             if method.projection == "eva":
                 self._learned[key] = _eva(model, _config(model, method, rank), some)
             else:
                 kind = KINDS[method.projection]
-                projectors = _named(kind.choose(Sample(model, some, task.loss, rank, seed)))
-                # A step is a forward and a backward pass, two passes.
-                self._learned[key] = projectors, kind.passes * len(some) / 2
-        learned, cost = self._learned[key]
-        return learned, cost if self.settings.charged else 0.0
+                chosen = kind.choose(Sample(model, some, self.task.loss, rank, seed))
+                self._learned[key] = chosen, _steps(kind.passes, some)
+        return self._learned[key]
+
+    def _batches(self, method: Method, seed: int) -> list[Batch]:
+        """Return what P is chosen from."""
+        settings = self.settings
+        sources = [self.task.of_texts(name, seed) for name in method.texts]
+        sources = sources or [self.task.training(seed)]
+        count = settings.learn_from // len(sources)
+        return [
+            batch
+            for source in sources
+            for batch in sample(source, settings.batch_size, count, seed)
+        ]
+
+
+def _steps(passes: int, batches: list[Batch]) -> float:
+    """Return what passes over batches cost: a step is a forward and a backward pass, two."""
+    return passes * len(batches) / 2
 
 
 def _config(model: nn.Module, method: Method, rank: int) -> LoraConfig:
@@ -136,11 +190,6 @@ def _config(model: nn.Module, method: Method, rank: int) -> LoraConfig:
         **(begin if method.projection == "eva" else {}),
         **method.options,
     )
-
-
-def _named(projectors: Projectors) -> Projectors:
-    """Name layers as the body does, whatever they were learned in."""
-    return Projectors({name.removeprefix("body."): p for name, p in projectors.items()})
 
 
 def _eva(

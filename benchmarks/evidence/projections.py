@@ -15,7 +15,13 @@ from torch import nn
 
 from benchmarks.evidence.cutting import Batch
 from benchmarks.evidence.task import run
-from ipa_core import ExactCovariance, Projector
+from ipa_core import (
+    ExactCovariance,
+    HebbianRule,
+    IncrementalPCA,
+    Projector,
+    ReconstructionAutoencoder,
+)
 from ipa_torch import Projectors, fit_gradient_projectors, fit_projectors, select_layers
 
 #: Directions that `less_inputs` removes, as in the study before.
@@ -88,7 +94,7 @@ def orthonormal(sample: Sample) -> Projectors:
 
 def gradient(sample: Sample, source: str = "gradient") -> Projectors:
     """Return the leading row space of the weights' gradients, or inputs weighted by gradients."""
-    return fit_gradient_projectors(
+    found = fit_gradient_projectors(
         sample.model,
         sample.batches,
         sample.rank,
@@ -96,6 +102,7 @@ def gradient(sample: Sample, source: str = "gradient") -> Projectors:
         source=source,
         loss=sample.loss,
     )
+    return Projectors({name.removeprefix("body."): p for name, p in found.items()})
 
 
 def less_inputs(sample: Sample) -> Projectors:
@@ -116,10 +123,45 @@ def damped(sample: Sample) -> Projectors:
     """
 
     def choose(g: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        unit = torch.eye(len(c), dtype=c.dtype) * c.trace() / len(c)
-        return leading(torch.linalg.solve(c + unit, g.T).T, sample.rank)
+        return leading(g @ damped_inverse(c), sample.rank)
 
     return by_matrices(sample, choose)
+
+
+def natural(sample: Sample) -> Projectors:
+    """Return the row space of a damped natural-gradient step, S^-1 G C^-1.
+
+    The Fisher information is taken as a Kronecker product of the second moments of the inputs and
+    of the outputs' gradients, as LoRA-DA weighs a first step.
+    """
+    of_outputs = gradient_moments(sample)
+    moments = second_moments(sample)
+    found = weight_gradients(sample)
+    steps = {
+        name: damped_inverse(of_outputs[name]) @ g @ damped_inverse(moments[name])
+        for name, g in found.items()
+    }
+    return Projectors(
+        {name: of_rows(leading(x, sample.rank), moments[name]) for name, x in steps.items()}
+    )
+
+
+def with_inputs(sample: Sample) -> Projectors:
+    """Return half of the rank in directions of the inputs, the rest by the damped gradient."""
+
+    def choose(g: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        common = torch.linalg.eigh(c).eigenvectors.flip(1).T[: sample.rank // 2]
+        return joined(common, leading(g @ damped_inverse(c), sample.rank), sample.rank)
+
+    return by_matrices(sample, choose)
+
+
+def spread(sample: Sample) -> Projectors:
+    """Return directions of the inputs with ranks spread so that they capture most in all."""
+    layers = sample.layers
+    wide = {name: min(4 * sample.rank, x.in_features - 1) for name, x in layers.items()}
+    learned = inputs(sample, wide)
+    return learned.allocate(sample.rank * len(learned.shared))
 
 
 def damped_by_few(sample: Sample, directions: int = 32) -> Projectors:
@@ -226,9 +268,41 @@ def weight_gradients(sample: Sample) -> Matrices:
     return found
 
 
+def gradient_moments(sample: Sample) -> Matrices:
+    """Return the second moment of the gradients of each layer's outputs, summed, in float64."""
+    layers = sample.layers
+    found = {}
+
+    def hear(name: str, layer: nn.Module, args: Any, output: torch.Tensor) -> None:
+        def add(g: torch.Tensor) -> None:
+            rows = g.detach().reshape(-1, g.shape[-1]).double()
+            found[name] = found.get(name, 0) + rows.T @ rows
+
+        output.register_hook(add)
+
+    handles = [x.register_forward_hook(partial(hear, name)) for name, x in layers.items()]
+    try:
+        weight_gradients(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     """Return the leading right singular vectors as rows."""
     return torch.linalg.svd(matrix, full_matrices=False).Vh[:rank]
+
+
+def joined(first: torch.Tensor, second: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return orthonormal rows: those of the first, filled up with what the second adds to them."""
+    return torch.linalg.qr(torch.cat([first, second]).T).Q.T[:rank]
+
+
+def damped_inverse(moment: torch.Tensor) -> torch.Tensor:
+    """Return (C + c I)^-1, c the mean eigenvalue of C."""
+    unit = torch.eye(len(moment), dtype=moment.dtype) * moment.trace() / len(moment)
+    return torch.linalg.inv(moment + unit)
 
 
 def of_rows(rows: torch.Tensor, moment: torch.Tensor) -> Projector:
@@ -253,14 +327,20 @@ def _wanting_gradients(layers: Mapping[str, nn.Module]) -> Iterator[None]:
 
 KINDS: dict[str, Kind] = {
     "inputs": Kind(inputs, 1),
+    "inputs, spread ranks": Kind(spread, 1),
     "inputs, centred": Kind(partial(inputs, learner=partial(ExactCovariance, center=True)), 1),
     "inputs, padding counted": Kind(partial(inputs, row_weights=None), 1),
+    "inputs, IncrementalPCA": Kind(partial(inputs, learner=IncrementalPCA), 1),
+    "inputs, HebbianRule": Kind(partial(inputs, learner=HebbianRule), 1),
+    "inputs, autoencoder": Kind(partial(inputs, learner=ReconstructionAutoencoder), 1),
     "orthonormal": Kind(orthonormal, 0),
     "gradient": Kind(gradient, 2),
     "inputs by gradient norm": Kind(partial(gradient, source="inputs"), 2),
     "gradient less inputs": Kind(less_inputs, 2),
     "damped gradient": Kind(damped, 2),
     "damped gradient, 32 directions": Kind(damped_by_few, 2),
+    "natural gradient": Kind(natural, 2),
+    "half inputs": Kind(with_inputs, 2),
     "outputs": Kind(outputs, 1),
     "short update": Kind(short_update, 2),
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.assets import EVALS, fetch, movie_reviews, sarcastic_headlines
+from benchmarks.assets import EVALS, adjectives, fetch, movie_reviews, sarcastic_headlines
 
 #: The eight sets of the paper, each as NAME/train.json and NAME/test.json where they are at hand.
 ORIGINAL = (
@@ -56,6 +56,11 @@ def sentiment() -> list[Question]:
     return _yes_or_no("Does this review praise the film?", movie_reviews())
 
 
+def adjective_order() -> list[Question]:
+    """Return 50,000 phrases, each asked whether its adjectives stand in the usual order."""
+    return _yes_or_no("Are these adjectives in the usual order?", adjectives())
+
+
 def _yes_or_no(asked: str, rows: Iterable[tuple[str, int]]) -> list[Question]:
     return [Question(f"{asked} {text}", ("no", "yes"), label) for text, label in rows]
 
@@ -64,10 +69,15 @@ PACKAGED: dict[str, Callable[[], list[Question]]] = {
     "social_iqa": social_iqa,
     "sarcasm": sarcasm,
     "sentiment": sentiment,
+    "adjectives": adjective_order,
 }
+#: The mixture of the first table.
+MIXTURE = ("social_iqa", "sarcasm", "sentiment")
 
 
-def packaged(training: int, held_out: int) -> dict[str, dict[str, list[Question]]]:
+def packaged(
+    training: int, held_out: int, sets: Iterable[str] = MIXTURE
+) -> dict[str, dict[str, list[Question]]]:
     """Return the sets from packages: part -> name -> questions, split by a fixed seed.
 
     Parameters
@@ -76,10 +86,12 @@ def packaged(training: int, held_out: int) -> dict[str, dict[str, list[Question]
         Questions of each set to train on.
     held_out : int
         Questions of each set for testing, and half as many for validation.
+    sets : iterable of str
+        Of `PACKAGED`.
     """
     parts: dict[str, dict[str, list[Question]]] = {"train": {}, "validation": {}, "test": {}}
-    for name, load in PACKAGED.items():
-        questions = list({q.prompt: q for q in load()}.values())  # no question twice
+    for name in sets:
+        questions = list({q.prompt: q for q in PACKAGED[name]()}.values())  # no question twice
         random.Random(0).shuffle(questions)
         middle = held_out + held_out // 2
         parts["test"][name] = questions[:held_out]

@@ -10,7 +10,7 @@ from benchmarks.evidence.task import Settings, Task
 from benchmarks.evidence.training import train
 
 #: The one grid of learning rates.
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,11 @@ class Study:
         if known is not None:
             return known
         began = time.perf_counter()
-        model, spent = adapter(METHODS[name], seed)
+        method = METHODS[name]
+        model, spent = adapter(method, seed)
         learning = time.perf_counter() - began
-        cost = train(model, task, settings, rate, seed, spent)
+        turn = adapter.turn(method, model, seed)
+        cost = train(model, task, settings, rate, seed, spent, turn)
         cell = Cell(
             study=self.name,
             task=task.name,

@@ -1,11 +1,11 @@
 """The tables of the documentation, from the cells: python -m benchmarks.evidence.tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks import record
 from benchmarks.evidence import claims, vision
 from benchmarks.evidence.cells import FOLDER, Cell, read
-from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.methods import BEYOND, COMPARED, LEARNED, METHODS
 from benchmarks.evidence.statistics import mean_and_deviation, of_method, paired
 
 #: What differences are taken to.
@@ -34,6 +34,7 @@ def main() -> None:
     every += vision.read()
     _write("claims", claims.table(claims.CLAIMS, every))
     _write("own", claims.table(claims.OWN, every))
+    _write("fresh", claims.fresh(every))
     if any(cell.study == "share" for cell in every):
         _write("shares", claims.shares(every))
 
@@ -52,7 +53,10 @@ def tables(cells: Sequence[Cell]) -> dict[str, str]:
         slug = task.replace(" ", "_").replace("-", "_").lower()
         main_cells = [cell for cell in own if cell.study == "main"]
         if main_cells:
-            made[slug] = comparison(main_cells)
+            made[slug] = comparison(main_cells, COMPARED)
+            for group, methods in {"beyond": BEYOND, "learned": LEARNED}.items():
+                if any(of_method(main_cells, name) for name in methods):
+                    made[f"{slug}_{group}"] = comparison(main_cells, methods)
             sets = {name for cell in main_cells for name in cell.validation}
             if len(sets) > 1:
                 made[f"{slug}_sets"] = by_set(main_cells)
@@ -63,11 +67,11 @@ def tables(cells: Sequence[Cell]) -> dict[str, str]:
     return made
 
 
-def comparison(cells: Sequence[Cell]) -> str:
-    """Return accuracy, differences and costs of each method."""
+def comparison(cells: Sequence[Cell], methods: Iterable[str]) -> str:
+    """Return accuracy, differences and costs of those methods that have been tested."""
     lora, random = of_method(cells, LORA), of_method(cells, RANDOM)
     rows = []
-    for method in _methods(cells):
+    for method in _methods(cells, methods):
         own = of_method(cells, method)
         rows.append(
             [
@@ -116,9 +120,9 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean:.1f} ± {deviation:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def _methods(cells: Sequence[Cell]) -> list[str]:
-    """Return the methods that have been tested, in the order of `METHODS`."""
-    return [method for method in METHODS if of_method(cells, method)]
+def _methods(cells: Sequence[Cell], methods: Iterable[str] = METHODS) -> list[str]:
+    """Return the methods that have been tested, in their order."""
+    return [method for method in methods if of_method(cells, method)]
 
 
 def _difference(own: Sequence[Cell], others: Sequence[Cell]) -> str:

@@ -44,6 +44,9 @@ class Task(Protocol):
     def training(self, seed: int) -> Sequence[Example]:
         """Return the training examples of a seed."""
 
+    def of_texts(self, name: str, seed: int) -> Sequence[Example]:
+        """Return texts by name, of this task or another, for P; their labels are of no use."""
+
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the loss of a batch as `collate` makes it."""
 

@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.assets import minilm, movie_reviews, sarcastic_headlines
+from benchmarks.assets import adjectives, minilm, movie_reviews, sarcastic_headlines
 from benchmarks.evidence.cutting import Batch, blocks_of, cut, entering
+from benchmarks.evidence.questions import social_iqa
 from benchmarks.evidence.task import Example, by_length, collate, run, sample
 
 Row = tuple[str, int]
@@ -19,9 +20,15 @@ Row = tuple[str, int]
 SOURCES: dict[str, Callable[[], list[Row]]] = {
     "headlines": sarcastic_headlines,
     "reviews": movie_reviews,
+    "adjectives": adjectives,
+}
+#: Texts that P alone is chosen from: questions about people, beside all the tasks.
+UNLABELLED: dict[str, Callable[[], list[Row]]] = {
+    "social_iqa": lambda: [(question.instruction, 0) for question in social_iqa()],
 }
 LONGEST = 64  # tokens
 POOL, TRAINING, VALIDATION, TEST = 6000, 2000, 1000, 2000
+OTHERS = (1000, 1000, 1, 1)
 
 
 class Classifier(nn.Module):
@@ -65,7 +72,9 @@ class TextTask:
         sizes: tuple[int, int, int, int] = (POOL, TRAINING, VALIDATION, TEST),
     ) -> None:
         self.name = name
-        folder = folder or minilm()
+        self._adapted = adapted
+        self._others: dict[str, Sequence[Example]] = {}
+        self._folder = folder = folder or minilm()
         rows = list(dict(SOURCES[name]() if rows is None else rows).items())  # no text twice
         random.Random(0).shuffle(rows)
         pool, self._training, validation, test = sizes
@@ -85,6 +94,18 @@ class TextTask:
 
     def training(self, seed: int) -> Sequence[Example]:
         return random.Random(seed).sample(self._pool, min(self._training, len(self._pool)))
+
+    def of_texts(self, name: str, seed: int) -> Sequence[Example]:
+        """Return texts of a source as what enters the adapted blocks."""
+        if name == self.name:
+            return self.training(seed)
+        if name not in self._others:
+            rows = (SOURCES | UNLABELLED)[name]()
+            other = TextTask(
+                name, adapted=self._adapted, rows=rows, folder=self._folder, sizes=OTHERS
+            )
+            self._others[name] = other.training(0)
+        return self._others[name]
 
     def fresh(self, seed: int) -> nn.Module:
         """Return the encoder with a head that was trained for a moment on what it gives.

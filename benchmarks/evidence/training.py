@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.evidence.refreshing import Turn
 from benchmarks.evidence.task import Settings, Task, batches
 from benchmarks.memory import saved_for_backward
 
@@ -23,7 +24,13 @@ class Cost:
 
 
 def train(
-    model: nn.Module, task: Task, settings: Settings, rate: float, seed: int, spent: float
+    model: nn.Module,
+    task: Task,
+    settings: Settings,
+    rate: float,
+    seed: int,
+    spent: float,
+    turn: Turn | None = None,
 ) -> Cost:
     """Train the adapters, and the head, for the steps that are left; return the cost.
 
@@ -35,6 +42,8 @@ def train(
         Learning rate of the adapters.
     spent : float
         Steps that choosing P was worth, taken off the budget.
+    turn : Turn, optional
+        A refresh of P, when its steps have been trained.
     """
     began = time.perf_counter()
     steps = settings.steps - round(spent)
@@ -59,6 +68,8 @@ def train(
     # Not the seed of the batches that P is chosen from.
     stream = batches(task.training(seed), settings.batch_size, steps, seed + 1000)
     for step, batch in enumerate(stream):
+        if turn is not None and step == turn.refresh.after:
+            turn(optimizer)
         if step == 0:
             loss, kept = saved_for_backward(model, partial(task.loss, model, batch))
         else:

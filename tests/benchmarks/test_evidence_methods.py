@@ -3,20 +3,24 @@
 import pytest
 import torch
 
-from benchmarks.evidence.methods import METHODS, Adapter
+from benchmarks.evidence import texts
+from benchmarks.evidence.methods import METHODS, Adapter, Method
 from benchmarks.evidence.projections import (
     COMMON,
     Sample,
     damped,
     damped_by_few,
     gradient,
+    joined,
     leading,
     less_inputs,
+    natural,
     outputs,
     second_moments,
     short_update,
     weight_gradients,
 )
+from benchmarks.evidence.refreshing import Refresh
 from benchmarks.evidence.similarity import matrix, of_a, of_b, of_features, of_update, pairs_of
 from benchmarks.evidence.task import Settings, sample
 from benchmarks.evidence.texts import TextTask
@@ -24,6 +28,16 @@ from benchmarks.evidence.training import train
 from tests.benchmarks import evidence_models as tiny
 
 SETTINGS = Settings(rank=2, steps=60, batch_size=16, learn_from=48)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy_texts():
+    """Let the texts that P alone is chosen from be toys, too."""
+    names = {name for method in METHODS.values() for name in method.texts}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setitem(texts.SOURCES, name, lambda: tiny.rows(60))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +137,7 @@ def test_sketched_gradient_is_the_gradient(some):
     exact, sketched = weight_gradients(some), gradient(some)
     for name, g in exact.items():
         rows = leading(g, 2)
-        kept = (g @ torch.as_tensor(sketched[f"body.{name}"].components).double().T).norm()
+        kept = (g @ torch.as_tensor(sketched[name].components).double().T).norm()
         assert kept > 0.98 * (g @ rows.T).norm()
     assert not any(p.requires_grad for p in some.model.body.parameters())
     assert all(p.grad is None for p in some.model.parameters())
@@ -147,6 +161,100 @@ def test_damped_gradient_is_a_damped_step(some):
         assert (step @ rows.T).norm() == pytest.approx(float((step @ leading(step, 2).T).norm()))
         cosines = torch.linalg.svdvals(rows @ few[name].components.double().T)
         assert cosines.min() > 0.99
+
+
+def test_natural_gradient_turns_to_where_outputs_matter_least(some):
+    """With outputs' gradients of one size everywhere it is the damped gradient."""
+    gradients, moments = weight_gradients(some), second_moments(some)
+    of_outputs = {}
+    for name, layer in some.layers.items():
+        seen = []
+
+        def hear(module, args, output, seen=seen):
+            output.register_hook(seen.append)
+
+        handle = layer.register_forward_hook(hear)
+        weight_gradients(some)
+        handle.remove()
+        rows = torch.cat([g.flatten(0, -2) for g in seen]).double()
+        of_outputs[name] = rows.T @ rows
+    for name, p in natural(some).items():
+
+        def damped_inverse(c):
+            return torch.linalg.inv(c + c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype))
+
+        step = damped_inverse(of_outputs[name]) @ gradients[name] @ damped_inverse(moments[name])
+        kept = (step @ p.components.double().T).norm()
+        assert float(kept) == pytest.approx(float((step @ leading(step, 2).T).norm()), rel=1e-5)
+
+
+def test_joined_keeps_the_first_rows():
+    first, second = torch.eye(4)[:1], torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 0]])
+    rows = joined(first, second, 2)
+    torch.testing.assert_close(rows.abs(), torch.eye(4)[:2])
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_refresh_changes_p_and_carries_b(kept, task, adapter):
+    """What of B A lies in the new span is as before, and the directions used most are in it."""
+    method = Method(trainable=False, refresh=Refresh("damped gradient", after=0, kept=kept))
+    model, spent = adapter(method, seed=0)
+    assert spent == 3
+    turn = adapter.turn(method, model, seed=0)
+    train(model, task, SETTINGS, 1e-2, 0, spent)
+    before = pairs_of(model.body)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    task.loss(model, sample(task.training(0), 16, 16, 0)[0]).backward()
+    optimizer.step()
+    before = pairs_of(model.body)
+    turn(optimizer)
+    after = pairs_of(model.body)
+    for name, old in before.items():
+        update, now = old.b @ old.a, after[name].b @ after[name].a
+        rows = torch.linalg.qr(after[name].a.T).Q.T
+        torch.testing.assert_close(now, update @ rows.T @ rows, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(old.a, after[name].a)
+        if kept:
+            most = leading(update, 1)
+            assert float((most @ rows.T).norm()) == pytest.approx(1, abs=1e-5)
+    assert all(
+        id(p) not in map(id, optimizer.state) for n, p in model.named_parameters() if "lora_B" in n
+    )
+
+
+def test_refresh_comes_after_its_steps(task, adapter):
+    method = METHODS["random A, then damped gradient"]
+    changed = {}
+    for refresh in (False, True):
+        model, spent = adapter(method, seed=0)
+        start = pairs_of(model.body)
+        train(
+            model,
+            task,
+            SETTINGS,
+            1e-2,
+            0,
+            spent,
+            adapter.turn(method, model, 0) if refresh else None,
+        )
+        end = pairs_of(model.body)
+        changed[refresh] = [not torch.equal(start[name].a, end[name].a) for name in start]
+    assert not any(changed[False]) and all(changed[True])
+
+
+def test_texts_that_p_is_chosen_from(task, adapter):
+    shared = Method("inputs", False, texts=("toy", "reviews"))
+    batches = adapter._batches(shared, seed=0)
+    assert [len(batch["labels"]) for batch in batches] == [16, 8, 16, 8]
+    own = {id(example) for example in task.training(0)}
+    assert not own & {id(example) for example in task.of_texts("reviews", 0)}
+
+
+def test_spread_ranks_have_the_budget_of_equal_ones(adapter):
+    pairs = pairs_of(adapter(METHODS["IPA spread ranks, frozen"], seed=0)[0].body)
+    ranks = {pair.a.numpy().tobytes(): len(pair.a) for pair in pairs.values()}  # shared: once
+    assert sum(ranks.values()) == 2 * len(ranks)
+    assert len(set(ranks.values())) > 1
 
 
 def test_outputs_rebuild_best(some):

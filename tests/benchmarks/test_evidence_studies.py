@@ -8,7 +8,7 @@ from scipy import stats
 
 from benchmarks.evidence import claims, figures, vision
 from benchmarks.evidence.cells import TUNING, Cell, Cells, read
-from benchmarks.evidence.methods import METHODS, Adapter
+from benchmarks.evidence.methods import BEYOND, COMPARED, LEARNED, METHODS, Adapter
 from benchmarks.evidence.statistics import Difference, of_method, paired
 from benchmarks.evidence.study import RATES, Study
 from benchmarks.evidence.tables import tables
@@ -151,6 +151,30 @@ def test_claims_name_what_was_run():
     assert all("-10.3 ± 1.4 | 3 | no |" in line for line in lines)
     methods = {c.method for c in (*claims.CLAIMS, *claims.OWN)}
     assert methods | {c.other for c in (*claims.CLAIMS, *claims.OWN)} <= set(METHODS)
+
+
+def test_methods_are_grouped():
+    some = [
+        *cells("LoRA", [0.80, 0.82]),
+        *cells("random A, frozen", [0.7, 0.8]),
+        *cells("natural gradient, frozen", [0.8, 0.9]),
+        *cells("IPA centred, frozen", [0.6, 0.7]),
+    ]
+    found = tables(some)
+    assert set(found) == {"toy", "toy_beyond", "toy_learned"}
+    assert "natural" not in found["toy"] and "**+10.0 ± 0.0**" in found["toy_beyond"]
+    assert COMPARED.keys() | BEYOND.keys() | LEARNED.keys() == METHODS.keys()
+
+
+def test_chosen_comparison_takes_fresh_seeds_only():
+    some = [
+        *cells("random A, frozen", [0.5] * 8, task="headlines"),
+        *cells("damped gradient, frozen", [0.9] * 5 + [0.51, 0.52, 0.53], task="headlines"),
+        *cells("damped gradient, frozen", [0.9] * 8, task="elsewhere"),
+        *cells("random A, frozen", [0.5] * 8, task="elsewhere"),
+    ]
+    (line,) = claims.fresh(some).splitlines()[2:]
+    assert "| headlines | +2.0 ± 2.5 | 3 | not shown |" in line
 
 
 def test_shares_are_compared_with_all_texts():
