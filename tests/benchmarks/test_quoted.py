@@ -79,7 +79,8 @@ def test_row_has_the_numbers_of_its_file(page, beginning, file, find):
 
 def test_headlines_of_the_readme():
     cells = [cell for cell in read(EVIDENCE / "classification.jsonl") if cell.study == "main"]
-    cells = [cell for cell in cells if cell.task == "headlines"]
+    # Two methods have more seeds, for a comparison of their own.
+    cells = [cell for cell in cells if cell.task == "headlines" and cell.seed < 5]
     found = [
         mean_and_deviation([cell.accuracy for cell in of_method(cells, name)]) for name in MAIN
     ]
