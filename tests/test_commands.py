@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -33,6 +34,9 @@ STUDY = "hours; `make evidence-quick` runs a cell of it again"
 INSTALL = "needs a package index and minutes; test_extras_exist"
 MINUTES = "takes minutes"
 #: Commands that do not run here, and why.
+#: Seconds that a command of a page may take, on a busy machine.
+LONGEST = 240
+
 EXCEPTIONS = {
     "make demo": "two minutes on a quiet machine, and downloads; tests/hf/test_demo.py is tiny",
     "make test": "this is it",
@@ -66,6 +70,7 @@ EXCEPTIONS = {
     "python -m benchmarks.classification main": STUDY,
     "python -m benchmarks.classification main --task headlines --seeds 5": STUDY,
     "python -m benchmarks.classification rank": STUDY,
+    "python -m benchmarks.classification beyond": STUDY,
     "python -m benchmarks.commonsense main": STUDY,
     "python -m benchmarks.evidence.similarity": STUDY,
     "python -m benchmarks.vtab DATA": "needs timm, and hours; tests/timm/test_vtab.py is tiny",
@@ -143,6 +148,27 @@ def environment():
     }
 
 
+def run(command, folder, seconds=LONGEST):
+    """Return exit status and output; a command that takes too long is ended, children and all."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(
+        command, shell=True, cwd=folder, env=environment(), start_new_session=True, **pipes
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(
+                f"{command}: not done in {seconds} s; make it an exception, with the reason"
+            )
+    return process.returncode, said
+
+
+def test_a_command_that_takes_too_long_is_ended(tmp_path):
+    with pytest.raises(pytest.fail.Exception, match="not done in 1 s"):
+        run("sleep 60 & sleep 60", tmp_path, seconds=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in EVERY if to_run(page)])
 def test_commands_run(page, folder):
@@ -151,10 +177,8 @@ def test_commands_run(page, folder):
     for name, program in re.findall(programs, (ROOT / page).read_text("utf-8"), re.DOTALL):
         (folder / name).write_text(program)
     for command in to_run(page):
-        done = subprocess.run(
-            command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        status, said = run(command, folder)
+        assert status == 0, f"{command}\n{said}"
     for table in (folder / "benchmarks" / "results" / "evidence").glob("*.md"):
         committed = ROOT / table.relative_to(folder)
         assert table.read_text("utf-8") == committed.read_text("utf-8"), f"{table.name} is old"

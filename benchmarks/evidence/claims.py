@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks import record
 from benchmarks.evidence.cells import TUNING, Cell
-from benchmarks.evidence.methods import BEYOND
+from benchmarks.evidence.methods import BEYOND, LEARNED
 from benchmarks.evidence.statistics import Difference, of_method, paired
 
 #: Points of accuracy below which two methods count as equal.
@@ -58,6 +58,10 @@ OWN = [
         Comparison("an idea beyond the paper is above frozen random A", method, "random A, frozen")
         for method, how in BEYOND.items()
         if not how.trainable
+    ),
+    *(
+        Comparison("how P is learned makes no difference", method, "IPA, frozen", equal=True)
+        for method in LEARNED
     ),
     Comparison("LoRA needs its rank", "LoRA", "LoRA, half rank"),
 ]

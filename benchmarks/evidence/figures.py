@@ -107,14 +107,13 @@ def rank_and_share(cells: Sequence[Cell]) -> Figure:
 
 def likeness(found: dict[str, Any]) -> Figure:
     """Draw cosines of A, of B and of updates between trained adapters: the paper's figure 1."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 4.7), layout="constrained", sharey=True)
     names = found["adapters"]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
     for place, (key, title) in zip(
         axes, {"a": "A", "b": "B", "update": "update B A"}.items(), strict=True
     ):
         image = place.imshow(found[key], vmin=0, vmax=1, cmap="viridis")
-        place.set(title=title, xticks=range(len(names)), yticks=range(len(names)))
-        place.set_xticklabels(names, rotation=90)
+        place.set(title=title, xticks=[], yticks=range(len(names)))  # columns as rows
         place.set_yticklabels(names)
     figure.colorbar(image, ax=axes, label="cosine, mean over layers", shrink=0.8)
     return figure
@@ -122,7 +121,7 @@ def likeness(found: dict[str, Any]) -> Figure:
 
 def before_and_after(found: dict[str, Any]) -> Figure:
     """Draw how alike A and A x are before and after fine-tuning: the paper's figure 5."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for place, (key, title) in zip(
         axes,
         {
@@ -135,7 +134,7 @@ def before_and_after(found: dict[str, Any]) -> Figure:
             place.plot(list(values.values()), ".-", label=task, linewidth=0.8)
         place.set(title=title, xlabel="adapted layer", ylim=(0, 1.02))
         _tidy(place, "y")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes[0].set_ylabel("before to after")
     return figure
 
