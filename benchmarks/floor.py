@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from benchmarks.timing import in_turns
-from ipa_core import Projector
+from ipa_core import Projector, RandomizedSVD
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ def entries(projectors: Mapping[str, Projector]) -> int:
 
 
 def two_products(rank: int, entries: int) -> int:
-    """Return the operations of X O and X^T (X O) over so many entries of X.
+    """Return the operations of X O and X^T (X O) over so many entries of X."""
+    return 4 * width(rank) * entries
 
-    The width is that of the default learner's sketch.
-    """
-    return 4 * (2 * rank + 8) * entries
+
+def width(rank: int) -> int:
+    """Return the columns of the default learner's sketch."""
+    return rank + RandomizedSVD(rank).oversample

@@ -42,7 +42,7 @@ def learners(features: int, rows: int, batches: int, machine: floor.Machine) -> 
     """Compare libraries and learners with the two bare products of the sketch's width."""
     scale = torch.arange(1, features + 1, device=DEVICE) ** -0.5
     pool = [torch.randn(rows, features, device=DEVICE) * scale for _ in range(4)]
-    basis = torch.linalg.qr(torch.randn(features, 2 * RANK + 8, device=DEVICE)).Q
+    basis = torch.linalg.qr(torch.randn(features, floor.width(RANK), device=DEVICE)).Q
 
     def bare() -> None:
         image = torch.zeros_like(basis)

@@ -3,7 +3,7 @@
 python -m benchmarks.learners [--quick]
 
 Error: excess over the float64 optimum on real and hard streams, rank 16, one pass.
-Time: per row, as a ratio to the two bare matrix products of the sketch's own width, 2r + 8.
+Time: per row, as a ratio to the two bare matrix products of the default learner's sketch.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def cost(features: int, rows: int, total: int, repeats: int) -> dict[str, dict[s
     # It would take minutes; its final decomposition then weighs more than on a long stream.
     short = max(4, count // 8)
     for _ in range(repeats):
-        products = seconds(lambda: bare_products(pool, count, 2 * RANK + 8)) / count
+        products = seconds(lambda: bare_products(pool, count, floor.width(RANK))) / count
         for name in names:
             batches = short if name == "ExactCovariance" else count
             learner = LEARNERS[name](RANK)
@@ -137,7 +137,7 @@ def long_stream(
     least = machine.seconds(floor.two_products(RANK, total * features), 4 * total * features)
     ratios: dict[str, list[float]] = {"RandomizedSVD": [], "IncrementalPCA": [], "floor": []}
     for _ in range(repeats):
-        products = seconds(lambda: bare_products(pool, count, 2 * RANK + 8))
+        products = seconds(lambda: bare_products(pool, count, floor.width(RANK)))
         ratios["floor"].append(least / products)
         for name in ("RandomizedSVD", "IncrementalPCA"):
             # Its time for a row does not depend on how many came before.

@@ -176,7 +176,7 @@ def data(folder: Path, count: int) -> list[Path]:
 
 def measure(paths: list[Path], rank: int, rounds: int) -> dict[str, Any]:
     """Read, multiply and learn in turns; the ratio is that of medians."""
-    bare = partial(products, width=2 * rank + 8)
+    bare = partial(products, width=rank + RandomizedSVD(rank).oversample)
     clocks: dict[str, list[Clock]] = {"read": [], "two_products": [], "learning": []}
     for _ in range(rounds):
         clocks["read"].append(on_workers(paths, read))

@@ -17,14 +17,13 @@ from ipa_core._rows import Rows
 from ipa_core.errors import SettingError
 from ipa_core.learner import Guarantee, Learner
 
-# Lengths of the first and the longest segment, in sketch widths. Short ones first: a short stream
-# then sees several bases, and on a long one their cost is forgotten.
-_FIRST_SEGMENT = 16
-_LONGEST_SEGMENT = 400
-# Rows that a basis is chosen on, or looked at for novelty, at a time; and rows at the start of a
-# stream that are decomposed exactly.
+# Lengths of the segments, in sketch widths; the last one is that of all that follow. Short ones
+# first: a short stream then sees several bases, and on a long one their cost is forgotten.
+_SEGMENTS = (8, 32, 128, 400)
+# Rows that are decomposed, that a basis is chosen on, or that are looked at for novelty, at a time.
 _BLOCK = 128
-_EXACT = 256
+# Widths of the sketch are multiples of this: products with 72 columns take as long as with 80.
+_COLUMNS = 16
 # A block that misses this many times the usual share of its energy holds something new.
 _NOVEL = 2.0
 
@@ -40,10 +39,10 @@ class RandomizedSVD(Learner):
     happens. At its end the segment's second moment is recovered by Nystrom's formula,
     :math:`C \approx Y (O^\top Y)^{-1} Y^\top`, and folded into a factor F of 5k/4 rows. The
     next basis holds the leading rows of F and k/8 probes: randomly signed sums of the rows about to
-    come, power-iterated once on them, which look for what F does not know. Segments grow fourfold
-    in length from 16 k to 400 k rows. A block of 128 rows of which the basis misses twice what it
+    come, power-iterated once on them, which look for what F does not know. Segments have 8 k rows,
+    32 k, 128 k, and 400 k from then on. A block of 128 rows of which the basis misses twice what it
     usually does, of the block's own energy and of the usual one, ends the segment and is decomposed
-    exactly, as the first 256 rows of all are.
+    exactly, as the first block of all is.
 
     Guarantee: bounded. Time two products, O(4 k d) for a row, and about a tenth on a long stream,
     the check of the rows included; memory O(4 k d). With k >= features it is exact.
@@ -53,8 +52,8 @@ class RandomizedSVD(Learner):
     rank, center, seed
         As for every `Learner`.
     oversample : int, optional
-        Columns of the sketch beyond the rank; default rank + 8. More is more accurate and costs
-        in proportion.
+        Columns of the sketch beyond the rank; default rank + 8, and what makes the width k the
+        next multiple of 16. More is more accurate and costs in proportion.
 
     References
     ----------
@@ -82,7 +81,6 @@ class RandomizedSVD(Learner):
         "_segments",
         "_segment_rows",
         "_unit",
-        "_decomposed",
         "_missed",
         "_watched",
         "_watched_weight",
@@ -95,12 +93,15 @@ class RandomizedSVD(Learner):
         super().__init__(rank, center=center, seed=seed)
         if oversample is not None and oversample < 0:
             raise SettingError(f"expected oversample of at least 0, got {oversample}")
-        self.oversample: int = rank + 8 if oversample is None else oversample
+        self.oversample: int = (
+            math.ceil((2 * rank + 8) / _COLUMNS) * _COLUMNS - rank
+            if oversample is None
+            else oversample
+        )
         self._factor: Array = None  # F, closed segments
         self._basis: Array = None  # O / unit, open segment
         self._image: Array = None  # Y^T / unit, open segment
         self._unit = 1.0
-        self._decomposed = 0
         self._segments = 0
         self._segment_rows = 0
         self._missed = 0.0
@@ -122,7 +123,8 @@ class RandomizedSVD(Learner):
 
     @property
     def _block_rows(self) -> int:
-        return max(_BLOCK, 2 * self._width)
+        # A power of two divides most batches of sequences: no rows are copied to wait.
+        return max(_BLOCK, 1 << (self._width - 1).bit_length())
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         while (done := self._absorb_some(xp, rows)) < rows.count:
@@ -130,7 +132,7 @@ class RandomizedSVD(Learner):
 
     def _absorb_some(self, xp: Namespace, rows: Rows) -> int:
         """Absorb the first block exactly, or familiar ones in a segment; return how many rows."""
-        if self._decomposed < _EXACT:
+        if self._factor is None:
             return self._decompose(xp, rows)
         opening = self._basis is None
         if opening:
@@ -158,14 +160,12 @@ class RandomizedSVD(Learner):
         """Fold the first block into the factor as it is."""
         end = self._ends(rows)[0]
         self._stack(xp, rows.cut(0, end).scaled(xp))
-        self._decomposed += end
         return end
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         self._close(xp)
         other._close(xp)
         self._stack(xp, other._factor)
-        self._decomposed += other._decomposed
         self._missed += other._missed
         self._watched += other._watched
         self._watched_weight += other._watched_weight
@@ -177,8 +177,7 @@ class RandomizedSVD(Learner):
         return principal_rows(xp, self._with_segment(xp), self.rank)
 
     def _segment_limit(self) -> int:
-        fourfold = 2 * min(self._segments, 8)
-        return self._width * min(_FIRST_SEGMENT << fourfold, _LONGEST_SEGMENT)
+        return self._width * _SEGMENTS[min(self._segments, len(_SEGMENTS) - 1)]
 
     def _familiar(
         self, xp: Namespace, rows: Rows, seen: Array, ends: list[int], opening: bool

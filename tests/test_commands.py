@@ -33,10 +33,10 @@ QUIET = "minutes on a machine with no other work; `make bench` runs its quick fo
 STUDY = "hours; `make evidence-quick` runs a cell of it again"
 INSTALL = "needs a package index and minutes; test_extras_exist"
 MINUTES = "takes minutes"
-#: Commands that do not run here, and why.
 #: Seconds that a command of a page may take, on a busy machine.
 LONGEST = 240
 
+#: Commands that do not run here, and why.
 EXCEPTIONS = {
     "make demo": "two minutes on a quiet machine, and downloads; tests/hf/test_demo.py is tiny",
     "make test": "this is it",
