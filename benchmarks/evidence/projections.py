@@ -4,6 +4,7 @@ Each takes a `Sample` and returns projectors by layer name. What it costs is cou
 a batch: one forward, two forward and backward.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.evidence.cutting import Batch
@@ -22,6 +24,7 @@ from ipa_core import (
     Projector,
     ReconstructionAutoencoder,
 )
+from ipa_hf.layers import adapted_layers, matrices
 from ipa_torch import Projectors, fit_gradient_projectors, fit_projectors, select_layers
 
 #: Directions that `less_inputs` removes, as in the study before.
@@ -219,6 +222,28 @@ def short_update(sample: Sample, rate: float = 1e-4) -> Projectors:
     return Projectors({name: of_rows(rows[name], moments[name]) for name in layers})
 
 
+def short_adapter(sample: Sample, rate: float = 1e-2) -> Projectors:
+    """Return the rows of LoRA's A after one pass of Adam over the batches, A and B trained."""
+    names = list(sample.layers)
+    torch.manual_seed(sample.seed)
+    model = copy.deepcopy(sample.model)
+    config = LoraConfig(r=sample.rank, lora_alpha=sample.rank, target_modules=names)
+    model.body = get_peft_model(model.body, config)
+    trained = [p for p in model.body.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=rate)
+    for batch in sample.batches:
+        optimizer.zero_grad()
+        sample.loss(model, batch).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    moments = second_moments(sample)
+    made = {}
+    for name, layer in adapted_layers(model.body, "default").items():
+        rows = leading(matrices(layer, "default")[0].detach().double(), sample.rank)
+        made[name] = of_rows(rows, moments[name])
+    return Projectors(made)
+
+
 def by_matrices(
     sample: Sample,
     choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
@@ -343,4 +368,5 @@ KINDS: dict[str, Kind] = {
     "half inputs": Kind(with_inputs, 2),
     "outputs": Kind(outputs, 1),
     "short update": Kind(short_update, 2),
+    "short adapter": Kind(short_adapter, 2),
 }
