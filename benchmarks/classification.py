@@ -11,7 +11,6 @@ import shlex
 import sys
 from dataclasses import replace
 
-import benchmarks.vision  # noqa: F401  isort: skip  (before transformers)
 import transformers
 
 from benchmarks.assets import AssetError

@@ -75,7 +75,6 @@ BEYOND: dict[str, Method] = {
     "half inputs, half damped gradient": Method("half inputs", False),
     "natural gradient, frozen": Method("natural gradient", False),
     "short update, frozen": Method("short update", False),
-    "short adapter, frozen": Method("short adapter", False),
     "inputs by gradient norm, frozen": Method("inputs by gradient norm", False),
     "outputs, frozen": Method("outputs", False),
     "IPA spread ranks, frozen": Method("inputs, spread ranks", False),

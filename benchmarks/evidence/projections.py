@@ -4,7 +4,6 @@ Each takes a `Sample` and returns projectors by layer name. What it costs is cou
 a batch: one forward, two forward and backward.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.evidence.cutting import Batch
@@ -24,7 +22,6 @@ from ipa_core import (
     Projector,
     ReconstructionAutoencoder,
 )
-from ipa_hf.layers import adapted_layers, matrices
 from ipa_torch import Projectors, fit_gradient_projectors, fit_projectors, select_layers
 
 #: Directions that `less_inputs` removes, as in the study before.
@@ -137,9 +134,8 @@ def natural(sample: Sample) -> Projectors:
     The Fisher information is taken as a Kronecker product of the second moments of the inputs and
     of the outputs' gradients, as LoRA-DA weighs a first step.
     """
-    of_outputs = gradient_moments(sample)
     moments = second_moments(sample)
-    found = weight_gradients(sample)
+    found, of_outputs = gradients_and_moments(sample)
     steps = {
         name: damped_inverse(of_outputs[name]) @ g @ damped_inverse(moments[name])
         for name, g in found.items()
@@ -222,28 +218,6 @@ def short_update(sample: Sample, rate: float = 1e-4) -> Projectors:
     return Projectors({name: of_rows(rows[name], moments[name]) for name in layers})
 
 
-def short_adapter(sample: Sample, rate: float = 1e-2) -> Projectors:
-    """Return the rows of LoRA's A after one pass of Adam over the batches, A and B trained."""
-    names = list(sample.layers)
-    torch.manual_seed(sample.seed)
-    model = copy.deepcopy(sample.model)
-    config = LoraConfig(r=sample.rank, lora_alpha=sample.rank, target_modules=names)
-    model.body = get_peft_model(model.body, config)
-    trained = [p for p in model.body.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=rate)
-    for batch in sample.batches:
-        optimizer.zero_grad()
-        sample.loss(model, batch).backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-    moments = second_moments(sample)
-    made = {}
-    for name, layer in adapted_layers(model.body, "default").items():
-        rows = leading(matrices(layer, "default")[0].detach().double(), sample.rank)
-        made[name] = of_rows(rows, moments[name])
-    return Projectors(made)
-
-
 def by_matrices(
     sample: Sample,
     choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
@@ -293,25 +267,24 @@ def weight_gradients(sample: Sample) -> Matrices:
     return found
 
 
-def gradient_moments(sample: Sample) -> Matrices:
-    """Return the second moment of the gradients of each layer's outputs, summed, in float64."""
+def gradients_and_moments(sample: Sample) -> tuple[Matrices, Matrices]:
+    """Return `weight_gradients`, and the summed second moment of the outputs' gradients."""
     layers = sample.layers
-    found = {}
+    moments = {}
 
     def hear(name: str, layer: nn.Module, args: Any, output: torch.Tensor) -> None:
         def add(g: torch.Tensor) -> None:
             rows = g.detach().reshape(-1, g.shape[-1]).double()
-            found[name] = found.get(name, 0) + rows.T @ rows
+            moments[name] = moments.get(name, 0) + rows.T @ rows
 
         output.register_hook(add)
 
     handles = [x.register_forward_hook(partial(hear, name)) for name, x in layers.items()]
     try:
-        weight_gradients(sample)
+        return weight_gradients(sample), moments
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
@@ -368,5 +341,4 @@ KINDS: dict[str, Kind] = {
     "half inputs": Kind(with_inputs, 2),
     "outputs": Kind(outputs, 1),
     "short update": Kind(short_update, 2),
-    "short adapter": Kind(short_adapter, 2),
 }
