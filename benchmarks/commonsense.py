@@ -45,7 +45,7 @@ def main() -> int:
         print(error)
         return 1
     cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.commonsense", *sys.argv[1:]]))
-    study = Study(arguments.study, task, settings(arguments), cells)
+    study = Study(arguments.study, task, settings(arguments), cells, arguments.tuned_on)
     study.run(arguments.methods, range(arguments.seeds))
     return 0
 
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("study", choices=["main"])
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN)
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--tuned-on", type=int, default=1, help="seeds that rates are chosen on")
     made.add_argument("--sets", nargs="+", choices=list(PACKAGED), default=list(MIXTURE))
     made.add_argument("--each", type=int, default=400, help="questions of a set to train on")
     made.add_argument("--tested", type=int, default=200, help="questions of a set to test on")

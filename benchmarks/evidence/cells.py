@@ -14,7 +14,7 @@ from benchmarks import record
 
 FOLDER = record.FOLDER / "evidence"
 PACKAGES = ["ipa-projectors", "peft", "torch", "transformers"]
-#: Of the runs that learning rates are chosen by; no run in a table has this seed.
+#: Of the runs that learning rates are chosen by; no run in a table has this seed, or a higher one.
 TUNING = 100
 
 

@@ -63,11 +63,15 @@ def methods(cells: Sequence[Cell]) -> Figure:
     """Draw the accuracy of each method on each task: the paper's figure 3."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     names = [name for name in reversed(COMPARED) if of_method(cells, name)]
-    size = (3.2 * len(tasks) + 1.5, 0.26 * len(names) + 1)
+    columns = min(len(tasks), 3)
+    lines = -(-len(tasks) // columns)
+    size = (3.2 * columns + 1.5, (0.26 * len(names) + 1) * lines)
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=size, sharey=True, layout="constrained", squeeze=False
+        lines, columns, figsize=size, sharey=True, layout="constrained", squeeze=False
     )
-    for place, task in zip(axes[0], tasks, strict=True):
+    for place in axes.flat[len(tasks) :]:
+        place.remove()
+    for place, task in zip(axes.flat, tasks, strict=False):
         of_task = [cell for cell in cells if cell.task == task]
         for height, name in enumerate(names):
             values = [cell.accuracy for cell in of_method(of_task, name)]

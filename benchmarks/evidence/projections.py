@@ -134,9 +134,8 @@ def natural(sample: Sample) -> Projectors:
     The Fisher information is taken as a Kronecker product of the second moments of the inputs and
     of the outputs' gradients, as LoRA-DA weighs a first step.
     """
-    of_outputs = gradient_moments(sample)
     moments = second_moments(sample)
-    found = weight_gradients(sample)
+    found, of_outputs = gradients_and_moments(sample)
     steps = {
         name: damped_inverse(of_outputs[name]) @ g @ damped_inverse(moments[name])
         for name, g in found.items()
@@ -268,25 +267,24 @@ def weight_gradients(sample: Sample) -> Matrices:
     return found
 
 
-def gradient_moments(sample: Sample) -> Matrices:
-    """Return the second moment of the gradients of each layer's outputs, summed, in float64."""
+def gradients_and_moments(sample: Sample) -> tuple[Matrices, Matrices]:
+    """Return `weight_gradients`, and the summed second moment of the outputs' gradients."""
     layers = sample.layers
-    found = {}
+    moments = {}
 
     def hear(name: str, layer: nn.Module, args: Any, output: torch.Tensor) -> None:
         def add(g: torch.Tensor) -> None:
             rows = g.detach().reshape(-1, g.shape[-1]).double()
-            found[name] = found.get(name, 0) + rows.T @ rows
+            moments[name] = moments.get(name, 0) + rows.T @ rows
 
         output.register_hook(add)
 
     handles = [x.register_forward_hook(partial(hear, name)) for name, x in layers.items()]
     try:
-        weight_gradients(sample)
+        return weight_gradients(sample), moments
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:

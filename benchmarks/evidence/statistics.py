@@ -28,7 +28,7 @@ class Difference:
 
 def of_method(cells: Sequence[Cell], method: str) -> list[Cell]:
     """Return the tested cells of a method, by seed."""
-    own = (cell for cell in cells if cell.method == method and cell.seed != TUNING)
+    own = (cell for cell in cells if cell.method == method and cell.seed < TUNING)
     return sorted(own, key=lambda cell: cell.seed)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import mean
 
 from benchmarks.evidence.cells import TUNING, Cell, Cells
 from benchmarks.evidence.methods import METHODS, Adapter
@@ -15,12 +16,13 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 @dataclass(frozen=True)
 class Study:
-    """A task and settings under a name, and where the results go."""
+    """A task and settings under a name, where the results go, and the seeds of a choice of rate."""
 
     name: str
     task: Task
     settings: Settings
     cells: Cells
+    tuned_on: int = 1
 
     def run(self, methods: Iterable[str], seeds: Iterable[int]) -> None:
         """Run the methods over the seeds, each at its best rate."""
@@ -42,14 +44,17 @@ class Study:
         """Return the rate that is best on validation data, searched outwards until it has worse
         neighbours or the grid ends.
         """
-        tried: dict[int, Cell] = {}
+        tried: dict[int, float] = {}
+        seeds = range(TUNING, TUNING + self.tuned_on)
         # A frozen A wants more than one that is trained along.
         first = RATES.index(1e-2 if METHODS[name].trainable else 3e-2)
         wanted = [first, first - 1, first + 1]
         while wanted:
             for index in wanted:
-                tried[index] = self.cell(adapter, name, TUNING, RATES[index])
-            best = max(tried, key=lambda index: tried[index].validated)
+                rate = RATES[index]
+                cells = [self.cell(adapter, name, seed, rate) for seed in seeds]
+                tried[index] = mean(cell.validated for cell in cells)
+            best = max(tried, key=tried.__getitem__)
             near = (best - 1, best + 1)
             wanted = [i for i in near if i not in tried and 0 <= i < len(RATES)]
         return RATES[best]
@@ -77,7 +82,7 @@ class Study:
             seed=seed,
             rate=rate,
             validation=_rounded(task.accuracy(model, "validation")),
-            test=None if seed == TUNING else _rounded(task.accuracy(model, "test")),
+            test=None if seed >= TUNING else _rounded(task.accuracy(model, "test")),
             steps_of_p=spent,
             trainable=cost.trainable,
             mebibytes=round(cost.mebibytes, 1),

@@ -1,6 +1,5 @@
-"""Classification of short texts by MiniLM: upper blocks adapted, mean of tokens, linear head."""
+"""Short texts for MiniLM; features are the mean of the last hidden states over the tokens."""
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from torch.nn import functional
 
 from benchmarks.assets import adjectives, minilm, movie_reviews, sarcastic_headlines
 from benchmarks.evidence.cutting import Batch, blocks_of, cut, entering
+from benchmarks.evidence.labelled import Labelled
 from benchmarks.evidence.questions import social_iqa
-from benchmarks.evidence.task import Example, by_length, collate, run, sample
+from benchmarks.evidence.task import Example, run
 
 Row = tuple[str, int]
 
@@ -31,26 +30,14 @@ POOL, TRAINING, VALIDATION, TEST = 6000, 2000, 1000, 2000
 OTHERS = (1000, 1000, 1, 1)
 
 
-class Classifier(nn.Module):
-    """An encoder, the mean of its last hidden states over the tokens, and a linear head."""
-
-    def __init__(self, body: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.body = body
-        self.head = nn.Linear(body.config.hidden_size, classes)
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return self.head(pooled(self.body, batch))
-
-
 def pooled(body: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the mean of the last hidden states over the tokens, shape (batch, width)."""
     mask = batch["attention_mask"].unsqueeze(-1).float()
     return (run(body, batch) * mask).sum(1) / mask.sum(1)
 
 
-class TextTask:
-    """One set of texts. The test and validation parts are fixed; training rows vary by seed.
+class TextTask(Labelled):
+    """One set of texts.
 
     Parameters
     ----------
@@ -71,29 +58,19 @@ class TextTask:
         folder: Path | None = None,
         sizes: tuple[int, int, int, int] = (POOL, TRAINING, VALIDATION, TEST),
     ) -> None:
-        self.name = name
         self._adapted = adapted
         self._others: dict[str, Sequence[Example]] = {}
         self._folder = folder = folder or minilm()
         rows = list(dict(SOURCES[name]() if rows is None else rows).items())  # no text twice
         random.Random(0).shuffle(rows)
-        pool, self._training, validation, test = sizes
+        pool, training, validation, test = sizes
         model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
         model.requires_grad_(False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         first = len(blocks_of(model)[1]) - adapted
         examples = _entering(model, tokenizer, rows[: pool + validation + test], first)
-        self._parts = {
-            "test": examples[:test],
-            "validation": examples[test : test + validation],
-        }
-        self._pool = examples[test + validation :]
-        self._classes = 1 + max(label for _, label in rows)
-        self._body = cut(model, first, _tokens(tokenizer, [text for text, _ in rows[:4]]))
-        self._heads: dict[int, dict[str, torch.Tensor]] = {}
-
-    def training(self, seed: int) -> Sequence[Example]:
-        return random.Random(seed).sample(self._pool, min(self._training, len(self._pool)))
+        body = cut(model, first, _tokens(tokenizer, [text for text, _ in rows[:4]]))
+        super().__init__(name, examples, (training, validation, test), body, pooled)
 
     def of_texts(self, name: str, seed: int) -> Sequence[Example]:
         """Return texts of a source as what enters the adapted blocks."""
@@ -106,46 +83,6 @@ class TextTask:
             )
             self._others[name] = other.training(0)
         return self._others[name]
-
-    def fresh(self, seed: int) -> nn.Module:
-        """Return the encoder with a head that was trained for a moment on what it gives.
-
-        A choice by the gradient needs such a head; all methods get the same one.
-        """
-        torch.manual_seed(seed)
-        model = Classifier(copy.deepcopy(self._body), self._classes)
-        if seed not in self._heads:
-            self._heads[seed] = self._warm_head(model, seed)
-        model.head.load_state_dict(self._heads[seed])
-        return model
-
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return functional.cross_entropy(model(batch), batch["labels"])
-
-    def size(self, part: str) -> int:
-        return len(self._parts[part])
-
-    @torch.inference_mode()
-    def accuracy(self, model: nn.Module, part: str) -> dict[str, float]:
-        examples, right = self._parts[part], 0
-        order = by_length(examples)
-        for start in range(0, len(order), 100):
-            batch = collate([examples[place] for place in order[start : start + 100]])
-            right += int((model(batch).argmax(-1) == batch["labels"]).sum())
-        return {self.name: right / len(examples)}
-
-    def _warm_head(self, model: Classifier, seed: int) -> dict[str, torch.Tensor]:
-        some = sample(self.training(seed), 32, 320, seed)
-        with torch.no_grad():
-            features = torch.cat([pooled(model.body, batch) for batch in some])
-        labels = torch.cat([batch["labels"] for batch in some])
-        optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2, weight_decay=0.0)
-        for _ in range(50):
-            loss = functional.cross_entropy(model.head(features), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return {name: value.clone() for name, value in model.head.state_dict().items()}
 
 
 def _tokens(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]) -> Batch:

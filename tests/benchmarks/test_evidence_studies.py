@@ -73,6 +73,21 @@ def test_study(study):
         assert {RATES[i] for i in (place - 1, place + 1) if 0 <= i < len(RATES)} <= set(tuned)
 
 
+def test_rate_is_the_best_on_average_over_seeds(study):
+    replace(study, tuned_on=2).run(["LoRA"], range(1))
+    found = list(read(study.cells.path))
+    tuning = [cell for cell in found if cell.seed >= TUNING]
+    assert all(cell.test is None for cell in tuning)
+    means = {}
+    for rate in {cell.rate for cell in tuning}:
+        own = {cell.seed: cell.validated for cell in tuning if cell.rate == rate}
+        assert set(own) == {TUNING, TUNING + 1}
+        means[rate] = sum(own.values()) / 2
+    (tested,) = (cell for cell in found if cell.seed < TUNING)
+    assert means[tested.rate] == max(means.values())
+    assert of_method(found, "LoRA") == [tested]
+
+
 def test_study_goes_on_where_it_was(study):
     study.run(["LoRA"], range(2))
     written = study.cells.path.read_text()

@@ -1,0 +1,110 @@
+"""Small images for a ViT-S that was DINOv2; the feature is the class token at the end."""
+
+from collections.abc import Callable
+
+import benchmarks.vision  # noqa: F401  isort: skip  (before timm)
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from benchmarks import assets
+from benchmarks.evidence.cutting import TOLERANCE, Batch
+from benchmarks.evidence.labelled import Labelled
+from benchmarks.evidence.task import Example, run
+from benchmarks.vtab.make_sets import SETS
+from benchmarks.vtab.make_sets import Labelled as Rows
+from benchmarks.vtab.models import before
+from ipa_timm import prepare
+
+PIXELS = 70
+#: Training images of a seed, validation images, test images; what is left is the pool.
+SIZES = {"cifar10": (2000, 1000, 4000), "mnist5k": (1500, 500, 2500)}
+
+
+class Upper(nn.Module):
+    """The upper blocks of a ViT and its last norm, called as transformers' encoders are."""
+
+    def __init__(self, blocks: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.norm = norm
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: torch.Tensor) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.norm(self.blocks(inputs_embeds)))
+
+
+class ImageTask(Labelled):
+    """One set of images.
+
+    Parameters
+    ----------
+    name : str
+        Of `SIZES`, if no rows are given.
+    adapted : int
+        How many of the upper blocks are adapted.
+    rows, make, sizes : optional
+        Other images with labels, another ViT of timm, other sizes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        adapted: int = 4,
+        rows: Rows | None = None,
+        make: Callable[[], nn.Module] | None = None,
+        sizes: tuple[int, int, int] | None = None,
+    ) -> None:
+        rows = SETS[name]() if rows is None else rows
+        order = np.random.default_rng(0).permutation(len(rows))
+        vit = (make or saliency_vit)().eval()
+        vit.requires_grad_(False)
+        first = len(vit.blocks) - adapted
+        body = Upper(vit.blocks[first:], vit.norm)
+        examples = []
+        for start in range(0, len(order), 100):
+            some = [rows[place] for place in order[start : start + 100]]
+            images = torch.from_numpy(np.stack([_pixels(image) for image, _ in some]))
+            hidden = before(vit, images.permute(0, 3, 1, 2), first)
+            if start == 0:
+                _check(vit, images.permute(0, 3, 1, 2), body, hidden)
+            examples += [
+                Example(x.clone(), torch.tensor(label))
+                for x, (_, label) in zip(hidden, some, strict=True)
+            ]
+        super().__init__(name, examples, sizes or SIZES[name], body, class_token)
+
+
+def saliency_vit() -> nn.Module:
+    """Return a ViT-S/14 that was DINOv2, at five by five patches."""
+    return timm.create_model(
+        "vit_small_patch14_dinov2",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(assets.saliency_vit()), "input_size": (3, 70, 70)},
+        img_size=PIXELS,
+        num_classes=0,
+    )
+
+
+def class_token(body: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the class token after the last norm, shape (batch, width)."""
+    return run(body, batch)[:, 0]
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
+
+
+@torch.no_grad()
+def _check(vit: nn.Module, images: torch.Tensor, body: nn.Module, hidden: torch.Tensor) -> None:
+    """Check that the class token of the upper blocks is what the whole model makes of images."""
+    whole = vit(prepare(vit, images))
+    difference = (body(hidden).last_hidden_state[:, 0] - whole).abs().max() / whole.abs().max()
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"expected a ViT whose features are its class token, got a relative difference of "
+            f"{float(difference):.1e}"
+        )
