@@ -69,6 +69,7 @@ EXCEPTIONS = {
     "python -m benchmarks.demo_trainer": "ten minutes; tests/hf/test_smollm2.py is tiny",
     "python -m benchmarks.classification main": STUDY,
     "python -m benchmarks.classification main --task headlines --seeds 5": STUDY,
+    "python -m benchmarks.classification main --task cifar10 --seeds 8 --tuned-on 3": STUDY,
     "python -m benchmarks.classification rank": STUDY,
     "python -m benchmarks.classification beyond": STUDY,
     "python -m benchmarks.commonsense main": STUDY,
