@@ -174,7 +174,10 @@ class RandomizedSVD(Learner):
         self._close(xp)
 
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
-        return principal_rows(xp, self._with_segment(xp), self.rank)
+        rows = self._factor
+        if self._basis is not None:
+            rows = xp.concat([rows, nystrom_rows(xp, self._basis, self._image)])
+        return principal_rows(xp, rows, self.rank)
 
     def _segment_limit(self) -> int:
         return self._width * _SEGMENTS[min(self._segments, len(_SEGMENTS) - 1)]
@@ -226,16 +229,11 @@ class RandomizedSVD(Learner):
         """Fold the open segment, if any, into the factor."""
         if self._basis is None:
             return
-        self._factor = truncate_rows(xp, self._with_segment(xp), self._spare)
+        self._stack(xp, nystrom_rows(xp, self._basis, self._image))
         self._basis = self._image = None
         self._segments += 1
 
-    def _with_segment(self, xp: Namespace) -> Array:
-        """Return the factor, and below it what the open segment has seen."""
-        if self._basis is None:
-            return self._factor
-        return xp.concat([self._factor, nystrom_rows(xp, self._basis, self._image)])
-
     def _stack(self, xp: Namespace, rows: Array) -> None:
+        """Fold rows into the factor."""
         stacked = rows if self._factor is None else xp.concat([self._factor, rows])
         self._factor = truncate_rows(xp, stacked, self._spare)

@@ -4,22 +4,19 @@ from collections.abc import Callable
 
 import benchmarks.vision  # noqa: F401  isort: skip  (before timm)
 import numpy as np
-import timm
 import torch
-from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from benchmarks import assets
 from benchmarks.evidence.cutting import TOLERANCE, Batch
 from benchmarks.evidence.labelled import Labelled
 from benchmarks.evidence.task import Example, run
 from benchmarks.vtab.make_sets import SETS
 from benchmarks.vtab.make_sets import Labelled as Rows
-from benchmarks.vtab.models import before
+from benchmarks.vtab.models import VIT_PIXELS, before, saliency_vit
+from benchmarks.vtab.sets import squared
 from ipa_timm import prepare
 
-PIXELS = 70
 #: Training images of a seed, validation images, test images; what is left is the pool.
 SIZES = {"cifar10": (2000, 1000, 4000), "mnist5k": (1500, 500, 2500)}
 
@@ -60,17 +57,18 @@ class ImageTask(Labelled):
     ) -> None:
         rows = SETS[name]() if rows is None else rows
         order = np.random.default_rng(0).permutation(len(rows))
-        vit = (make or saliency_vit)().eval()
+        vit = (saliency_vit(0) if make is None else make()).eval()
         vit.requires_grad_(False)
         first = len(vit.blocks) - adapted
         body = Upper(vit.blocks[first:], vit.norm)
         examples = []
         for start in range(0, len(order), 100):
             some = [rows[place] for place in order[start : start + 100]]
-            images = torch.from_numpy(np.stack([_pixels(image) for image, _ in some]))
-            hidden = before(vit, images.permute(0, 3, 1, 2), first)
+            pixels = np.stack([squared(image, VIT_PIXELS) for image, _ in some])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            hidden = before(vit, images, first)
             if start == 0:
-                _check(vit, images.permute(0, 3, 1, 2), body, hidden)
+                _check(vit, images, body, hidden)
             examples += [
                 Example(x.clone(), torch.tensor(label))
                 for x, (_, label) in zip(hidden, some, strict=True)
@@ -78,24 +76,9 @@ class ImageTask(Labelled):
         super().__init__(name, examples, sizes or SIZES[name], body, class_token)
 
 
-def saliency_vit() -> nn.Module:
-    """Return a ViT-S/14 that was DINOv2, at five by five patches."""
-    return timm.create_model(
-        "vit_small_patch14_dinov2",
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(assets.saliency_vit()), "input_size": (3, 70, 70)},
-        img_size=PIXELS,
-        num_classes=0,
-    )
-
-
 def class_token(body: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the class token after the last norm, shape (batch, width)."""
     return run(body, batch)[:, 0]
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
 
 
 @torch.no_grad()

@@ -25,14 +25,19 @@ class Backbone:
     first: int
 
 
-def saliency_vit(data: VtabSet) -> nn.Module:
-    """A ViT-S/14 that was DINOv2, at five by five patches."""
+#: Pixels of a side for the ViT: five by five patches.
+VIT_PIXELS = 70
+
+
+def saliency_vit(classes: int) -> nn.Module:
+    """Return a ViT-S/14 that was DINOv2; without a head for no classes."""
+    size = (3, VIT_PIXELS, VIT_PIXELS)
     return timm.create_model(
         "vit_small_patch14_dinov2",
         pretrained=True,
-        pretrained_cfg_overlay={"file": str(assets.saliency_vit()), "input_size": (3, 70, 70)},
-        img_size=70,
-        num_classes=data.classes,
+        pretrained_cfg_overlay={"file": str(assets.saliency_vit()), "input_size": size},
+        img_size=VIT_PIXELS,
+        num_classes=classes,
     )
 
 
@@ -49,7 +54,7 @@ def efficientnet_lite0(data: VtabSet) -> nn.Module:
 
 #: The last blocks only, and small images: what one thread can train many times within an hour.
 BACKBONES = {
-    "saliency-vit-s": Backbone(saliency_vit, pixels=70, first=8),
+    "saliency-vit-s": Backbone(lambda data: saliency_vit(data.classes), VIT_PIXELS, first=8),
     "efficientnet-lite0": Backbone(efficientnet_lite0, pixels=96, first=4),
 }
 

@@ -117,7 +117,12 @@ def _split(folder: Path, file: str) -> Split:
     return Split([folder / name for name, _ in rows], torch.tensor([int(c) for _, c in rows]))
 
 
+def squared(image: Image.Image, pixels: int) -> np.ndarray:
+    """Return an image as bytes (pixels, pixels, 3)."""
+    whole = image.convert("RGB").resize((pixels, pixels), Image.Resampling.BICUBIC)
+    return np.asarray(whole)
+
+
 def _read(path: Path, pixels: int) -> np.ndarray:
     with Image.open(path) as image:
-        whole = image.convert("RGB").resize((pixels, pixels), Image.Resampling.BICUBIC)
-    return np.asarray(whole)
+        return squared(image, pixels)

@@ -7,7 +7,8 @@ from PIL import Image
 
 timm = pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
-from benchmarks.evidence.images import PIXELS, ImageTask
+from benchmarks.evidence.images import VIT_PIXELS as PIXELS
+from benchmarks.evidence.images import ImageTask
 from benchmarks.evidence.methods import METHODS, Adapter
 from benchmarks.evidence.task import Settings, batches
 from benchmarks.evidence.training import train
