@@ -20,6 +20,7 @@ from benchmarks.evidence.methods import BEYOND, COMPARED, LEARNED, METHODS, Adap
 from benchmarks.evidence.study import Study
 from benchmarks.evidence.task import Settings
 from benchmarks.evidence.texts import SOURCES, TextTask
+from ipa_core.errors import MissingDependencyError
 
 RESULTS = FOLDER / "classification.jsonl"
 
@@ -59,7 +60,7 @@ def main() -> int:
     quieten()
     try:
         task = labelled(arguments.task)
-    except AssetError as error:
+    except (AssetError, MissingDependencyError) as error:
         print(error)
         return 1
     cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.classification", *sys.argv[1:]]))

@@ -12,9 +12,16 @@ from pathlib import Path
 
 import torch
 
+from ipa_core.errors import MissingDependencyError
+
 FOLDER = Path(sys.prefix) / "vision"
 
-if importlib.util.find_spec("timm") is None and FOLDER.is_dir():
+if importlib.util.find_spec("timm") is None:
+    if not FOLDER.is_dir():
+        raise MissingDependencyError(
+            "expected timm, which benchmarks with images need, got none; pip install timm, or "
+            "make .venv/.installed-vision"
+        )
     sys.path.append(str(FOLDER))
 
 if torch.version.cuda is None and importlib.util.find_spec("torchvision") is not None:
