@@ -93,7 +93,7 @@ def orthonormal(sample: Sample) -> Projectors:
 
 
 def gradient(sample: Sample, source: str = "gradient") -> Projectors:
-    """Return the leading row space of the weights' gradients, or inputs weighted by gradients."""
+    """Return what `ipa_torch.fit_gradient_projectors` learns from a source."""
     found = fit_gradient_projectors(
         sample.model,
         sample.batches,
@@ -161,26 +161,6 @@ def spread(sample: Sample) -> Projectors:
     wide = {name: min(4 * sample.rank, x.in_features - 1) for name, x in layers.items()}
     learned = inputs(sample, wide)
     return learned.allocate(sample.rank * len(learned.shared))
-
-
-def damped_by_few(sample: Sample, directions: int = 32) -> Projectors:
-    """Return what `damped` does, with C known along its leading directions only.
-
-    Off them it is taken as a multiple of the identity: no features x features matrix is needed.
-    """
-    layers = sample.layers.items()
-    known = inputs(sample, {n: min(directions, x.in_features - 1) for n, x in layers})
-    moments = second_moments(sample)  # for the energies only
-    made = {}
-    for name, g in weight_gradients(sample).items():
-        p = known[name]
-        rows, energies = p.components.double(), p.energies.double()
-        unit = p.total_energy / p.features
-        rest = (p.total_energy - energies.sum()) / (p.features - p.rank)
-        along = g @ rows.T
-        solved = (g - along @ rows) / (rest + unit) + (along / (energies + unit)) @ rows
-        made[name] = of_rows(leading(solved, sample.rank), moments[name])
-    return Projectors(made)
 
 
 def outputs(sample: Sample) -> Projectors:
@@ -336,7 +316,7 @@ KINDS: dict[str, Kind] = {
     "inputs by gradient norm": Kind(partial(gradient, source="inputs"), 2),
     "gradient less inputs": Kind(less_inputs, 2),
     "damped gradient": Kind(damped, 2),
-    "damped gradient, 32 directions": Kind(damped_by_few, 2),
+    "damped gradient, 32 directions": Kind(partial(gradient, source="damped gradient"), 2),
     "natural gradient": Kind(natural, 2),
     "half inputs": Kind(with_inputs, 2),
     "outputs": Kind(outputs, 1),

@@ -21,6 +21,7 @@ from ipa_torch.adapters import (
     unmerge,
 )
 from ipa_torch.checkpointing import Checkpoints
+from ipa_torch.damping import DampedGradientSketch
 from ipa_torch.errors import LayerError, PeerError
 from ipa_torch.fit import fit_projectors
 from ipa_torch.gradient import fit_gradient_projectors
@@ -37,6 +38,7 @@ from ipa_torch.weighting import attention_mask
 __all__ = [
     "Adapted",
     "Checkpoints",
+    "DampedGradientSketch",
     "GradientSketch",
     "LayerError",
     "OnlineLearning",

@@ -13,6 +13,7 @@ from torch import nn
 from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import EmptyStreamError, IPAError, with_context
 from ipa_torch.company import Company, Members
+from ipa_torch.damping import DampedGradientSketch
 from ipa_torch.errors import LayerError, check_choice
 from ipa_torch.feeding import device_of, on_device
 from ipa_torch.inputs import input_of
@@ -23,7 +24,7 @@ from ipa_torch.sketch import GradientPupil, GradientSketch, WeightedInputs
 from ipa_torch.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch.wrapping import plain
 
-Source: TypeAlias = Literal["gradient", "inputs"]
+Source: TypeAlias = Literal["gradient", "damped gradient", "inputs"]
 Loss: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
 
 
@@ -42,9 +43,11 @@ def fit_gradient_projectors(
     r"""Learn projections by the loss: experimental, and all measurements of it so far are small.
 
     With ``source="gradient"`` P spans the leading row space of the weight's gradient
-    :math:`\sum_i g_i x_i^\top`, by a sign sketch. With ``source="inputs"`` P is learned from the
-    inputs as in `fit_projectors`, each row weighted by :math:`|g_i|`. A few batches are enough (8
-    of 32 in the study at hand), and the head should have been trained for a moment: with an
+    :math:`G = \sum_i g_i x_i^\top`, by a sign sketch. With ``source="damped gradient"`` it is
+    that of :math:`G (C + cI)^{-1}`, C the second moment of the inputs and c its mean eigenvalue:
+    directions count less where inputs are large anyway. With ``source="inputs"`` P is learned from
+    the inputs as in `fit_projectors`, each row weighted by :math:`|g_i|`. A few batches are enough
+    (8 of 32 in the study at hand), and the head should have been trained for a moment: with an
     untrained one most of the gain is gone.
 
     No parameter's gradient is computed and no parameter changes. Layers do not share, as their
@@ -53,8 +56,9 @@ def fit_gradient_projectors(
     Parameters
     ----------
     model, batches, rank, targets, learner, max_patches, process_group
-        As for `fit_projectors`; the learner is used with ``source="inputs"`` only.
-    source : {"gradient", "inputs"}
+        As for `fit_projectors`; the learner is that of the inputs, which ``source="gradient"``
+        does not need.
+    source : {"gradient", "damped gradient", "inputs"}
     loss : callable, optional
         ``loss(model, batch)`` gives a scalar. By default the model is called with the batch's
         keywords and its output has a ``loss``, as in transformers.
@@ -76,7 +80,8 @@ def fit_gradient_projectors(
 
     Notes
     -----
-    Cost: a forward and a backward pass for each batch, and O((2r + 8) n (features + outputs)).
+    Cost: a forward and a backward pass for each batch, and O((2r + 8) n (features + outputs)), and
+    where inputs are learned what the learner takes.
 
     Examples
     --------
@@ -95,7 +100,7 @@ def fit_gradient_projectors(
     pupils: dict[str, GradientPupil] = {}
     for name in layers:
         own = rank_for(name, rank)
-        pupils[name] = GradientSketch(own) if source == "gradient" else WeightedInputs(learner(own))
+        pupils[name] = _pupil(source, own, learner)
     seen = 0
     with Company(process_group) as company:
         company.begin(model)
@@ -121,6 +126,14 @@ def fit_gradient_projectors(
         )
     missing = {name: "no gradient reached its output" for name in found if name not in learned}
     return Projectors(learned, missing=missing)
+
+
+def _pupil(source: Source, rank: int, learner: Callable[[int], Learner]) -> GradientPupil:
+    if source == "gradient":
+        return GradientSketch(rank)
+    if source == "damped gradient":
+        return DampedGradientSketch(rank, learner)
+    return WeightedInputs(learner(rank))
 
 
 def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:

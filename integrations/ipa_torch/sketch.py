@@ -110,8 +110,9 @@ class GradientSketch:
         merged.samples = self.samples + other.samples
         return merged
 
-    def finalize(self) -> Projector:
-        """Return the projector of what was seen.
+    @property
+    def image(self) -> torch.Tensor:
+        """Y, shape (k, features).
 
         Raises
         ------
@@ -123,7 +124,21 @@ class GradientSketch:
                 "expected gradients, got none; let the loss depend on the layer and have a head "
                 "that has been trained for a moment"
             )
-        components = torch.linalg.svd(self._image.double(), full_matrices=False).Vh[: self.rank]
+        return self._image
+
+    def finalize(self) -> Projector:
+        """Return the projector of what was seen.
+
+        Raises
+        ------
+        EmptyStreamError
+            If nothing was seen, or no gradient arrived.
+        """
+        return self.projector(self.image.double())
+
+    def projector(self, matrix: torch.Tensor) -> Projector:
+        """Return the projector on the leading row space of a matrix (..., features) in float64."""
+        components = torch.linalg.svd(matrix, full_matrices=False).Vh[: self.rank]
         rows = torch.cat(self._kept).double()
         energies = (rows @ components.T).square().mean(0)
         return Projector(

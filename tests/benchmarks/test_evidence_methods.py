@@ -9,7 +9,6 @@ from benchmarks.evidence.projections import (
     COMMON,
     Sample,
     damped,
-    damped_by_few,
     gradient,
     joined,
     leading,
@@ -152,15 +151,15 @@ def test_less_inputs_is_orthogonal_to_common_directions(some):
 
 def test_damped_gradient_is_a_damped_step(some):
     gradients, moments = weight_gradients(some), second_moments(some)
-    few = damped_by_few(some, directions=1000)
+    few = gradient(some, "damped gradient")
     for name, p in damped(some).items():
         c = moments[name]
         unit = c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype)
         step = gradients[name] @ torch.linalg.inv(c + unit)
         rows = p.components.double()
         assert (step @ rows.T).norm() == pytest.approx(float((step @ leading(step, 2).T).norm()))
-        cosines = torch.linalg.svdvals(rows @ few[name].components.double().T)
-        assert cosines.min() > 0.99
+        kept = (step @ few[name].components.double().T).norm()
+        assert kept > 0.95 * (step @ rows.T).norm()
 
 
 def test_natural_gradient_turns_to_where_outputs_matter_least(some):

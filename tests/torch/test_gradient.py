@@ -1,10 +1,18 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from ipa_core import ExactCovariance
-from ipa_core.errors import EmptyStreamError, RankError, SettingError
-from ipa_torch import GradientSketch, LayerError, attach, fit_gradient_projectors
+from ipa_core import ExactCovariance, RandomizedSVD
+from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
+from ipa_torch import (
+    DampedGradientSketch,
+    GradientSketch,
+    LayerError,
+    attach,
+    fit_gradient_projectors,
+)
 
 from .models import Convolutions, Tied, Transformer, decaying, mlp
 
@@ -52,19 +60,68 @@ def test_keeps_the_weights_gradient(make, batches, names):
         assert share(projectors[name].components, gradient_of(model, name, batches)) > 0.9, name
 
 
-def test_merges_by_addition_and_needs_equal_seeds():
+def damped(gradient, x):
+    moment = x.double().T @ x.double() / len(x)
+    unit = torch.eye(len(moment), dtype=torch.float64) * moment.trace() / len(moment)
+    return gradient.double() @ torch.linalg.inv(moment + unit)
+
+
+@pytest.mark.parametrize(("features", "learner"), [(12, ExactCovariance), (80, RandomizedSVD)])
+def test_keeps_the_damped_gradient(features, learner):
+    x, wish = torch.randn(2000, features), torch.randn(features, 16)
+    # Large inputs of which the loss wants little: enough for the gradient to lean to them.
+    x[:, : features // 12] *= 30
+    wish *= 0.5 ** torch.arange(16)
+    wish[: features // 12] *= 0.01
+
+    def loss(model, batch):
+        return (model(batch) * (batch @ wish)).sum()
+
+    model = nn.Sequential(nn.Linear(features, 16))
+    fit = partial(fit_gradient_projectors, model, x.split(100), 3, loss=loss)
+    wanted = damped(gradient_of(model, "0", x.split(100), loss), x)
+    assert share(fit(source="damped gradient", learner=learner)["0"].components, wanted) > 0.98
+    assert share(fit()["0"].components, wanted) < 0.95
+
+
+def test_damping_leaves_out_rows_without_gradient():
+    x, g = decaying(60, 12)[:, None], torch.randn(60, 1, 40)
+    padded, bare = DampedGradientSketch(3), DampedGradientSketch(3)
+    padded.update(torch.cat([x, 1e3 * torch.randn(20, 1, 12)]), torch.cat([g, 0 * g[:20]]))
+    bare.update(x, g)
+    torch.testing.assert_close(padded.finalize().components, bare.finalize().components)
+
+
+def test_a_batch_that_is_refused_changes_nothing():
+    x, g = decaying(60, 12)[:, None], torch.randn(60, 1, 40)
+    sketch, bad = DampedGradientSketch(3), g.clone()
+    sketch.update(x, g)
+    bad[7, 0, 3] = float("nan")
+    before = sketch.finalize().components
+    for refused in ((x, bad), (x / 0, g)):
+        with pytest.raises(NonFiniteError):
+            sketch.update(*refused)
+    assert sketch.samples == 60 and torch.equal(sketch.finalize().components, before)
+
+
+@pytest.mark.parametrize("kind", [GradientSketch, DampedGradientSketch])
+def test_merges_and_needs_equal_seeds(kind):
     x, g = torch.randn(60, 1, 12), torch.randn(60, 1, 40)
-    whole, one, two = (GradientSketch(3) for _ in range(3))
+    whole, one, two = (kind(3) for _ in range(3))
     whole.update(x, g)
     one.update(x[:25], g[:25])
     two.update(x[25:], g[25:])
-    both = one.merge(two).finalize()
-    assert both.samples == 60
-    torch.testing.assert_close(
-        torch.linalg.svdvals(both.components @ whole.finalize().components.T), torch.ones(3)
-    )
+    again = kind(3).load_state_dict(two.state_dict())
+    for both in (one.merge(two), one.merge(again).summary(), kind(3).merge(one).merge(two)):
+        assert both.samples == 60
+        torch.testing.assert_close(
+            torch.linalg.svdvals(both.finalize().components @ whole.finalize().components.T),
+            torch.ones(3),
+        )
     with pytest.raises(SettingError, match="equal rank and seed"):
-        one.merge(GradientSketch(3, seed=1))
+        one.merge(kind(3, seed=1))
+    with pytest.raises(EmptyStreamError):
+        kind(3).finalize()
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-12])
