@@ -7,9 +7,10 @@ the interval lies within `MARGIN` points, "no" if it leaves zero out, and "not s
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from benchmarks import record
-from benchmarks.evidence.cells import Cell
+from benchmarks.evidence.cells import TUNING, Cell
 from benchmarks.evidence.methods import BEYOND, LEARNED
 from benchmarks.evidence.statistics import Difference, of_method, paired
 
@@ -53,7 +54,14 @@ FRESH = {
     ("IPA, frozen", "adjectives"): 3,
     ("IPA, frozen", "mnist5k"): 0,
     ("IPA, frozen", "SmolLM2-135M adjectives 150 steps"): 0,
+    # The third round.
+    ("half inputs, half damped gradient", "headlines"): 0,
+    ("half inputs, half damped gradient", "reviews"): 0,
+    ("half inputs, half damped gradient", "adjectives"): 3,
+    ("half inputs, half damped gradient", "cifar10"): 0,
 }
+#: Frozen P of which validation data choose one for each task, as they choose the rate.
+CANDIDATES = ("IPA, frozen", "damped gradient, frozen")
 #: What was found beside them.
 OWN = [
     *(
@@ -95,6 +103,31 @@ def fresh(cells: Sequence[Cell]) -> str:
         )
         for (method, task), first in FRESH.items()
     )
+
+
+def chosen(cells: Sequence[Cell]) -> str:
+    """Return how the one of `CANDIDATES` that validation data prefer compares on each task."""
+    rows = []
+    for task in dict.fromkeys(cell.task for cell in cells):
+        own = [cell for cell in cells if cell.task == task and cell.study == "main"]
+        scores = {method: _validated(own, method) for method in CANDIDATES}
+        if None in scores.values():
+            continue
+        best = max(scores, key=lambda method: scores[method] or 0.0)
+        for other in ("random A, frozen", "LoRA", "LoRA, half rank"):
+            equal = other != "random A, frozen"
+            claim = f"P chosen on validation data {'equals' if equal else 'is above'}"
+            rows.append(_row(Comparison(claim, best, other, equal), task, own))
+    return _table(rows)
+
+
+def _validated(cells: Sequence[Cell], method: str) -> float | None:
+    """Return a method's accuracy on validation data at its best rate; None if it has no search."""
+    found: dict[float, list[float]] = {}
+    for cell in cells:
+        if cell.method == method and cell.seed >= TUNING:
+            found.setdefault(cell.rate, []).append(cell.validated)
+    return max(map(mean, found.values()), default=None)
 
 
 def _table(rows: Iterable[list[str]]) -> str:

@@ -35,6 +35,7 @@ def main() -> None:
     _write("claims", claims.table(claims.CLAIMS, every))
     _write("own", claims.table(claims.OWN, every))
     _write("fresh", claims.fresh(every))
+    _write("chosen", claims.chosen(every))
     if any(cell.study == "share" for cell in every):
         _write("shares", claims.shares(every))
 

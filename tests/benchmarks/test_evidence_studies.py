@@ -43,6 +43,14 @@ def cells(method, accuracies, **changes):
     ]
 
 
+def tuned(method, accuracies):
+    return [
+        replace(CELL, method=method, seed=TUNING + n, rate=rate, validation={"toy": value})
+        for rate, values in accuracies.items()
+        for n, value in enumerate(values)
+    ]
+
+
 @pytest.fixture
 def study(tmp_path):
     task = TextTask(
@@ -190,6 +198,22 @@ def test_chosen_comparison_takes_fresh_seeds_only():
     ]
     (line,) = claims.fresh(some).splitlines()[2:]
     assert "| headlines | +2.0 ± 2.5 | 3 | not shown |" in line
+
+
+def test_validation_data_choose_the_kind_of_p():
+    some = [
+        *cells("random A, frozen", [0.5, 0.6, 0.5]),
+        *cells("LoRA", [0.6, 0.7, 0.6]),
+        # Better on test data, worse on validation data.
+        *cells("IPA, frozen", [0.9, 0.9, 0.9]),
+        *cells("damped gradient, frozen", [0.6, 0.7, 0.61]),
+        *tuned("IPA, frozen", {0.01: [0.7, 0.6], 0.03: [0.5, 0.99]}),
+        *tuned("damped gradient, frozen", {0.01: [0.74, 0.76], 0.1: [0.8, 0.1]}),
+        *cells("IPA, frozen", [0.9, 0.9], task="not tuned"),
+    ]
+    random, lora = claims.chosen(some).splitlines()[2:]
+    assert "| damped gradient, frozen - random A, frozen | toy | +10.3 ±" in random
+    assert "| damped gradient, frozen - LoRA | toy | +0.3 ±" in lora
 
 
 def test_shares_are_compared_with_all_texts():
