@@ -11,7 +11,7 @@ from benchmarks.evidence.task import Settings, Task
 from benchmarks.evidence.training import train
 
 #: The one grid of learning rates.
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
