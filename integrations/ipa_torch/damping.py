@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from ipa_core import Learner, Projector, RandomizedSVD
+from ipa_core.errors import SettingError
 from ipa_torch.sketch import GradientSketch
 
 #: Leading directions of the inputs that are known one by one.
@@ -24,6 +25,9 @@ class DampedGradientSketch:
     multiple of the identity off them: no matrix of features x features is needed. Rows without a
     gradient, as padding has none, do not count.
 
+    The first ``held`` rows of P may be leading directions of the inputs instead; the gradient's,
+    made orthogonal to them, fill up the rank.
+
     Memory and time are those of a `GradientSketch` and of the learner.
 
     Parameters
@@ -31,6 +35,8 @@ class DampedGradientSketch:
     rank : int
     learner : callable, default RandomizedSVD
         Returns a learner of the inputs, given its rank.
+    held : int, default 0
+        Rows of P that are leading directions of the inputs.
     seed : int, default 0
         Of the sketch.
 
@@ -48,8 +54,14 @@ class DampedGradientSketch:
     """
 
     def __init__(
-        self, rank: int, learner: Callable[[int], Learner] = RandomizedSVD, *, seed: int = 0
+        self,
+        rank: int,
+        learner: Callable[[int], Learner] = RandomizedSVD,
+        *,
+        held: int = 0,
+        seed: int = 0,
     ) -> None:
+        self.held = held
         self._sketch = GradientSketch(rank, seed=seed)
         self._make = learner
         self._inputs: Learner | None = None
@@ -71,7 +83,7 @@ class DampedGradientSketch:
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
-        before = self._inputs or self._make(min(_DIRECTIONS, x.shape[-1]))
+        before = self._inputs or self._make(min(max(_DIRECTIONS, self.held), x.shape[-1]))
         alive = x[(g != 0).flatten(1).any(1)]
         inputs = copy.copy(before).update(alive.flatten(0, 1).float())
         self._sketch.update(x, g)
@@ -83,8 +95,12 @@ class DampedGradientSketch:
         Raises
         ------
         SettingError
-            If ranks, seeds or learners differ.
+            If ranks, seeds, held rows or learners differ.
         """
+        if self.held != other.held:
+            raise SettingError(
+                f"expected sketches of equal held rows, got {self.held} and {other.held}"
+            )
         merged = copy.copy(self)
         merged._sketch = self._sketch.merge(other._sketch)
         if self._inputs is None or other._inputs is None:
@@ -110,7 +126,7 @@ class DampedGradientSketch:
         rest = max(0.0, known.total_energy - float(energies.sum())) / others
         along = image @ rows.T
         solved = (image - along @ rows) / (rest + mean) + (along / (energies + mean)) @ rows
-        return self._sketch.projector(solved)
+        return self._sketch.projector(solved, rows[: self.held])
 
     def summary(self) -> Self:
         """Return the same in its smallest form."""

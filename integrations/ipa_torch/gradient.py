@@ -24,7 +24,7 @@ from ipa_torch.sketch import GradientPupil, GradientSketch, WeightedInputs
 from ipa_torch.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch.wrapping import plain
 
-Source: TypeAlias = Literal["gradient", "damped gradient", "inputs"]
+Source: TypeAlias = Literal["gradient", "damped gradient", "mixed", "inputs"]
 Loss: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
 
 
@@ -45,10 +45,11 @@ def fit_gradient_projectors(
     With ``source="gradient"`` P spans the leading row space of the weight's gradient
     :math:`G = \sum_i g_i x_i^\top`, by a sign sketch. With ``source="damped gradient"`` it is
     that of :math:`G (C + cI)^{-1}`, C the second moment of the inputs and c its mean eigenvalue:
-    directions count less where inputs are large anyway. With ``source="inputs"`` P is learned from
-    the inputs as in `fit_projectors`, each row weighted by :math:`|g_i|`. A few batches are enough
-    (8 of 32 in the study at hand), and the head should have been trained for a moment: with an
-    untrained one most of the gain is gone.
+    directions count less where inputs are large anyway. With ``source="mixed"`` half of the rank
+    are the leading directions of the inputs, as in `fit_projectors`, the rest by the damped
+    gradient. With ``source="inputs"`` P is learned from the inputs alone, each row weighted by
+    :math:`|g_i|`. A few batches are enough (8 of 32 in the study at hand), and the head should have
+    been trained for a moment: with an untrained one most of the gain is gone.
 
     No parameter's gradient is computed and no parameter changes. Layers do not share, as their
     gradients differ.
@@ -58,7 +59,7 @@ def fit_gradient_projectors(
     model, batches, rank, targets, learner, max_patches, process_group
         As for `fit_projectors`; the learner is that of the inputs, which ``source="gradient"``
         does not need.
-    source : {"gradient", "damped gradient", "inputs"}
+    source : {"gradient", "damped gradient", "mixed", "inputs"}
     loss : callable, optional
         ``loss(model, batch)`` gives a scalar. By default the model is called with the batch's
         keywords and its output has a ``loss``, as in transformers.
@@ -131,8 +132,8 @@ def fit_gradient_projectors(
 def _pupil(source: Source, rank: int, learner: Callable[[int], Learner]) -> GradientPupil:
     if source == "gradient":
         return GradientSketch(rank)
-    if source == "damped gradient":
-        return DampedGradientSketch(rank, learner)
+    if source in ("damped gradient", "mixed"):
+        return DampedGradientSketch(rank, learner, held=rank // 2 if source == "mixed" else 0)
     return WeightedInputs(learner(rank))
 
 

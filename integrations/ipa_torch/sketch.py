@@ -134,11 +134,18 @@ class GradientSketch:
         EmptyStreamError
             If nothing was seen, or no gradient arrived.
         """
-        return self.projector(self.image.double())
+        image = self.image.double()
+        return self.projector(image, image[:0])
 
-    def projector(self, matrix: torch.Tensor) -> Projector:
-        """Return the projector on the leading row space of a matrix (..., features) in float64."""
-        components = torch.linalg.svd(matrix, full_matrices=False).Vh[: self.rank]
+    def projector(self, matrix: torch.Tensor, first: torch.Tensor) -> Projector:
+        """Return the projector on orthonormal first rows and what a matrix adds to them.
+
+        Both (..., features), in float64.
+        """
+        rest = matrix - (matrix @ first.T) @ first
+        leading = torch.linalg.svd(rest, full_matrices=False).Vh[: self.rank]
+        # Where the rest has few directions, what follows is any: it may lean on the first ones.
+        components = torch.linalg.qr(torch.cat([first, leading]).T).Q.T[: self.rank]
         rows = torch.cat(self._kept).double()
         energies = (rows @ components.T).square().mean(0)
         return Projector(

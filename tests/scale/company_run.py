@@ -222,7 +222,7 @@ def main(folder):
         "sharded again": sharded_resumed(rank, size, folder),
         "alone": outcome(lambda: learn(runs.batches(2 + rank), process_group=None)),
         "gradient": outcome(lambda: by_gradient(own, "gradient")),
-        "damped gradient": outcome(lambda: by_gradient(own, "damped gradient")),
+        "mixed": outcome(lambda: by_gradient(own, "mixed")),
         "inputs": outcome(lambda: by_gradient(own, "inputs")),
         "gradient failed": outcome(lambda: by_gradient(own, "inputs", fails=rank == size - 1)),
         "wrapped": outcome(lambda: learn([rows(rank)] * rank, DistributedDataParallel(Counted()))),

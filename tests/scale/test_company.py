@@ -163,7 +163,7 @@ def test_wrapped_model_with_buffers_and_unequal_batches(outcomes):
     assert found["learned"]["fc"][3] == 50 * sum(range(len(outcomes)))
 
 
-@pytest.mark.parametrize("source", ["gradient", "damped gradient", "inputs"])
+@pytest.mark.parametrize("source", ["gradient", "mixed", "inputs"])
 def test_gradients_of_all_processes_count(outcomes, source):
     found = equal(outcomes, source)
     whole = company_run.by_gradient(runs.batches(company_run.BATCHES), source)

@@ -84,6 +84,19 @@ def test_keeps_the_damped_gradient(features, learner):
     assert share(fit()["0"].components, wanted) < 0.95
 
 
+@pytest.mark.parametrize("outputs", [1, 16])
+def test_half_of_the_rank_may_be_inputs(outputs):
+    x = decaying(500, 40)
+    model = nn.Sequential(nn.Linear(40, outputs))
+    fit = partial(fit_gradient_projectors, model, [x], loss=squares, learner=ExactCovariance)
+    found = fit(source="mixed", rank=5)["0"].components.double()
+    inputs = torch.linalg.svd(x.double(), full_matrices=False).Vh[:2]
+    gradient = fit(source="damped gradient", rank=1)["0"].components.double()
+    torch.testing.assert_close(found @ found.T, torch.eye(5).double(), atol=1e-6, rtol=0)
+    for wanted in (inputs, gradient):
+        assert torch.linalg.svdvals(wanted @ found.T).min() > 0.999
+
+
 def test_damping_leaves_out_rows_without_gradient():
     x, g = decaying(60, 12)[:, None], torch.randn(60, 1, 40)
     padded, bare = DampedGradientSketch(3), DampedGradientSketch(3)
@@ -120,6 +133,9 @@ def test_merges_and_needs_equal_seeds(kind):
         )
     with pytest.raises(SettingError, match="equal rank and seed"):
         one.merge(kind(3, seed=1))
+    if kind is DampedGradientSketch:
+        with pytest.raises(SettingError, match="equal held rows, got 0 and 1"):
+            one.merge(kind(3, held=1))
     with pytest.raises(EmptyStreamError):
         kind(3).finalize()
 
