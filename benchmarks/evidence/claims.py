@@ -59,6 +59,7 @@ FRESH = {
     ("half inputs, half damped gradient", "reviews"): 0,
     ("half inputs, half damped gradient", "adjectives"): 3,
     ("half inputs, half damped gradient", "cifar10"): 0,
+    ("half inputs, half damped gradient", "SmolLM2-135M adjectives 150 steps"): 0,
 }
 #: Frozen P of which validation data choose one for each task, as they choose the rate.
 CANDIDATES = ("IPA, frozen", "damped gradient, frozen")
@@ -69,9 +70,8 @@ OWN = [
         for method in ("IPA, frozen", "gradient, frozen", "damped gradient, frozen")
     ),
     *(
-        Comparison(
-            "a frozen P by the damped gradient equals", "damped gradient, frozen", other, True
-        )
+        Comparison("a frozen P by the damped gradient equals", method, other, equal=True)
+        for method in ("damped gradient, frozen", "half inputs, half damped gradient")
         for other in ("LoRA", "LoRA, half rank")
     ),
     *(
