@@ -79,6 +79,7 @@ BEYOND: dict[str, Method] = {
     "outputs, frozen": Method("outputs", False),
     "IPA spread ranks, frozen": Method("inputs, spread ranks", False),
     "damped gradient (32), frozen": Method("damped gradient, 32 directions", False),
+    "half inputs, half damped gradient (32)": Method("half inputs, 32 directions", False),
     "damped gradient, trainable": Method("damped gradient"),
     "gradient, trainable": Method("gradient"),
     "short update, trainable": Method("short update"),

@@ -319,6 +319,7 @@ KINDS: dict[str, Kind] = {
     "damped gradient, 32 directions": Kind(partial(gradient, source="damped gradient"), 2),
     "natural gradient": Kind(natural, 2),
     "half inputs": Kind(with_inputs, 2),
+    "half inputs, 32 directions": Kind(partial(gradient, source="mixed"), 2),
     "outputs": Kind(outputs, 1),
     "short update": Kind(short_update, 2),
 }
