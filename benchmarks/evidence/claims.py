@@ -2,7 +2,8 @@
 
 A claim of being better is answered "yes" if the 95 % interval of the paired difference lies above
 zero, "no" if it lies below, and "not shown" otherwise. A claim of being equal is answered "yes" if
-the interval lies within `MARGIN` points, "no" if it leaves zero out, and "not shown" otherwise.
+the interval lies within `MARGIN` points, "above" or "below" if it leaves zero out, and "not shown"
+otherwise.
 """
 
 from collections.abc import Iterable, Sequence
@@ -67,7 +68,12 @@ CANDIDATES = ("IPA, frozen", "damped gradient, frozen")
 OWN = [
     *(
         Comparison("a frozen learned P is above frozen random A", method, "random A, frozen")
-        for method in ("IPA, frozen", "gradient, frozen", "damped gradient, frozen")
+        for method in (
+            "IPA, frozen",
+            "gradient, frozen",
+            "damped gradient, frozen",
+            "half inputs, half damped gradient",
+        )
     ),
     *(
         Comparison("a frozen P by the damped gradient equals", method, other, equal=True)
@@ -166,7 +172,8 @@ def answer(found: Difference, equal: bool) -> str:
     if equal:
         if abs(found.mean) + found.half <= MARGIN:
             return "yes"
-        return "no" if found.clear else "not shown"
     if not found.clear:
         return "not shown"
+    if equal:
+        return "above" if found.mean > 0 else "below"
     return "yes" if found.mean > 0 else "no"

@@ -65,6 +65,7 @@ COMPARED: dict[str, Method] = {
     "gradient, frozen": Method("gradient", False),
     "gradient less inputs, frozen": Method("gradient less inputs", False),
     "damped gradient, frozen": Method("damped gradient", False),
+    "half inputs, half damped gradient": Method("half inputs", False),
 }
 #: Ideas beyond the paper.
 BEYOND: dict[str, Method] = {
@@ -72,7 +73,6 @@ BEYOND: dict[str, Method] = {
     "damped gradient, half refreshed": Method(
         "damped gradient", False, refresh=Refresh("damped gradient", kept=0.5)
     ),
-    "half inputs, half damped gradient": Method("half inputs", False),
     "natural gradient, frozen": Method("natural gradient", False),
     "short update, frozen": Method("short update", False),
     "inputs by gradient norm, frozen": Method("inputs by gradient norm", False),

@@ -1,4 +1,4 @@
-"""Projections chosen by the gradient of the layers' weights. Experimental."""
+"""Projections chosen by the gradient of the layers' weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fit_gradient_projectors(
     max_patches: int | None = 8192,
     process_group: Members = "world",
 ) -> Projectors:
-    r"""Learn projections by the loss: experimental, and all measurements of it so far are small.
+    r"""Learn projections by the loss; what is known of them was measured on small models.
 
     With ``source="gradient"`` P spans the leading row space of the weight's gradient
     :math:`G = \sum_i g_i x_i^\top`, by a sign sketch. With ``source="damped gradient"`` it is

@@ -154,8 +154,8 @@ def test_tables():
 @pytest.mark.parametrize(
     ("mean", "half", "better", "equal"),
     [
-        (2.0, 1.0, "yes", "no"),
-        (-2.0, 1.0, "no", "no"),
+        (2.0, 1.0, "yes", "above"),
+        (-2.0, 1.0, "no", "below"),
         (0.5, 2.0, "not shown", "not shown"),
         (0.3, 0.5, "not shown", "yes"),
         (0.5, 0.2, "yes", "yes"),
@@ -224,7 +224,7 @@ def test_shares_are_compared_with_all_texts():
         for cell in cells("IPA, frozen", values, study="share", learn_from=size)
     ]
     few, more = claims.shares(some).splitlines()[2:]
-    assert "from 2 texts - from 2000" in few and few.endswith("| no |")
+    assert "from 2 texts - from 2000" in few and few.endswith("| below |")
     assert "from 20 texts - from 2000" in more and "-0.3 ± 1.4" in more
 
 
