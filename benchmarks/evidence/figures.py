@@ -5,6 +5,7 @@ In the style of the paper's, from the results files; those that are not there ar
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def methods(cells: Sequence[Cell]) -> Figure:
         lora = [cell.accuracy for cell in of_method(of_task, "LoRA")]
         if lora:
             place.axvline(mean_and_deviation(lora)[0], color="0.7", linewidth=0.8, zorder=0)
-        place.set(title=task, xlabel="test accuracy (%)", yticks=range(len(names)))
+        title = textwrap.fill(task, 24)
+        place.set(title=title, xlabel="test accuracy (%)", yticks=range(len(names)))
         place.set_yticklabels(names)
         _tidy(place, "x")
     return figure
