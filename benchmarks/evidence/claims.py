@@ -117,9 +117,9 @@ def chosen(cells: Sequence[Cell]) -> str:
     for task in dict.fromkeys(cell.task for cell in cells):
         own = [cell for cell in cells if cell.task == task and cell.study == "main"]
         scores = {method: _validated(own, method) for method in CANDIDATES}
-        if None in scores.values():
+        if not all(scores.values()):
             continue
-        best = max(scores, key=lambda method: scores[method] or 0.0)
+        best = max(scores, key=scores.__getitem__)
         for other in ("random A, frozen", "LoRA", "LoRA, half rank"):
             equal = other != "random A, frozen"
             claim = f"P chosen on validation data {'equals' if equal else 'is above'}"
@@ -127,13 +127,13 @@ def chosen(cells: Sequence[Cell]) -> str:
     return _table(rows)
 
 
-def _validated(cells: Sequence[Cell], method: str) -> float | None:
-    """Return a method's accuracy on validation data at its best rate; None if it has no search."""
+def _validated(cells: Sequence[Cell], method: str) -> float:
+    """Return a method's accuracy on validation data at its best rate; 0 if it has no search."""
     found: dict[float, list[float]] = {}
     for cell in cells:
         if cell.method == method and cell.seed >= TUNING:
             found.setdefault(cell.rate, []).append(cell.validated)
-    return max(map(mean, found.values()), default=None)
+    return max(map(mean, found.values()), default=0.0)
 
 
 def _table(rows: Iterable[list[str]]) -> str:
@@ -169,11 +169,9 @@ def shares(cells: Sequence[Cell]) -> str:
 
 def answer(found: Difference, equal: bool) -> str:
     """Return what the rule above says."""
-    if equal:
-        if abs(found.mean) + found.half <= MARGIN:
-            return "yes"
+    if equal and abs(found.mean) + found.half <= MARGIN:
+        return "yes"
     if not found.clear:
         return "not shown"
-    if equal:
-        return "above" if found.mean > 0 else "below"
-    return "yes" if found.mean > 0 else "no"
+    above, below = ("above", "below") if equal else ("yes", "no")
+    return above if found.mean > 0 else below

@@ -26,13 +26,8 @@ _STEP = (5**0.5 - 1) / 2
 class Mergeable(Protocol):
     """What `ipa_core.Learner` is to others who learned the same; its state has a ``template``."""
 
-    @property
-    def rank(self) -> int:
-        """Rows of P."""
-
-    @property
-    def samples(self) -> int:
-        """Rows seen."""
+    rank: int
+    samples: int
 
     def summary(self) -> Self:
         """Return the same in its smallest form."""

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from ipa_core import Learner, Projector, RandomizedSVD
+from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import SettingError
 from ipa_torch.sketch import GradientSketch
 
@@ -17,7 +17,7 @@ _DIRECTIONS = 32
 _PREFIX = "inputs."
 
 
-class DampedGradientSketch:
+class DampedGradientSketch(GradientSketch):
     r"""Leading row space of :math:`G (C + cI)^{-1}`, a step of damped least squares.
 
     G is the gradient of a layer's weight, C the second moment of its inputs, c the mean of C's
@@ -61,32 +61,16 @@ class DampedGradientSketch:
         held: int = 0,
         seed: int = 0,
     ) -> None:
+        super().__init__(rank, seed=seed)
         self.held = held
-        self._sketch = GradientSketch(rank, seed=seed)
         self._make = learner
         self._inputs: Learner | None = None
-
-    @property
-    def rank(self) -> int:
-        """Rows of P."""
-        return self._sketch.rank
-
-    @property
-    def samples(self) -> int:
-        """Rows seen."""
-        return self._sketch.samples
-
-    @property
-    def learner(self) -> Self:
-        """The sketch itself."""
-        return self
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
         before = self._inputs or self._make(min(max(_DIRECTIONS, self.held), x.shape[-1]))
-        alive = x[(g != 0).flatten(1).any(1)]
-        inputs = copy.copy(before).update(alive.flatten(0, 1).float())
-        self._sketch.update(x, g)
+        inputs = copy.copy(before).update(x.flatten(0, 1), (g != 0).any(-1).flatten())
+        super().update(x, g)
         self._inputs = inputs
 
     def merge(self, other: Self) -> Self:
@@ -101,32 +85,12 @@ class DampedGradientSketch:
             raise SettingError(
                 f"expected sketches of equal held rows, got {self.held} and {other.held}"
             )
-        merged = copy.copy(self)
-        merged._sketch = self._sketch.merge(other._sketch)
+        merged = super().merge(other)
         if self._inputs is None or other._inputs is None:
             merged._inputs = self._inputs or other._inputs
         else:
             merged._inputs = self._inputs.merge(other._inputs)
         return merged
-
-    def finalize(self) -> Projector:
-        """Return the projector of what was seen.
-
-        Raises
-        ------
-        EmptyStreamError
-            If nothing was seen, or no gradient arrived.
-        """
-        image = self._sketch.image.double()
-        assert self._inputs is not None
-        known = self._inputs.finalize()
-        rows, energies = known.components.double(), known.energies.double()
-        mean = known.total_energy / known.features
-        others = max(1, known.features - known.rank)
-        rest = max(0.0, known.total_energy - float(energies.sum())) / others
-        along = image @ rows.T
-        solved = (image - along @ rows) / (rest + mean) + (along / (energies + mean)) @ rows
-        return self._sketch.projector(solved, rows[: self.held])
 
     def summary(self) -> Self:
         """Return the same in its smallest form."""
@@ -136,9 +100,9 @@ class DampedGradientSketch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counts and tensors, from which `load_state_dict` goes on."""
-        state = self._sketch.state_dict()
         inputs = {} if self._inputs is None else self._inputs.state_dict()
-        return state | {_PREFIX + name: value for name, value in inputs.items()}
+        named = {_PREFIX + name: value for name, value in inputs.items()}
+        return super().state_dict() | {"held": self.held} | named
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Take over a state from `state_dict`."""
@@ -147,6 +111,22 @@ class DampedGradientSketch:
             for name, value in state.items()
             if name.startswith(_PREFIX)
         }
-        self._sketch = copy.copy(self._sketch).load_state_dict(state)
         self._inputs = self._make(inputs["rank"]).load_state_dict(inputs) if inputs else None
-        return self
+        self.held = state["held"]
+        return super().load_state_dict(state)
+
+    def _directions(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the held directions of the inputs and, orthogonal to them, those of a step."""
+        assert self._inputs is not None  # it has learned wherever there is an image
+        known = self._inputs.finalize()
+        rows, energies = known.components.double(), known.energies.double()
+        mean = known.total_energy / known.features
+        others = max(1, known.features - known.rank)
+        rest = max(0.0, known.total_energy - float(energies.sum())) / others
+        along = image @ rows.T
+        step = (image - along @ rows) / (rest + mean) + (along / (energies + mean)) @ rows
+        held = rows[: self.held]
+        leading = super()._directions(step - (step @ held.T) @ held)
+        # Where the step has few directions, what follows is any: it may lean on the held ones.
+        columns: torch.Tensor = torch.linalg.qr(torch.cat([held, leading]).T).Q
+        return columns.T[: self.rank]

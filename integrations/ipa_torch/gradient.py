@@ -45,9 +45,9 @@ def fit_gradient_projectors(
     With ``source="gradient"`` P spans the leading row space of the weight's gradient
     :math:`G = \sum_i g_i x_i^\top`, by a sign sketch. With ``source="damped gradient"`` it is
     that of :math:`G (C + cI)^{-1}`, C the second moment of the inputs and c its mean eigenvalue:
-    directions count less where inputs are large anyway. With ``source="mixed"`` half of the rank
-    are the leading directions of the inputs, as in `fit_projectors`, the rest by the damped
-    gradient. With ``source="inputs"`` P is learned from the inputs alone, each row weighted by
+    directions count less where inputs are large anyway. With ``source="mixed"`` half of the rows
+    are the leading directions of the inputs, as in `fit_projectors`, the rest the damped
+    gradient's. With ``source="inputs"`` P is learned from the inputs alone, each row weighted by
     :math:`|g_i|`. A few batches are enough (8 of 32 in the study at hand), and the head should have
     been trained for a moment: with an untrained one most of the gain is gone.
 

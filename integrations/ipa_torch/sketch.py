@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
@@ -103,16 +104,15 @@ class GradientSketch:
                 f"expected sketches of equal rank and seed, got {self.rank, self.seed} and "
                 f"{other.rank, other.seed}"
             )
-        merged = type(self)(self.rank, seed=self.seed)
+        merged = copy.copy(self)
         images = [one._image for one in (self, other) if one._image is not None]
         merged._image = torch.stack(images).sum(0) if images else None
         merged._kept = self._kept + other._kept
         merged.samples = self.samples + other.samples
         return merged
 
-    @property
-    def image(self) -> torch.Tensor:
-        """Y, shape (k, features).
+    def finalize(self) -> Projector:
+        """Return the projector of what was seen.
 
         Raises
         ------
@@ -124,28 +124,7 @@ class GradientSketch:
                 "expected gradients, got none; let the loss depend on the layer and have a head "
                 "that has been trained for a moment"
             )
-        return self._image
-
-    def finalize(self) -> Projector:
-        """Return the projector of what was seen.
-
-        Raises
-        ------
-        EmptyStreamError
-            If nothing was seen, or no gradient arrived.
-        """
-        image = self.image.double()
-        return self.projector(image, image[:0])
-
-    def projector(self, matrix: torch.Tensor, first: torch.Tensor) -> Projector:
-        """Return the projector on orthonormal first rows and what a matrix adds to them.
-
-        Both (..., features), in float64.
-        """
-        rest = matrix - (matrix @ first.T) @ first
-        leading = torch.linalg.svd(rest, full_matrices=False).Vh[: self.rank]
-        # Where the rest has few directions, what follows is any: it may lean on the first ones.
-        components = torch.linalg.qr(torch.cat([first, leading]).T).Q.T[: self.rank]
+        components = self._directions(self._image.double())
         rows = torch.cat(self._kept).double()
         energies = (rows @ components.T).square().mean(0)
         return Projector(
@@ -174,6 +153,11 @@ class GradientSketch:
         self._image = state.get("image")
         self._kept = [state["kept"]] if "kept" in state else []
         return self
+
+    def _directions(self, image: torch.Tensor) -> torch.Tensor:
+        """Return orthonormal rows (rank, features) for the image (k, features)."""
+        rows: torch.Tensor = torch.linalg.svd(image, full_matrices=False).Vh
+        return rows[: self.rank]
 
     def _signs(self, outputs: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)

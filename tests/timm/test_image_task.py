@@ -7,8 +7,7 @@ from PIL import Image
 
 timm = pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
-from benchmarks.evidence.images import VIT_PIXELS as PIXELS
-from benchmarks.evidence.images import ImageTask
+from benchmarks.evidence.images import VIT_PIXELS, ImageTask
 from benchmarks.evidence.methods import METHODS, Adapter
 from benchmarks.evidence.task import Settings, batches
 from benchmarks.evidence.training import train
@@ -21,9 +20,9 @@ COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
 def tiny(**options):
     torch.manual_seed(0)
     return timm.create_model(
-        "vit_small_patch14_dinov2", img_size=PIXELS, depth=3, embed_dim=32, num_heads=2,
+        "vit_small_patch14_dinov2", img_size=VIT_PIXELS, depth=3, embed_dim=32, num_heads=2,
         num_classes=0, init_values=1.0, **options,
-        pretrained_cfg_overlay={"input_size": (3, PIXELS, PIXELS)},
+        pretrained_cfg_overlay={"input_size": (3, VIT_PIXELS, VIT_PIXELS)},
     )  # fmt: skip
 
 
@@ -31,7 +30,7 @@ def rows(count):
     rng = np.random.default_rng(0)
     made = []
     for number in range(count):
-        noise = rng.integers(-30, 31, (PIXELS, PIXELS, 3))
+        noise = rng.integers(-30, 31, (VIT_PIXELS, VIT_PIXELS, 3))
         image = np.clip(noise + COLOURS[number % 3], 0, 255).astype(np.uint8)
         made.append((Image.fromarray(image), number % 3))
     return made
