@@ -13,6 +13,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,12 @@ class BareProducts(RandomizedSVD):
     Timed over the first quarter of the batches, as it costs the same in each.
     """
 
-    def update(self, batch: torch.Tensor, weights: torch.Tensor | None = None) -> "BareProducts":
+    def begin_update(
+        self, batch: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> Callable[[], "BareProducts"]:
+        return partial(self._multiply, batch)
+
+    def _multiply(self, batch: torch.Tensor) -> "BareProducts":
         x = batch.reshape(-1, batch.shape[-1])
         if self.samples == 0:
             self._basis = torch.linalg.qr(torch.randn(x.shape[1], floor.width(self.rank))).Q

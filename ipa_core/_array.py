@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -82,15 +82,16 @@ def silent() -> AbstractContextManager[None]:
     return np.errstate(over="ignore", invalid="ignore", under="ignore")
 
 
-def row_squares(xp: Namespace, rows: Array) -> Array:
-    """Return the squared length of each row of (n, d), in one pass and without a temporary.
+def ask_squares(xp: Namespace, rows: Array) -> Callable[[], HostArray]:
+    """Ask for the squared length of each row of (n, d); the call of what is returned waits for it.
 
-    NumPy's ``vecdot`` does that; torch's builds the products first and takes up to fifty times
-    as long as its norm.
+    One pass without a temporary. NumPy's ``vecdot`` does that; torch's builds the products first
+    and takes up to fifty times as long as its norm.
     """
     if array_api_compat.is_numpy_namespace(xp):
-        return xp.vecdot(rows, rows)
-    return xp.linalg.vector_norm(rows, axis=-1) ** 2
+        return partial(on_host, xp.vecdot(rows, rows))
+    lengths = on_its_way(xp.linalg.vector_norm(rows, axis=-1))
+    return lambda: lengths() ** 2
 
 
 def on_host(array: Array) -> HostArray:
@@ -98,8 +99,29 @@ def on_host(array: Array) -> HostArray:
     return np.array(to_numpy(array), dtype=np.float64)
 
 
-def host_ones(like: HostArray) -> HostArray:
-    return np.ones_like(like)
+def on_its_way(array: Array) -> Callable[[], HostArray]:
+    """Send an array to the host; the call of what is returned waits for it.
+
+    torch's CUDA devices go on with what was queued behind it meanwhile, as it is an event that is
+    waited for, not the device. JAX computes ahead of the host by itself.
+    """
+    if array_api_compat.is_torch_array(array) and array.is_cuda:
+        import torch
+
+        host = torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
+        host.copy_(array.detach(), non_blocking=True)
+        arrived = torch.cuda.current_stream(array.device).record_event()
+
+        def read() -> HostArray:
+            arrived.synchronize()
+            return on_host(host)
+
+        return read
+    return partial(on_host, array)
+
+
+def host_ones(count: int) -> HostArray:
+    return np.ones(count)
 
 
 def host_concat(parts: Sequence[HostArray]) -> HostArray:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ipa_core import _array
-from ipa_core._array import Array, Namespace
+from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._rows import Rows
 from ipa_core.errors import ArrayTypeError, NonFiniteError, ShapeError, WeightError
 
@@ -17,21 +19,48 @@ def template_of(batch: Array) -> Array:
     return xp.zeros((0, features), dtype=dtype, device=_array.device(batch))
 
 
-def accept(batch: Array, weights: Array | None, template: Array) -> Rows:
-    """Hold a batch to the template and return its rows of positive weight.
+def accept(batch: Array, weights: Array | None, template: Array) -> Asked:
+    """Hold a batch to the template and return its rows of positive weight, lengths to come.
 
     Rows of weight zero are dropped before anything else, whatever they hold; weights that are all
-    one are forgotten. What is not finite is refused: the squared lengths, needed anyway, tell.
+    one are forgotten.
     """
     xp = _match(batch, template)
     count = math.prod(batch.shape[:-1])
-    x = xp.reshape(_array.detached(batch), (count, batch.shape[-1]))
+    x, masses = xp.reshape(_array.detached(batch), (count, batch.shape[-1])), None
     if weights is not None:
-        x, weights = _drop_absent(xp, x, _flat(batch, weights, template))
-    with _array.silent():
-        rows = Rows.of(xp, _array.cast(xp, x, template.dtype), weights)
-        _check_range(xp, rows)
-    return rows
+        x, weights, masses = _drop_absent(xp, x, _flat(batch, weights, template))
+    x = _array.cast(xp, x, template.dtype)
+    return Asked(xp, x, weights, masses, _array.ask_squares(xp, x))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows of which the device has been asked the squared lengths."""
+
+    xp: Namespace
+    x: Array
+    weights: Array | None
+    masses: HostArray | None
+    squares: Callable[[], HostArray]
+
+    @property
+    def count(self) -> int:
+        return int(self.x.shape[0])
+
+    def answered(self) -> Rows:
+        """Wait for the lengths, which tell whether the rows are finite, and return the rows.
+
+        Raises
+        ------
+        NonFiniteError
+            If they are not, or if their squares over- or underflow the dtype.
+        """
+        squares = self.squares()
+        masses = _array.host_ones(squares.size) if self.masses is None else self.masses
+        rows = Rows(self.x, self.weights, squares, masses)
+        _check_range(self.xp, rows)
+        return rows
 
 
 def _form_of(batch: Array) -> tuple[Namespace, int]:
@@ -74,7 +103,9 @@ def _flat(batch: Array, weights: Array, template: Array) -> Array:
     return _array.cast(xp, flat, template.dtype)
 
 
-def _drop_absent(xp: Namespace, x: Array, weights: Array) -> tuple[Array, Array | None]:
+def _drop_absent(
+    xp: Namespace, x: Array, weights: Array
+) -> tuple[Array, Array | None, HostArray | None]:
     masses = _array.on_host(weights)
     if not ((masses >= 0).all() and math.isfinite(masses.sum())):
         raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")
@@ -83,14 +114,16 @@ def _drop_absent(xp: Namespace, x: Array, weights: Array) -> tuple[Array, Array 
         index = _array.from_numpy(xp, places, _array.device(x), xp.int64)
         x, weights = xp.take(x, index, axis=0), xp.take(weights, index)
         masses = masses[places]
-    return x, None if (masses == 1).all() else weights
+    return (x, None, None) if (masses == 1).all() else (x, weights, masses)
 
 
 def _check_range(xp: Namespace, rows: Rows) -> None:
     """Refuse rows that are not finite, or whose squares over- or underflow the dtype."""
     dtype = rows.x.dtype
     energy = float(rows.squares.sum())
-    if not (math.isfinite(energy) and math.isfinite(rows.energy())):
+    # Lengths are squared on the host, in float64; products of rows are taken in their dtype.
+    held = rows.squares.max(initial=0.0) <= float(xp.finfo(dtype).max)
+    if not (held and math.isfinite(rows.energy())):
         bad = int(xp.count_nonzero(~xp.all(xp.isfinite(rows.x), axis=1)))
         if bad:
             raise NonFiniteError(

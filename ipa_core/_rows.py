@@ -1,18 +1,19 @@
-"""A block of activation rows with their weights and squared lengths."""
+"""Activation rows with their weights and squared lengths: blocks, and runs of them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ipa_core._array import (
     Array,
     HostArray,
     Namespace,
+    ask_squares,
     host_concat,
     host_ones,
     on_host,
-    row_squares,
 )
 
 
@@ -32,12 +33,13 @@ class Rows:
     @classmethod
     def of(cls, xp: Namespace, x: Array, weights: Array | None = None) -> Rows:
         """Return rows with what is known of them on the host."""
-        squares = on_host(row_squares(xp, x))
-        return cls(x, weights, squares, host_ones(squares) if weights is None else on_host(weights))
+        squares = ask_squares(xp, x)()
+        masses = host_ones(squares.size) if weights is None else on_host(weights)
+        return cls(x, weights, squares, masses)
 
     @property
     def count(self) -> int:
-        return int(self.x.shape[0])
+        return self.squares.size
 
     def cut(self, start: int, stop: int) -> Rows:
         """Return rows ``start`` to ``stop`` as views."""
@@ -78,6 +80,53 @@ class Rows:
         """
         mean_square = float(self.squares.sum()) / (self.count * self.x.shape[1])
         return 2.0 ** round(math.log2(mean_square) / 2) if mean_square > 0.0 else 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive rows in the pieces that they came in: nothing is copied to put them together.
+
+    ``glance`` is what the learner has asked about the first of them before they were accepted.
+    """
+
+    parts: tuple[Rows, ...]
+    glance: Any = None
+
+    @property
+    def count(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    @property
+    def masses(self) -> HostArray:
+        return host_concat([part.masses for part in self.parts])
+
+    def cut(self, start: int, stop: int) -> Run:
+        """Return rows ``start`` to ``stop`` as views."""
+        parts, begin = [], 0
+        for part in self.parts:
+            end = begin + part.count
+            if begin < stop and start < end:
+                parts.append(part.cut(max(start, begin) - begin, min(stop, end) - begin))
+            begin = end
+        return Run(tuple(parts), None if start else self.glance)
+
+    def energies(self) -> HostArray:
+        """Return the weighted squared lengths."""
+        return host_concat([part.energies() for part in self.parts])
+
+    def joined(self, xp: Namespace) -> Rows:
+        """Return the rows in one piece."""
+        return join(xp, self.parts)
+
+
+def heads(parts: tuple[Array, ...], count: int) -> tuple[Array, ...]:
+    """Return the first ``count`` rows of pieces of them, in pieces."""
+    kept = []
+    for part in parts:
+        taken = min(count, part.shape[0])
+        kept.append(part[:taken, :])
+        count -= taken
+    return tuple(part for part in kept if part.shape[0])
 
 
 def join(xp: Namespace, parts: tuple[Rows, ...]) -> Rows:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, final
 
 from ipa_core import _array
 from ipa_core._array import Array, Namespace
-from ipa_core._batch import accept, template_of
+from ipa_core._batch import Asked, accept, template_of
 from ipa_core._linalg import fixed_basis
-from ipa_core._rows import Rows, join
+from ipa_core._rows import Rows, Run, join
 from ipa_core.errors import (
     EmptyStreamError,
     FileFormatError,
@@ -92,8 +93,6 @@ class Learner(ABC):
     guarantee: ClassVar[Guarantee]
     #: Number of passes over the stream that the learner asks for.
     passes: int = 1
-    #: Whether `_absorb_rows` takes any number of whole blocks at once.
-    _takes_runs: ClassVar[bool] = False
 
     _settings: ClassVar[tuple[str, ...]] = ("rank", "center", "seed")
     _numbers: ClassVar[tuple[str, ...]] = ("samples", "_weight", "_energy")
@@ -112,6 +111,14 @@ class Learner(ABC):
         self._mean: Array = None
         self._pending: tuple[Rows, ...] = ()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in vars(cls):
+            raise TypeError(
+                f"expected {cls.__name__} to override begin_update, which every update goes "
+                "through, got an update of its own"
+            )
+
     # What a subclass writes ---------------------------------------------------------------------
 
     @property
@@ -121,7 +128,16 @@ class Learner(ABC):
 
     @abstractmethod
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        """Fold a block of rows, or a run of them, into the summary, by rebinding attributes."""
+        """Fold a block of rows into the summary, by rebinding attributes."""
+
+    def _absorb_run(self, xp: Namespace, run: Run) -> None:
+        """Fold whole blocks into the summary; one by one, in most learners."""
+        for start in range(0, run.count, self._block_rows):
+            self._absorb_block(xp, run.cut(start, start + self._block_rows).joined(xp))
+
+    def _glance(self, xp: Namespace, parts: tuple[Array, ...]) -> Any:
+        """Ask the device about rows that are not accepted yet; nothing, in most learners."""
+        return None
 
     def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
         """Fold in the one row that stands for the distance of two means."""
@@ -146,6 +162,7 @@ class Learner(ABC):
         """Features of a row; None before the first batch."""
         return None if self._template is None else int(self._template.shape[1])
 
+    @final
     def update(self, batch: Array, weights: Array | None = None) -> Self:
         """Learn from a batch of rows.
 
@@ -168,13 +185,46 @@ class Learner(ABC):
         ArrayTypeError, ShapeError, RankError, WeightError, NonFiniteError
             If the batch does not fit; the learner is then as it was before the call.
         """
-        before = self.__dict__.copy()
-        try:
-            self._take(self._bind(batch, weights))
-        except BaseException:
-            self.__dict__ = before
-            raise
-        return self
+        return self.begin_update(batch, weights)()
+
+    def begin_update(self, batch: Array, weights: Array | None = None) -> Callable[[], Self]:
+        """Begin to learn from a batch; the call of what is returned goes on and is the update.
+
+        The first half checks the form of the batch and gives the device what needs no answer from
+        it. The second waits for the answers (is every row finite, is one new?) and learns. In
+        between the host is free to give the device other work, so that it never stands idle.
+
+        Parameters
+        ----------
+        batch, weights
+            As for `update`; to be left as they are until the second half is done.
+
+        Returns
+        -------
+        callable
+            Without arguments; returns the learner, which is until then as it was.
+
+        Raises
+        ------
+        ArrayTypeError, ShapeError, RankError, WeightError
+            If the batch does not fit. NonFiniteError is raised by the second half.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from ipa_core import RandomizedSVD
+        >>> learner = RandomizedSVD(rank=2)
+        >>> finish = learner.begin_update(np.eye(4))
+        >>> learner.samples, finish().samples
+        (0, 4)
+        """
+        template = self._template_for(batch)
+        with _array.silent():
+            asked = accept(batch, weights, template)
+            waiting = self._waiting(asked)
+            glance = self._glance(asked.xp, (*(part.x for part in waiting), asked.x))
+        begun = self._pending, waiting, glance
+        return partial(self._finish_update, template, asked, begun)
 
     def merge(self, other: Self) -> Self:
         """Return a new learner that has seen the rows of both; neither operand changes.
@@ -308,38 +358,59 @@ class Learner(ABC):
     def _xp(self) -> Namespace:
         return _array.namespace(self._template)
 
-    def _bind(self, batch: Array, weights: Array | None) -> Rows:
-        """Check a batch; let the first one fix library, device, dtype and features."""
-        if self._template is None:
-            template = template_of(batch)
-            if self.rank > template.shape[1]:
-                raise RankError(
-                    f"expected a rank of at most {template.shape[1]}, the number of features, "
-                    f"got {self.rank}; ask for a smaller rank"
-                )
-            self._template = template
-        return accept(batch, weights, self._template)
+    def _template_for(self, batch: Array) -> Array:
+        """Return what batches have to be like; the first one says it."""
+        if self._template is not None:
+            return self._template
+        template = template_of(batch)
+        if self.rank > template.shape[1]:
+            raise RankError(
+                f"expected a rank of at most {template.shape[1]}, the number of features, "
+                f"got {self.rank}; ask for a smaller rank"
+            )
+        return template
 
-    def _take(self, rows: Rows) -> None:
+    def _waiting(self, asked: Asked) -> tuple[Rows, ...]:
+        """Return the rows that wait, in one piece if a block is full with those to come.
+
+        A learner that was saved in between then goes on to the bit as one that was not.
+        """
+        parts = self._pending
+        if not parts or not self._whole(sum(part.count for part in parts) + asked.count):
+            return parts
+        return (join(asked.xp, parts),)
+
+    def _finish_update(
+        self, template: Array, asked: Asked, begun: tuple[tuple[Rows, ...], tuple[Rows, ...], Any]
+    ) -> Self:
+        before = self.__dict__.copy()
+        pending, waiting, glance = begun
+        try:
+            with _array.silent():
+                rows = asked.answered()
+            if self._pending is not pending:  # something else was learned in between
+                waiting, glance = self._waiting(asked), None
+            self._template = template
+            self._take(asked.xp, Run((*waiting, rows), glance))
+        except BaseException:
+            self.__dict__ = before
+            raise
+        return self
+
+    def _take(self, xp: Namespace, run: Run) -> None:
         """Cut rows into blocks of the fixed size, whole ones as views; the rest waits."""
-        self.samples += rows.count
-        if rows.count == 0:
-            return
-        xp, size, start = self._xp, self._block_rows, 0
-        waiting = sum(part.count for part in self._pending)
-        if waiting and waiting + rows.count >= size:
-            start = size - waiting
-            block, self._pending = join(xp, (*self._pending, rows.cut(0, start))), ()
-            self._absorb_block(xp, block)
-        if not self._pending:
-            whole = (rows.count - start) // size * size
-            # Centred, each block is taken about its own mean: the blocks must not depend on cuts.
-            step = max(whole, size) if self._takes_runs and not self.center else size
-            for begin in range(start, start + whole, step):
-                self._absorb_block(xp, rows.cut(begin, begin + step))
-            start += whole
-        if start < rows.count:
-            self._pending += (rows.cut(start, rows.count).own(xp),)
+        self.samples += run.parts[-1].count
+        whole = self._whole(run.count)
+        if whole:
+            self._absorb_run(xp, run.cut(0, whole))
+        rest = run.cut(whole, run.count).parts
+        if rest and rest[-1].count:
+            rest = (*rest[:-1], rest[-1].own(xp))
+        self._pending = rest
+
+    def _whole(self, count: int) -> int:
+        """Return how many of so many rows are in whole blocks."""
+        return count - count % self._block_rows
 
     def _flushed(self) -> Self:
         """Return a copy with nothing pending."""

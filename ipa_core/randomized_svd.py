@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
 from ipa_core import _array
-from ipa_core._array import Array, Namespace
+from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._linalg import (
     nystrom_rows,
     orthonormal_columns,
     principal_rows,
     truncate_rows,
 )
-from ipa_core._rows import Rows
+from ipa_core._rows import Rows, Run, heads
 from ipa_core.errors import SettingError
 from ipa_core.learner import Guarantee, Learner
 
@@ -26,6 +29,19 @@ _BLOCK = 128
 _COLUMNS = 16
 # A block that misses this many times the usual share of its energy holds something new.
 _NOVEL = 2.0
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a basis sees of rows, in their pieces; the squared lengths are on their way."""
+
+    basis: Array
+    seen: tuple[Array, ...]
+    squares: tuple[Callable[[], HostArray], ...]
+
+    def caught(self) -> HostArray:
+        """Wait for the squared lengths of what the basis sees."""
+        return _array.host_concat([read() for read in self.squares])
 
 
 class RandomizedSVD(Learner):
@@ -108,7 +124,7 @@ class RandomizedSVD(Learner):
         self._watched = 0.0
         self._watched_weight = 0.0
 
-    @property
+    @cached_property
     def _width(self) -> int:
         return min(self.rank + self.oversample, int(self._template.shape[1]))
 
@@ -121,46 +137,76 @@ class RandomizedSVD(Learner):
     def _probes(self) -> int:
         return max(1, self._width // 8)
 
-    @property
+    @cached_property
     def _block_rows(self) -> int:
         # A power of two divides most batches of sequences: no rows are copied to wait.
         return max(_BLOCK, 1 << (self._width - 1).bit_length())
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        while (done := self._absorb_some(xp, rows)) < rows.count:
-            rows = rows.cut(done, rows.count)
+        self._absorb(xp, Run((rows,)))
 
-    def _absorb_some(self, xp: Namespace, rows: Rows) -> int:
+    def _absorb_run(self, xp: Namespace, run: Run) -> None:
+        if self.center:  # each block is taken about its own mean
+            return super()._absorb_run(xp, run)
+        self._weight += float(run.masses.sum())
+        self._energy += float(run.energies().sum())
+        self._absorb(xp, run)
+
+    def _absorb(self, xp: Namespace, run: Run) -> None:
+        while (done := self._absorb_some(xp, run)) < run.count:
+            run = run.cut(done, run.count)
+
+    def _glance(self, xp: Namespace, parts: tuple[Array, ...]) -> Glance | None:
+        """Look at what the open segment will take of the rows, if they turn out to be fit."""
+        if self._basis is None or self.center:
+            return None
+        count = self._whole(sum(part.shape[0] for part in parts))
+        return self._look(xp, heads(parts, min(count, self._space()))) if count else None
+
+    def _look(self, xp: Namespace, parts: tuple[Array, ...]) -> Glance:
+        seen = tuple(part @ self._basis for part in parts)
+        squares = tuple(_array.ask_squares(xp, part) for part in seen)
+        return Glance(self._basis, seen, squares)
+
+    def _absorb_some(self, xp: Namespace, run: Run) -> int:
         """Absorb the first block exactly, or familiar ones in a segment; return how many rows."""
         if self._factor is None:
-            return self._decompose(xp, rows)
+            return self._decompose(xp, run)
         opening = self._basis is None
         if opening:
-            self._open(xp, rows.cut(0, self._ends(rows)[0]))
-        space = self._segment_limit() - self._segment_rows
-        ends = self._ends(rows)[: math.ceil(space / self._block_rows)]
-        seen = rows.x[: ends[-1], :] @ self._basis
-        known = self._familiar(xp, rows.cut(0, ends[-1]), seen, ends, opening)
+            self._open(xp, run.cut(0, self._ends(run)[0]).joined(xp))
+        ends = self._ends(run)[: self._space() // self._block_rows]
+        glance = run.glance
+        run = run.cut(0, ends[-1])
+        if glance is None or glance.basis is not self._basis:
+            glance = self._look(xp, tuple(part.x for part in run.parts))
+        known = self._familiar(xp, run, glance.caught(), ends, opening)
         if not known:
             self._close(xp)
-            return self._decompose(xp, rows)
-        rows = rows.cut(0, known)
-        self._image = self._image + rows.weigh(seen[:known, :]).T @ rows.x
+            return self._decompose(xp, run)
+        for part, seen in zip(run.cut(0, known).parts, glance.seen, strict=False):
+            seen = part.weigh(seen[: part.count, :])
+            self._image = self._image + seen.T @ part.x
         self._segment_rows += known
         if self._segment_rows >= self._segment_limit():
             self._close(xp)
         return known
 
-    def _ends(self, rows: Rows) -> list[int]:
+    def _space(self) -> int:
+        """Return how many rows the open segment takes until it ends, in whole blocks."""
+        rows = self._segment_limit() - self._segment_rows
+        return math.ceil(rows / self._block_rows) * self._block_rows
+
+    def _ends(self, run: Run) -> list[int]:
         """Return where the blocks of a run end; the last one takes what exceeds whole blocks."""
         size = self._block_rows
-        return [*range(size, rows.count - size + 1, size), rows.count]
+        return [*range(size, run.count - size + 1, size), run.count]
 
-    def _decompose(self, xp: Namespace, rows: Rows) -> int:
+    def _decompose(self, xp: Namespace, run: Run) -> int:
         """Fold the first block into the factor as it is."""
-        end = self._ends(rows)[0]
-        self._stack(xp, rows.cut(0, end).scaled(xp))
-        return end
+        block = run.cut(0, self._ends(run)[0])
+        self._stack(xp, block.joined(xp).scaled(xp))
+        return block.count
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         self._close(xp)
@@ -183,13 +229,13 @@ class RandomizedSVD(Learner):
         return self._width * _SEGMENTS[min(self._segments, len(_SEGMENTS) - 1)]
 
     def _familiar(
-        self, xp: Namespace, rows: Rows, seen: Array, ends: list[int], opening: bool
+        self, xp: Namespace, run: Run, caught: HostArray, ends: list[int], opening: bool
     ) -> int:
         """Return where the leading blocks end of which the basis misses no more than usual."""
-        caught = _array.on_host(_array.row_squares(xp, seen)) * rows.masses * self._unit**2
-        energies = rows.energies()
-        sums = (_array.group_sums(v, ends) for v in (energies, energies - caught, rows.masses))
-        rounding = 100 * float(xp.finfo(rows.x.dtype).eps)
+        energies, masses = run.energies(), run.masses
+        missed_rows = energies - caught * masses * self._unit**2
+        sums = (_array.group_sums(values, ends) for values in (energies, missed_rows, masses))
+        rounding = 100 * float(xp.finfo(self._basis.dtype).eps)
         begin = 0
         for end, energy, missed, weight in zip(ends, *sums, strict=True):
             # The basis was chosen on its first block, which therefore says nothing about novelty.

@@ -45,7 +45,8 @@ def device_of(model: nn.Module) -> torch.device | None:
 def on_device(batch: Any, device: torch.device | None) -> Any:
     """Return a batch with its tensors on ``device``, whatever they are nested in."""
     if isinstance(batch, torch.Tensor):
-        return batch if device is None else batch.to(device, non_blocking=True)
+        # A copy to the host has to be waited for.
+        return batch if device is None else batch.to(device, non_blocking=device.type != "cpu")
     if isinstance(batch, Mapping):
         return {key: on_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from torch import nn
 from ipa_core import Learner, Projector
 from ipa_core.errors import IPAError, with_context
 from ipa_torch.bypass import WeightWatch
+from ipa_torch.errors import LayerError
 from ipa_torch.identity import Identities
 from ipa_torch.inputs import input_of
 from ipa_torch.projectors import Projectors
@@ -50,6 +52,7 @@ class Listener:
         self._ran: dict[str, torch.device] = {}
         self._stopped: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
+        self._open: _Open | None = None
         self.rows = 0
 
     @property
@@ -96,6 +99,7 @@ class Listener:
             with watch:
                 yield
         finally:
+            self._settle()
             self._histories.end_batch()
             self._identities.clear()
         if weighted is not None:
@@ -163,21 +167,45 @@ class Listener:
     def _hear(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        self._settle()
+        with self._forgiving(name):
+            activation = input_of(module, args, kwargs)
+            with full_precision(activation.device):
+                rest = self._begin(name, activation)
+                if rest is None:
+                    return
+                if not _answers_late(activation.device):
+                    return rest()
+            # The layer's own product is queued before the host waits for what it has asked.
+            handle = module.register_forward_hook(lambda *_: self._settle())
+            self._open = _Open(name, activation, _version(activation), rest, handle)
+
+    def _begin(self, name: str, activation: torch.Tensor) -> Callable[[], None] | None:
+        reading = self._readings[name]
+        event = self._identities.number(activation), reading
+        self._ran[name] = activation.device
+        return self._histories.see(name, event, partial(self._rows, activation, reading))
+
+    def _settle(self) -> None:
+        """Finish the update that is open, if one is."""
+        if self._open is None:
+            return
+        opened, self._open = self._open, None
+        opened.handle.remove()
+        with self._forgiving(opened.name), full_precision(opened.activation.device):
+            opened.finish()
+
+    @contextmanager
+    def _forgiving(self, name: str) -> Iterator[None]:
+        """Give errors the layer's name; leave the layer out where others are to go on."""
         try:
             with _named(name):
-                self._learn(name, input_of(module, args, kwargs))
+                yield
         except IPAError as error:
             if not self._keep_going:
                 raise
             self._handles.pop(name).remove()
             self._unfit[name] = str(error)
-
-    def _learn(self, name: str, activation: torch.Tensor) -> None:
-        reading = self._readings[name]
-        event = self._identities.number(activation), reading
-        self._ran[name] = activation.device
-        with full_precision(activation.device):
-            self._histories.see(name, event, partial(self._rows, activation, reading))
 
     def _rows(self, activation: torch.Tensor, reading: Reading) -> Rows:
         chosen = self._filter(activation, reading.leading(activation))
@@ -185,6 +213,35 @@ class Listener:
         if not self.rows:
             self.rows = int(rows.shape[0])
         return rows, weights
+
+
+@dataclass(frozen=True)
+class _Open:
+    """An update between its two halves, while the layer itself computes."""
+
+    name: str
+    activation: torch.Tensor
+    version: int
+    rest: Callable[[], None]
+    handle: torch.utils.hooks.RemovableHandle
+
+    def finish(self) -> None:
+        if _version(self.activation) != self.version:
+            raise LayerError(
+                "expected a layer that leaves its input as it is, got one that changes it in "
+                "place; leave it out of the targets"
+            )
+        self.rest()
+
+
+def _answers_late(device: torch.device) -> bool:
+    """Return whether the host can go on while the device computes."""
+    return device.type != "cpu"
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was changed in place, as far as torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 
 from ipa_core import Learner
 from ipa_torch.reading import Rows
@@ -20,10 +21,14 @@ class Node:
         self.convergence = convergence
         self.next: dict[Hashable, Node] = {}
 
-    def after(self, rows: Rows) -> Node:
-        """Return the history that one more input makes of this one, which stays as it is."""
+    def after(self, rows: Rows) -> tuple[Node, Callable[[], object]]:
+        """Return the history that one more input makes of this one, and what is left to do for it.
+
+        This one stays as it is.
+        """
         convergence = self.convergence and self.convergence.look(self.learner, *rows)
-        return Node(copy.copy(self.learner).update(*rows), convergence)
+        learner = copy.copy(self.learner)
+        return Node(learner, convergence), learner.begin_update(*rows)
 
 
 class Histories:
@@ -45,15 +50,32 @@ class Histories:
         self.at = {name: roots[rank] for name, rank in ranks.items()}
         self._left: list[Node] = []
 
-    def see(self, name: str, event: Hashable, rows: Callable[[], Rows]) -> None:
-        """Move a layer on by an input; ``rows`` computes its rows and weights, if needed."""
-        node = self.at[name]
+    def see(
+        self, name: str, event: Hashable, rows: Callable[[], Rows]
+    ) -> Callable[[], None] | None:
+        """Move a layer on by an input; ``rows`` computes its rows and weights, if needed.
+
+        What is returned, if this layer pays for learning, is the second half of that: to be called
+        before any other layer moves.
+        """
+        node, rest = self.at[name], None
         if event not in node.next:
-            reached = node.after(rows())
+            reached, finish = node.after(rows())
             if not node.next:
                 self._left.append(node)
             node.next[event] = reached
+            rest = partial(self._finish, name, node, event, finish)
         self.at[name] = node.next[event]
+        return rest
+
+    def _finish(self, name: str, node: Node, event: Hashable, finish: Callable[[], object]) -> None:
+        try:
+            finish()
+        except BaseException:
+            # Back to before: the next layer with this input finds out for itself.
+            del node.next[event]
+            self.at[name] = node
+            raise
 
     def end_batch(self) -> None:
         """Cut the ways that lead on: inputs of the next batch are others, old nodes can go."""

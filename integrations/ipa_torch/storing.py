@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, cast
 
@@ -145,9 +146,15 @@ class _Kept:
         self.samples = 0
         self.bytes = 0
 
-    def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Self:
+    def begin_update(
+        self, rows: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> Callable[[], Self]:
         """Keep rows and weights, by rebinding."""
-        kept = rows.to(self._dtype).cpu()
+        # A copy, even where nothing has to be converted: the model may change its input later.
+        kept = rows.to(device="cpu", dtype=self._dtype, copy=True)
+        return partial(self._keep, kept, weights)
+
+    def _keep(self, kept: torch.Tensor, weights: torch.Tensor | None) -> Self:
         if not bool(torch.isfinite(kept).all()):
             bad = int((~torch.isfinite(kept).all(1)).sum())
             raise NonFiniteError(

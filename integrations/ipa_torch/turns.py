@@ -39,9 +39,11 @@ class _Sizes:
     features: int | None = None
     samples = 0
 
-    def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Self:
+    def begin_update(
+        self, rows: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> Callable[[], Self]:
         self.features = int(rows.shape[-1])
-        return self
+        return lambda: self
 
 
 def turns_within(

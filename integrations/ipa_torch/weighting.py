@@ -69,9 +69,10 @@ class Selection:
     def on(self, device: torch.device) -> Chosen:
         """Return the places that count, None for all, and their weights, None for ones."""
         if device not in self._moved:
+            late = device.type != "cpu"  # a copy to the host has to be waited for
             self._moved[device] = (
-                None if self._index is None else self._index.to(device),
-                None if self._weights is None else self._weights.to(device),
+                None if self._index is None else self._index.to(device, non_blocking=late),
+                None if self._weights is None else self._weights.to(device, non_blocking=late),
             )
         return self._moved[device]
 

@@ -130,6 +130,46 @@ def test_a_whole_block_may_be_overwritten_afterwards(learner):
     np.testing.assert_array_equal(made.finalize().components, before)
 
 
+def test_an_update_in_two_halves(xp, learner):
+    x = np.random.default_rng(0).standard_normal((3000, 40)) / np.arange(1, 41)
+    batches = [xp.asarray(part) for part in np.split(x, [1000, 1900, 2950])]
+    whole, halves = learner(3), learner(3)
+    for batch in batches:
+        whole.update(batch)
+        image = frozen(halves)
+        finish = halves.begin_update(batch)
+        assert_frozen(halves, image)
+        assert finish() is halves
+    assert_frozen(halves, frozen(whole))
+
+
+def test_the_second_half_refuses_and_changes_nothing(xp, pupil):
+    image = frozen(pupil)
+    finish = pupil.begin_update(xp.asarray(np.full((3, 6), np.nan)))
+    with pytest.raises(NonFiniteError, match="3 of 3 rows"):
+        finish()
+    assert_frozen(pupil, image)
+
+
+def test_halves_may_cross(learner):
+    x = np.random.default_rng(0).standard_normal((6000, 40)) / np.arange(1, 41)
+    one, other, both = x[:5000], x[5000:5600], x[5600:]
+    crossed = learner(3).update(one)
+    finish = crossed.begin_update(other)
+    crossed.update(both)
+    finish()
+    straight = learner(3).update(one).update(both).update(other)
+    assert_frozen(crossed, frozen(straight))
+
+
+def test_an_update_of_its_own_is_refused():
+    with pytest.raises(TypeError, match="expected Own to override begin_update"):
+
+        class Own(RandomizedSVD):
+            def update(self, batch, weights=None):
+                return self
+
+
 def test_merge_refuses_strangers(learner):
     other = IncrementalPCA if learner is not IncrementalPCA else RandomizedSVD
     with pytest.raises(SettingError, match="to merge with"):

@@ -56,8 +56,8 @@ class SquaredWeights(ExactCovariance):
 class PaddingCounted(ExactCovariance):
     """Looks at rows of weight zero."""
 
-    def _bind(self, batch, weights):
-        return super()._bind(batch, None)
+    def begin_update(self, batch, weights=None):
+        return super().begin_update(batch, None)
 
 
 class ForgetsOther(IncrementalPCA):
@@ -86,10 +86,10 @@ class ScaleBlind(HebbianRule):
 class NoBlocks(IncrementalPCA):
     """Absorbs batches as they are cut, keeping no more than the rank."""
 
-    def _take(self, rows):
-        self.samples += rows.count
-        if rows.count:
-            self._absorb_block(self._xp, rows)
+    def _take(self, xp, run):
+        self.samples += run.count
+        if run.count:
+            self._absorb_block(xp, run.joined(xp))
 
     def _stack(self, xp, rows):
         super()._stack(xp, rows)

@@ -91,6 +91,21 @@ def test_padding_is_left_out_and_weights_are_kept(tmp_path):
     assert learned.samples == int((weights > 0).sum())
 
 
+def test_what_the_model_changes_later_is_stored_as_it_was(tmp_path):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8, dtype=torch.float16)
+
+        def forward(self, x):
+            x = x * 2
+            return x.add_(self.layer(x))
+
+    rows = torch.randn(20, 8).half()
+    store = store_activations(Residual(), [rows], tmp_path, progress=False)
+    assert np.array_equal(np.concatenate(list(store["layer"])), 2 * rows.numpy())
+
+
 def test_budget_is_kept(tmp_path):
     whole = store(tmp_path / "whole", runs.batches(10)).bytes
     for share in (0.3, 0.9):

@@ -118,9 +118,9 @@ class TestSharing:
         updates = []
 
         class Counting(ExactCovariance):
-            def update(self, batch, weights=None):
+            def begin_update(self, batch, weights=None):
                 updates.append(batch.shape)
-                return super().update(batch, weights)
+                return super().begin_update(batch, weights)
 
         quiet_fit(Transformer(), [{"input_ids": torch.randint(0, 20, (4, 9))}], 3, learner=Counting)
         assert len(updates) == 2 * 4  # qkv, out, up, down

@@ -1,0 +1,107 @@
+"""Devices that compute while the host goes on; a processor stands in for them."""
+
+import pytest
+import torch
+from torch import nn
+
+from ipa_core import IncrementalPCA, RandomizedSVD, _array
+from ipa_core.errors import NonFiniteError
+from ipa_torch import LayerError, fit_projectors, listening
+
+from .models import Transformer, decaying
+
+
+@pytest.fixture
+def late(monkeypatch):
+    monkeypatch.setattr(listening, "_answers_late", lambda device: True)
+
+
+def fit(model, batches, **options):
+    return fit_projectors(model, batches, 3, progress=False, **options)
+
+
+@pytest.mark.parametrize("learner", [IncrementalPCA, RandomizedSVD])
+def test_the_same_projectors_to_the_bit(monkeypatch, learner):
+    model = Transformer()
+    batches = [{"input_ids": torch.randint(0, 20, (16, 40))} for _ in range(6)]
+    at_once = fit(model, batches, learner=learner)
+    monkeypatch.setattr(listening, "_answers_late", lambda device: True)
+    after = fit(model, batches, learner=learner)
+    for name, projector in at_once.items():
+        assert torch.equal(projector.components, after[name].components)
+        assert projector.samples == after[name].samples
+
+
+def test_the_layer_computes_before_the_host_waits(late, monkeypatch):
+    events = []
+    on_host = _array.on_host
+
+    def read(array):
+        events.append("read")
+        return on_host(array)
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            events.append("computed")
+            return super().forward(x)
+
+    monkeypatch.setattr(_array, "on_host", read)
+    fit(nn.Sequential(Watched(64, 4)), decaying(600, 64).split(200))
+    by_batch = " ".join(events).split("computed")
+    assert len(by_batch) == 4
+    assert not by_batch[0]
+    assert all(set(part.split()) == {"read"} for part in by_batch[1:])
+
+
+def test_an_unfit_input_is_named_and_leaves_only_its_layers_out(late):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.one, self.other = (nn.Linear(12, 12) for _ in range(3))
+
+        def forward(self, x):
+            self.first(x)
+            x = x / 0
+            return self.one(x), self.other(x)
+
+    batches = decaying(60, 12).split(20)
+    with pytest.raises(NonFiniteError, match="layer 'one'"):
+        fit(Broken(), batches)
+    with pytest.warns(UserWarning, match="got none for 2"):
+        projectors = fit(Broken(), batches, on_error="return")
+    assert list(projectors) == ["first"]
+    assert projectors["first"].samples == 60
+    assert all("finite" in projectors.missing[name] for name in ("one", "other"))
+
+
+def test_a_forward_that_fails_leaves_no_hook(late):
+    class Failing(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("broken")
+
+    model = nn.Sequential(nn.Linear(12, 12), Failing(12, 4))
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(model, [decaying(20, 12)])
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)
+
+
+def test_an_input_that_its_layer_changes_is_refused(late):
+    class InPlace(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    with pytest.raises(LayerError, match="layer '0': expected a layer that leaves its input"):
+        fit(nn.Sequential(InPlace(12, 4)), [decaying(20, 12)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_batch_stops_a_cuda_device():
+    rows = decaying(40_000, 64).cuda()
+    learner = RandomizedSVD(3, oversample=13).update(rows[:20_000])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finish = learner.begin_update(rows[20_000:20_512])
+        finish()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert learner.samples == 20_512
