@@ -21,7 +21,7 @@ class ExactCovariance(Learner):
     and the eigen-decomposition in float64 where the library has it.
 
     Guarantee: exact. Time O(n d^2 + d^3), memory 8 d^2 bytes: the cheapest learner up to about 4r
-    features, the oracle above.
+    features (where `RandomizedSVD` does the same), the oracle above.
 
     References
     ----------
@@ -54,8 +54,7 @@ class ExactCovariance(Learner):
         return max(0.0, float(xp.linalg.trace(moment) - kept)) / seen._weight
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        product = rows.x.T @ rows.weigh(rows.x)
-        self._add(_array.cast(xp, product, _array.wide_dtype(xp, _array.device(product))))
+        self._add(rows.moment(xp))
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         self._add(other._moment)

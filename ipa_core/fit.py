@@ -52,7 +52,8 @@ def fit_projector(
     Notes
     -----
     Cost for n rows of d features with the default learner: time O(4 k n d) operations,
-    memory O(4 k d) numbers and one batch; k is 2r + 8, rounded up to a multiple of 16.
+    memory O(4 k d) numbers and one batch; k is 2r + 8, rounded up to a multiple of 16. Up to
+    2 k features no more than that for the exact second moment.
 
     Examples
     --------

@@ -14,6 +14,7 @@ from ipa_core._linalg import (
     nystrom_rows,
     orthonormal_columns,
     principal_rows,
+    top_eigh,
     truncate_rows,
 )
 from ipa_core._rows import Rows, Run, heads
@@ -27,6 +28,8 @@ _SEGMENTS = (8, 32, 128, 400)
 _BLOCK = 128
 # Widths of the sketch are multiples of this: products with 72 columns take as long as with 80.
 _COLUMNS = 16
+# Rows whose moment is summed in their own dtype, where the whole moment is kept.
+_TERMS = 2048
 # A block that misses this many times the usual share of its energy holds something new.
 _NOVEL = 2.0
 
@@ -60,8 +63,11 @@ class RandomizedSVD(Learner):
     usually does, of the block's own energy and of the usual one, ends the segment and is decomposed
     exactly, as the first block of all is.
 
+    Where there are at most 2k features, the whole second moment costs less than that, and is kept
+    instead: the result is then exact.
+
     Guarantee: bounded. Time two products, O(4 k d) for a row, and about a tenth on a long stream,
-    the check of the rows included; memory O(4 k d). With k >= features it is exact.
+    the check of the rows included; memory O(4 k d).
 
     Parameters
     ----------
@@ -101,7 +107,13 @@ class RandomizedSVD(Learner):
         "_watched",
         "_watched_weight",
     )
-    _arrays: ClassVar[tuple[str, ...]] = (*Learner._arrays, "_factor", "_basis", "_image")
+    _arrays: ClassVar[tuple[str, ...]] = (
+        *Learner._arrays,
+        "_factor",
+        "_basis",
+        "_image",
+        "_moment",
+    )
 
     def __init__(
         self, rank: int, *, oversample: int | None = None, center: bool = False, seed: int = 0
@@ -117,6 +129,7 @@ class RandomizedSVD(Learner):
         self._factor: Array = None  # F, closed segments
         self._basis: Array = None  # O / unit, open segment
         self._image: Array = None  # Y^T / unit, open segment
+        self._moment: Array = None  # the whole second moment, instead of all these
         self._unit = 1.0
         self._segments = 0
         self._segment_rows = 0
@@ -124,9 +137,14 @@ class RandomizedSVD(Learner):
         self._watched = 0.0
         self._watched_weight = 0.0
 
-    @cached_property
+    @property
     def _width(self) -> int:
-        return min(self.rank + self.oversample, int(self._template.shape[1]))
+        return self.rank + self.oversample
+
+    @cached_property
+    def _whole_moment(self) -> bool:
+        """Whether X^T X costs no more than X^T (X O)."""
+        return int(self._template.shape[1]) <= 2 * self._width
 
     @property
     def _spare(self) -> int:
@@ -153,8 +171,16 @@ class RandomizedSVD(Learner):
         self._absorb(xp, run)
 
     def _absorb(self, xp: Namespace, run: Run) -> None:
+        if self._whole_moment:
+            return self._add_moment(xp, run)
         while (done := self._absorb_some(xp, run)) < run.count:
             run = run.cut(done, run.count)
+
+    def _add_moment(self, xp: Namespace, run: Run) -> None:
+        for part in run.parts:
+            for start in range(0, part.count, _TERMS):
+                moment = part.cut(start, min(start + _TERMS, part.count)).moment(xp)
+                self._moment = moment if self._moment is None else self._moment + moment
 
     def _glance(self, xp: Namespace, parts: tuple[Array, ...]) -> Glance | None:
         """Look at what the open segment will take of the rows, if they turn out to be fit."""
@@ -209,6 +235,9 @@ class RandomizedSVD(Learner):
         return block.count
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
+        if self._whole_moment:
+            self._moment = self._moment + other._moment
+            return
         self._close(xp)
         other._close(xp)
         self._stack(xp, other._factor)
@@ -220,6 +249,9 @@ class RandomizedSVD(Learner):
         self._close(xp)
 
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
+        if self._whole_moment:
+            values, vectors = top_eigh(xp, self._moment, self.rank)
+            return vectors.T, values
         rows = self._factor
         if self._basis is not None:
             rows = xp.concat([rows, nystrom_rows(xp, self._basis, self._image)])

@@ -38,9 +38,15 @@ class Stream:
 
 @st.composite
 def streams(draw, max_features=24, full_rank=False, offset=True):
-    """Draw a stream; ``full_rank`` ones have a tail beyond the rank, so that excess is defined."""
-    features = draw(st.integers(2, max_features))
-    rank = draw(st.integers(1, max(1, features // 2)))
+    """Draw a stream; ``full_rank`` ones have a tail beyond the rank, so that excess is defined.
+
+    Half of them are wide beside their rank, so that `RandomizedSVD` has to sketch them.
+    """
+    if draw(st.booleans()):
+        features, rank = draw(st.integers(33, 64)), draw(st.integers(1, 4))
+    else:
+        features = draw(st.integers(2, max_features))
+        rank = draw(st.integers(1, max(1, features // 2)))
     least = features if full_rank else 1
     return Stream(
         features=features,

@@ -11,13 +11,13 @@ from tests.core import contract
 from tests.core.spectra import Stream
 
 STREAM = Stream(
-    features=12,
+    features=36,
     rank=3,
     rows=7000,
     decay=0.7,
     scale=1.0,
     offset=1.0,
-    effective=12,
+    effective=36,
     seed=3,
     cuts=(0.2, 0.2, 0.55),
 )
@@ -68,7 +68,7 @@ class ForgetsOther(IncrementalPCA):
 
 
 class WritesInPlace(RandomizedSVD):
-    """Adds to the image where it should rebind."""
+    """Changes the image where it should rebind."""
 
     def _absorb_rows(self, xp, rows):
         if self._image is not None:

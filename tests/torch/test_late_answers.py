@@ -22,7 +22,7 @@ def fit(model, batches, **options):
 
 @pytest.mark.parametrize("learner", [IncrementalPCA, RandomizedSVD])
 def test_the_same_projectors_to_the_bit(monkeypatch, learner):
-    model = Transformer()
+    model = Transformer(width=48)
     batches = [{"input_ids": torch.randint(0, 20, (16, 40))} for _ in range(6)]
     at_once = fit(model, batches, learner=learner)
     monkeypatch.setattr(listening, "_answers_late", lambda device: True)
