@@ -19,6 +19,9 @@ Namespace: TypeAlias = Any
 Device: TypeAlias = Any
 DType: TypeAlias = Any
 
+# Features up to which a symmetric matrix of an accelerator is decomposed on the host.
+_SMALL = 512
+
 
 def namespace(*arrays: Array) -> Namespace:
     """Return the array-API namespace that all ``arrays`` share."""
@@ -118,6 +121,27 @@ def on_its_way(array: Array) -> Callable[[], HostArray]:
 
         return read
     return partial(on_host, array)
+
+
+def eigh(xp: Namespace, matrix: Array) -> tuple[Array, Array]:
+    """Return eigenvalues, increasing, and eigenvectors of a symmetric matrix.
+
+    Small matrices of an accelerator are decomposed on the host: LAPACK and the transfer take less
+    time than the device's solvers, some of which fail on zeros and on equal eigenvalues.
+    """
+    if matrix.shape[0] > _SMALL or not _on_accelerator(matrix):
+        values, vectors = xp.linalg.eigh(matrix)
+        return values, vectors
+    found = np.linalg.eigh(to_numpy(matrix))
+    values, vectors = (from_numpy(xp, part, device(matrix), matrix.dtype) for part in found)
+    return values, vectors
+
+
+def _on_accelerator(array: Array) -> bool:
+    """Return whether an array is where torch and CuPy hand decompositions to other solvers."""
+    if array_api_compat.is_torch_array(array):
+        return bool(array.device.type != "cpu")
+    return bool(array_api_compat.is_cupy_array(array))
 
 
 def host_ones(count: int) -> HostArray:

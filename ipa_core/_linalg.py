@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipa_core._array import Array, Namespace, cast, device, wide_dtype
+from ipa_core._array import Array, Namespace, cast, device, eigh, wide_dtype
 
 
 def gram(xp: Namespace, rows: Array) -> Array:
@@ -17,7 +17,7 @@ def gram(xp: Namespace, rows: Array) -> Array:
 
 def top_eigh(xp: Namespace, matrix: Array, count: int) -> tuple[Array, Array]:
     """Return the ``count`` largest eigenvalues, decreasing, and their eigenvectors as columns."""
-    values, vectors = xp.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = eigh(xp, (matrix + matrix.T) / 2)
     leading = xp.flip(values)[:count]
     return xp.clip(leading, min=0.0), xp.flip(vectors, axis=1)[:, :count]
 

@@ -18,6 +18,7 @@ from ipa_core._rows import Rows, Run, join
 from ipa_core.errors import (
     EmptyStreamError,
     FileFormatError,
+    IPAError,
     RankError,
     SettingError,
 )
@@ -207,7 +208,11 @@ class Learner(ABC):
         Raises
         ------
         ArrayTypeError, ShapeError, RankError, WeightError
-            If the batch does not fit. NonFiniteError is raised by the second half.
+            If the batch does not fit.
+        NonFiniteError
+            By the second half, if it holds values that are not finite.
+        IPAError
+            By the second half, if something else was learned in between.
 
         Examples
         --------
@@ -223,8 +228,8 @@ class Learner(ABC):
             asked = accept(batch, weights, template)
             waiting = self._waiting(asked)
             glance = self._glance(asked.xp, (*(part.x for part in waiting), asked.x))
-        begun = self._pending, waiting, glance
-        return partial(self._finish_update, template, asked, begun)
+        begun = self.samples, self._template
+        return partial(self._finish_update, begun, template, asked, waiting, glance)
 
     def merge(self, other: Self) -> Self:
         """Return a new learner that has seen the rows of both; neither operand changes.
@@ -381,15 +386,22 @@ class Learner(ABC):
         return (join(asked.xp, parts),)
 
     def _finish_update(
-        self, template: Array, asked: Asked, begun: tuple[tuple[Rows, ...], tuple[Rows, ...], Any]
+        self,
+        begun: tuple[int, Array],
+        template: Array,
+        asked: Asked,
+        waiting: tuple[Rows, ...],
+        glance: Any,
     ) -> Self:
+        if self.samples != begun[0] or self._template is not begun[1]:
+            raise IPAError(
+                "expected the second half of an update before anything else is learned, got other "
+                "rows in between; call what begin_update returned first"
+            )
         before = self.__dict__.copy()
-        pending, waiting, glance = begun
         try:
             with _array.silent():
                 rows = asked.answered()
-            if self._pending is not pending:  # something else was learned in between
-                waiting, glance = self._waiting(asked), None
             self._template = template
             self._take(asked.xp, Run((*waiting, rows), glance))
         except BaseException:

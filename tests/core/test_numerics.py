@@ -159,3 +159,18 @@ def test_without_float64(monkeypatch):
         assert excess(x, plain) < 0.01
         hard = cls(RANK).update(torch.as_tensor(outlier)).finalize()
         assert excess(outlier, hard) < 0.05
+
+
+def test_accelerators_leave_small_decompositions_to_the_host(monkeypatch, learner):
+    torch = pytest.importorskip("torch")
+    from array_api_compat import torch as xp
+
+    from ipa_core import _array
+
+    x = spectrum_rows()
+    plain = fitted(xp, learner, x, "float32")
+    monkeypatch.setattr(_array, "_on_accelerator", lambda array: True)
+    monkeypatch.setattr(xp.linalg, "eigh", None)
+    projector = fitted(xp, learner, x, "float32")
+    assert projector.components.dtype == torch.float32
+    assert oracle.angle(plain.components, projector.components) < 1e-3
