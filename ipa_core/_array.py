@@ -111,7 +111,7 @@ def on_its_way(array: Array) -> Callable[[], HostArray]:
     if array_api_compat.is_torch_array(array) and array.is_cuda:
         import torch
 
-        host = torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
+        host = torch.empty(array.shape, dtype=array.dtype, device="cpu", pin_memory=True)
         host.copy_(array.detach(), non_blocking=True)
         arrived = torch.cuda.current_stream(array.device).record_event()
 

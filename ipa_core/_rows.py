@@ -11,12 +11,9 @@ from ipa_core._array import (
     HostArray,
     Namespace,
     ask_squares,
-    cast,
-    device,
     host_concat,
     host_ones,
     on_host,
-    wide_dtype,
 )
 
 
@@ -64,19 +61,6 @@ class Rows:
     def scaled(self, xp: Namespace) -> Array:
         """Return the rows times the roots of their weights: what an unweighted rule may take."""
         return self.x if self.weights is None else self.x * xp.sqrt(self.weights)[:, None]
-
-    def moment(self, xp: Namespace) -> Array:
-        """Return X^T W X (features, features) in float64 where there is one.
-
-        The product is taken in the dtype of the rows: over many thousands of them it would lose
-        digits.
-        """
-        x, unit = self.x, 1.0
-        if self.energy() > float(xp.finfo(x.dtype).max):
-            unit = self.unit()
-            x = x / unit
-        product = x.T @ self.weigh(x)
-        return cast(xp, product, wide_dtype(xp, device(product))) * unit**2
 
     def total_weight(self) -> float:
         return float(self.masses.sum())

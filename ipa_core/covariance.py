@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 from ipa_core import _array
 from ipa_core._array import Array, Namespace
-from ipa_core._linalg import top_eigh
+from ipa_core._linalg import gram, top_eigh
 from ipa_core._rows import Rows
 from ipa_core.learner import Guarantee, Learner
 from ipa_core.projector import Projector
@@ -17,8 +17,8 @@ class ExactCovariance(Learner):
 
     .. math:: C = \sum_i w_i x_i x_i^\top, \qquad P = \text{leading eigenvectors of } C.
 
-    Products are taken in the dtype of the rows (float32 at least) over blocks of 2,048 rows, sums
-    and the eigen-decomposition in float64 where the library has it.
+    Products, sums and the eigen-decomposition are float64 where the library has it: in float32 a
+    mean a thousand times the rest would cost a fifth of the error.
 
     Guarantee: exact. Time O(n d^2 + d^3), memory 8 d^2 bytes: the cheapest learner up to about 4r
     features (where `RandomizedSVD` does the same), the oracle above.
@@ -54,7 +54,7 @@ class ExactCovariance(Learner):
         return max(0.0, float(xp.linalg.trace(moment) - kept)) / seen._weight
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        self._add(rows.moment(xp))
+        self._add(gram(xp, rows.scaled(xp).T))
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         self._add(other._moment)

@@ -53,7 +53,7 @@ def fit_projector(
     -----
     Cost for n rows of d features with the default learner: time O(4 k n d) operations,
     memory O(4 k d) numbers and one batch; k is 2r + 8, rounded up to a multiple of 16. Up to
-    2 k features no more than that for the exact second moment.
+    2 k features the exact second moment is kept instead, for about as much.
 
     Examples
     --------

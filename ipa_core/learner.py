@@ -411,14 +411,13 @@ class Learner(ABC):
 
     def _take(self, xp: Namespace, run: Run) -> None:
         """Cut rows into blocks of the fixed size, whole ones as views; the rest waits."""
-        self.samples += run.parts[-1].count
-        whole = self._whole(run.count)
-        if whole:
+        new = run.parts[-1]
+        self.samples += new.count
+        if whole := self._whole(run.count):
             self._absorb_run(xp, run.cut(0, whole))
-        rest = run.cut(whole, run.count).parts
-        if rest and rest[-1].count:
-            rest = (*rest[:-1], rest[-1].own(xp))
-        self._pending = rest
+            self._pending = tuple(rest.own(xp) for rest in run.cut(whole, run.count).parts)
+        elif new.count:
+            self._pending = (*run.parts[:-1], new.own(xp))
 
     def _whole(self, count: int) -> int:
         """Return how many of so many rows are in whole blocks."""

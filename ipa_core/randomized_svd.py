@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from ipa_core import _array
 from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._linalg import (
+    gram,
     nystrom_rows,
     orthonormal_columns,
     principal_rows,
@@ -28,8 +29,6 @@ _SEGMENTS = (8, 32, 128, 400)
 _BLOCK = 128
 # Widths of the sketch are multiples of this: products with 72 columns take as long as with 80.
 _COLUMNS = 16
-# Rows whose moment is summed in their own dtype, where the whole moment is kept.
-_TERMS = 2048
 # A block that misses this many times the usual share of its energy holds something new.
 _NOVEL = 2.0
 
@@ -38,7 +37,6 @@ _NOVEL = 2.0
 class Glance:
     """What a basis sees of rows, in their pieces; the squared lengths are on their way."""
 
-    basis: Array
     seen: tuple[Array, ...]
     squares: tuple[Callable[[], HostArray], ...]
 
@@ -63,8 +61,8 @@ class RandomizedSVD(Learner):
     usually does, of the block's own energy and of the usual one, ends the segment and is decomposed
     exactly, as the first block of all is.
 
-    Where there are at most 2k features, the whole second moment costs less than that, and is kept
-    instead: the result is then exact.
+    Where there are at most 2k features, the whole second moment costs about as much or less, and is
+    kept instead, in float64 where there is one: the result is then exact.
 
     Guarantee: bounded. Time two products, O(4 k d) for a row, and about a tenth on a long stream,
     the check of the rows included; memory O(4 k d).
@@ -96,7 +94,6 @@ class RandomizedSVD(Learner):
     """
 
     guarantee = Guarantee("bounded", 0.05)
-    _takes_runs = True
     _settings: ClassVar[tuple[str, ...]] = (*Learner._settings, "oversample")
     _numbers: ClassVar[tuple[str, ...]] = (
         *Learner._numbers,
@@ -143,7 +140,7 @@ class RandomizedSVD(Learner):
 
     @cached_property
     def _whole_moment(self) -> bool:
-        """Whether X^T X costs no more than X^T (X O)."""
+        """Whether X^T X takes no more operations than X O and X^T (X O)."""
         return int(self._template.shape[1]) <= 2 * self._width
 
     @property
@@ -178,9 +175,8 @@ class RandomizedSVD(Learner):
 
     def _add_moment(self, xp: Namespace, run: Run) -> None:
         for part in run.parts:
-            for start in range(0, part.count, _TERMS):
-                moment = part.cut(start, min(start + _TERMS, part.count)).moment(xp)
-                self._moment = moment if self._moment is None else self._moment + moment
+            moment = gram(xp, part.scaled(xp).T)
+            self._moment = moment if self._moment is None else self._moment + moment
 
     def _glance(self, xp: Namespace, parts: tuple[Array, ...]) -> Glance | None:
         """Look at what the open segment will take of the rows, if they turn out to be fit."""
@@ -192,7 +188,7 @@ class RandomizedSVD(Learner):
     def _look(self, xp: Namespace, parts: tuple[Array, ...]) -> Glance:
         seen = tuple(part @ self._basis for part in parts)
         squares = tuple(_array.ask_squares(xp, part) for part in seen)
-        return Glance(self._basis, seen, squares)
+        return Glance(seen, squares)
 
     def _absorb_some(self, xp: Namespace, run: Run) -> int:
         """Absorb the first block exactly, or familiar ones in a segment; return how many rows."""
@@ -204,7 +200,7 @@ class RandomizedSVD(Learner):
         ends = self._ends(run)[: self._space() // self._block_rows]
         glance = run.glance
         run = run.cut(0, ends[-1])
-        if glance is None or glance.basis is not self._basis:
+        if glance is None:
             glance = self._look(xp, tuple(part.x for part in run.parts))
         known = self._familiar(xp, run, glance.caught(), ends, opening)
         if not known:

@@ -99,9 +99,11 @@ class Listener:
             with watch:
                 yield
         finally:
-            self._settle()
-            self._histories.end_batch()
-            self._identities.clear()
+            try:
+                self._settle()
+            finally:
+                self._histories.end_batch()
+                self._identities.clear()
         if weighted is not None:
             self.rows = weighted
         self._stop_layers()
@@ -168,6 +170,8 @@ class Listener:
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._settle()
+        if name in self._unfit:  # found out by settling, in a model that went on all the same
+            return
         with self._forgiving(name):
             activation = input_of(module, args, kwargs)
             with full_precision(activation.device):

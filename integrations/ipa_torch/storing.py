@@ -149,7 +149,7 @@ class _Kept:
     def begin_update(
         self, rows: torch.Tensor, weights: torch.Tensor | None = None
     ) -> Callable[[], Self]:
-        """Keep rows and weights, by rebinding."""
+        """Copy the rows; they are checked and kept, by rebinding, in the second half."""
         # A copy, even where nothing has to be converted: the model may change its input later.
         kept = rows.to(device="cpu", dtype=self._dtype, copy=True)
         return partial(self._keep, kept, weights)

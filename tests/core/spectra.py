@@ -37,12 +37,12 @@ class Stream:
 
 
 @st.composite
-def streams(draw, max_features=24, full_rank=False, offset=True):
+def streams(draw, max_features=24, full_rank=False, offset=True, wide=False):
     """Draw a stream; ``full_rank`` ones have a tail beyond the rank, so that excess is defined.
 
-    Half of them are wide beside their rank, so that `RandomizedSVD` has to sketch them.
+    ``wide`` ones have so many features beside their rank that `RandomizedSVD` has to sketch them.
     """
-    if draw(st.booleans()):
+    if wide:
         features, rank = draw(st.integers(33, 64)), draw(st.integers(1, 4))
     else:
         features = draw(st.integers(2, max_features))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipa_core import HebbianRule, ReconstructionAutoencoder
+from ipa_core import HebbianRule, RandomizedSVD, ReconstructionAutoencoder
 from tests.core import contract
 from tests.core.spectra import streams
 
@@ -23,6 +23,12 @@ def law(request):
 @given(stream=streams(), dtype=dtypes)
 def test_law(xp, factory, law, stream, dtype):
     law(xp, factory, stream, dtype)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@given(stream=streams(wide=True), dtype=dtypes)
+def test_law_of_the_sketch(xp, center, law, stream, dtype):
+    law(xp, partial(RandomizedSVD, center=center), stream, dtype)
 
 
 @given(stream=streams(), dtype=dtypes)
