@@ -25,7 +25,7 @@ def accept(batch: Array, weights: Array | None, template: Array) -> Asked:
     Rows of weight zero are dropped before anything else, whatever they hold; weights that are all
     one are forgotten.
     """
-    xp = _match(batch, template)
+    xp = match(batch, template)
     count = math.prod(batch.shape[:-1])
     x, masses = xp.reshape(_array.detached(batch), (count, batch.shape[-1])), None
     if weights is not None:
@@ -76,7 +76,7 @@ def _form_of(batch: Array) -> tuple[Namespace, int]:
     return xp, int(batch.shape[-1])
 
 
-def _match(batch: Array, template: Array) -> Namespace:
+def match(batch: Array, template: Array) -> Namespace:
     xp, features = _form_of(batch)
     if features != template.shape[1]:
         raise ShapeError(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self, final
 
 from ipa_core import _array
 from ipa_core._array import Array, Namespace
-from ipa_core._batch import Asked, accept, template_of
+from ipa_core._batch import Asked, accept, match, template_of
 from ipa_core._linalg import fixed_basis
 from ipa_core._rows import Rows, Run, join
 from ipa_core.errors import (
@@ -480,4 +480,4 @@ class Learner(ABC):
                     f"and {getattr(other, name)!r}"
                 )
         if self._template is not None and other._template is not None:
-            accept(other._template, None, self._template)
+            match(other._template, self._template)

@@ -29,6 +29,8 @@ _SEGMENTS = (8, 32, 128, 400)
 _BLOCK = 128
 # Widths of the sketch are multiples of this: products with 72 columns take as long as with 80.
 _COLUMNS = 16
+# Blocks of the energy of one that an image has to have room for: more than a segment has.
+_ROOM = 2.0**12
 # A block that misses this many times the usual share of its energy holds something new.
 _NOVEL = 2.0
 
@@ -186,8 +188,9 @@ class RandomizedSVD(Learner):
         return self._look(xp, heads(parts, min(count, self._space()))) if count else None
 
     def _look(self, xp: Namespace, parts: tuple[Array, ...]) -> Glance:
-        seen = tuple(part @ self._basis for part in parts)
-        squares = tuple(_array.ask_squares(xp, part) for part in seen)
+        with _array.silent():  # what overflows here is too large for this segment, see _familiar
+            seen = tuple(part @ self._basis for part in parts)
+            squares = tuple(_array.ask_squares(xp, part) for part in seen)
         return Glance(seen, squares)
 
     def _absorb_some(self, xp: Namespace, run: Run) -> int:
@@ -263,7 +266,10 @@ class RandomizedSVD(Learner):
         energies, masses = run.energies(), run.masses
         missed_rows = energies - caught * masses * self._unit**2
         sums = (_array.group_sums(values, ends) for values in (energies, missed_rows, masses))
-        rounding = 100 * float(xp.finfo(self._basis.dtype).eps)
+        limits = xp.finfo(self._basis.dtype)
+        rounding = 100 * float(limits.eps)
+        # The image holds energies over the unit. Rows too large for that need another unit.
+        most = float(limits.max) / _ROOM * self._unit
         begin = 0
         for end, energy, missed, weight in zip(ends, *sums, strict=True):
             # The basis was chosen on its first block, which therefore says nothing about novelty.
@@ -273,7 +279,8 @@ class RandomizedSVD(Learner):
                 # A few huge rows carry most of the energy of some layers. A block without them
                 # misses a large share of its own energy, but of nothing that matters.
                 mean = self._watched / self._watched_weight if self._watched_weight else 0.0
-                if missed > (_NOVEL * usual + rounding) * max(energy, mean * weight):
+                new = missed > (_NOVEL * usual + rounding) * max(energy, mean * weight)
+                if new or energy > most:
                     return begin
                 self._missed += missed
                 self._watched += energy

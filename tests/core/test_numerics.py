@@ -54,6 +54,14 @@ def test_rows_whose_sums_leave_the_range(xp, learner):
     assert excess(x, fitted(xp, learner, x, "float32")) < allowed(learner)
 
 
+def test_rows_that_outgrow_the_first(xp, learner):
+    if learner.guarantee.kind == "statistical":
+        pytest.skip("a statistical rule is for streams that do not drift")
+    x = spectrum_rows()
+    x[1000:] *= 5e18 / np.abs(x).max()
+    assert excess(x, fitted(xp, learner, x, "float32")) < allowed(learner)
+
+
 def test_outlier_coordinate(xp, learner):
     x = spectrum_rows()
     x[:, 7] *= 1000
