@@ -60,7 +60,8 @@ def by_hand(layer, x):
 def excess(projector, rows):
     """Error of rebuilding the rows over the least possible one, less one, in float64."""
     x = rows.double().numpy()
-    components = projector.components.double().numpy()
+    # Of the span: rows of float32 have lengths that are one to rounding only.
+    components = np.linalg.qr(projector.components.double().numpy().T)[0].T
     scatter = x.T @ x
     lost = np.trace(scatter) - np.trace(components @ scatter @ components.T)
     least = np.linalg.eigvalsh(scatter)[: -projector.rank].sum()
