@@ -77,6 +77,7 @@ def _form_of(batch: Array) -> tuple[Namespace, int]:
 
 
 def match(batch: Array, template: Array) -> Namespace:
+    """Return a batch's library, or refuse it if features, library or device are others."""
     xp, features = _form_of(batch)
     if features != template.shape[1]:
         raise ShapeError(

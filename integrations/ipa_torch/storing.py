@@ -151,7 +151,7 @@ class _Kept:
     ) -> Callable[[], Self]:
         """Copy the rows; they are checked and kept, by rebinding, in the second half."""
         # A copy, even where nothing has to be converted: the model may change its input later.
-        kept = rows.to(device="cpu", dtype=self._dtype, copy=True)
+        kept = rows.to(self._dtype, copy=True).cpu()
         return partial(self._keep, kept, weights)
 
     def _keep(self, kept: torch.Tensor, weights: torch.Tensor | None) -> Self:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ipa_core.errors import ShapeError
+from ipa_torch.feeding import on_device
 from ipa_torch.identity import Key, storage_of
 from ipa_torch.reading import Chosen
 
@@ -69,11 +70,7 @@ class Selection:
     def on(self, device: torch.device) -> Chosen:
         """Return the places that count, None for all, and their weights, None for ones."""
         if device not in self._moved:
-            late = device.type != "cpu"  # a copy to the host has to be waited for
-            self._moved[device] = (
-                None if self._index is None else self._index.to(device, non_blocking=late),
-                None if self._weights is None else self._weights.to(device, non_blocking=late),
-            )
+            self._moved[device] = on_device(self._index, device), on_device(self._weights, device)
         return self._moved[device]
 
 

@@ -1,5 +1,7 @@
 """Devices that compute while the host goes on; a processor stands in for them."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,27 @@ def test_a_forward_that_fails_leaves_no_hook(late):
     with pytest.raises(RuntimeError, match="broken"):
         fit(model, [decaying(20, 12)])
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)
+
+
+def test_an_unfit_layer_that_the_model_calls_again_stays_out(late):
+    class Fragile(nn.Linear):
+        def forward(self, x):
+            raise ValueError("broken")
+
+    class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = Fragile(12, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            for _ in range(2):
+                with contextlib.suppress(ValueError):
+                    self.one(x / 0)
+            return self.two(x)
+
+    with pytest.warns(UserWarning, match="'one'"):
+        projectors = fit(Stubborn(), [decaying(20, 12)], on_error="return")
+    assert list(projectors) == ["two"]
 
 
 def test_an_input_that_its_layer_changes_is_refused(late):
