@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
-from ipa_core import Projector, RandomizedSVD, on_dask
+from ipa_core import Projector, RandomizedSVD, dask_backend
 
 FEATURES, SHARD_ROWS = 4096, 16_384
 PACKAGES = ["dask", "distributed", "ipa-projectors", "numpy"]
@@ -151,7 +151,7 @@ def learn(paths: list[Path], rank: int) -> tuple[Clock, dict[str, Any]]:
         idle = client.run(peak)
         evict(paths)
         with Clock(client) as clock:
-            projector = on_dask.fit_projector(paths, rank)
+            projector = dask_backend.fit_projector(paths, rank)
         peaks = client.run(peak)
     return clock, {
         "peak_bytes_a_worker": max(peaks.values()),

@@ -18,9 +18,9 @@ from torch import nn
 
 import ipa_timm
 from benchmarks import record
-from ipa_timm.heads import head_parameters
+from ipa_timm.classifier import head_parameters
 from ipa_torch import LayerError, Projectors
-from ipa_torch.wrapping import wrapped
+from ipa_torch._adapters.replace import wrapped
 
 CLASSES = 3
 RANK = 4

@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks import assets, floor, record
 from ipa_core import ExactCovariance, Learner, Projector, RandomizedSVD
 from ipa_torch import Projectors, fit_projectors, select_layers
-from ipa_torch.targets import Targets
+from ipa_torch._layers.targets import Targets
 
 RANK = 16
 THREADS = 2

@@ -2,8 +2,6 @@
 
 from importlib.metadata import version as _version
 
-from ipa_core.autoencoder import ReconstructionAutoencoder
-from ipa_core.covariance import ExactCovariance
 from ipa_core.errors import (
     ArrayTypeError,
     EmptyStreamError,
@@ -18,15 +16,17 @@ from ipa_core.errors import (
     WeightError,
 )
 from ipa_core.fit import fit_projector
-from ipa_core.hebbian import HebbianRule
-from ipa_core.incremental_pca import IncrementalPCA
-from ipa_core.learner import Guarantee, Learner
+from ipa_core.io.activation_store import ActivationStore
+from ipa_core.io.serialization import load, load_state, save, save_state
+from ipa_core.learners.autoencoder import ReconstructionAutoencoder
+from ipa_core.learners.base import Guarantee, Learner
+from ipa_core.learners.covariance import ExactCovariance
+from ipa_core.learners.hebbian import HebbianRule
+from ipa_core.learners.incremental_pca import IncrementalPCA
+from ipa_core.learners.randomized_svd import RandomizedSVD
+from ipa_core.metrics import effective_rank, excess_error, principal_angles, rank_for
 from ipa_core.projector import Projector
-from ipa_core.quality import effective_rank, excess_error, principal_angles, rank_for
-from ipa_core.randomized_svd import RandomizedSVD
-from ipa_core.ranks import allocate_ranks
-from ipa_core.storage import load, load_state, save, save_state
-from ipa_core.store import ActivationStore
+from ipa_core.rank_allocation import allocate_ranks
 
 __version__ = _version("ipa-projectors")
 

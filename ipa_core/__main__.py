@@ -30,7 +30,7 @@ from ipa_core import (
 )
 from ipa_core._array import Array, to_numpy
 from ipa_core.errors import StreamError
-from ipa_core.streams import iterate
+from ipa_core.io.streams import iterate
 
 LEARNERS: dict[str, type[Learner]] = {
     "covariance": ExactCovariance,

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ipa_core.errors import IPAError, StreamError, with_context
-from ipa_core.learner import Learner
+from ipa_core.io.streams import ActivationStream, is_one_shot, iterate
+from ipa_core.learners.base import Learner
+from ipa_core.learners.randomized_svd import RandomizedSVD
 from ipa_core.projector import Projector
-from ipa_core.randomized_svd import RandomizedSVD
-from ipa_core.streams import ActivationStream, is_one_shot, iterate
 
 
 def fit_projector(
@@ -27,8 +27,8 @@ def fit_projector(
     activation_stream : array, iterable of batches, or path
         An array (..., features), a Dask array too; an iterable of batches, of pairs (batch,
         weights) or of paths, for example a list, a generator or a torch ``DataLoader``; a ``.npy``,
-        ``.safetensors`` or ``.zarr`` file or a folder of them. See `ipa_core.streams`. A Dask array
-        is learned on its cluster, as are shards with `ipa_core.on_dask.fit_projector`.
+        ``.safetensors`` or ``.zarr`` file or a folder of them. See `ipa_core.io.streams`. A Dask
+        array is learned on its cluster, as are shards with `ipa_core.dask_backend.fit_projector`.
     rank : int
         Number of directions, between 1 and the number of features.
     learner : callable, default `RandomizedSVD`
@@ -65,9 +65,9 @@ def fit_projector(
     """
     if hasattr(activation_stream, "__dask_graph__"):
         # Dask is imported only where the caller has done so.
-        from ipa_core import on_dask
+        from ipa_core import dask_backend
 
-        return on_dask.fit_projector(activation_stream, rank, learner=learner)
+        return dask_backend.fit_projector(activation_stream, rank, learner=learner)
     pupil = learner(rank)
     if pupil.passes > 1 and is_one_shot(activation_stream):
         raise StreamError(

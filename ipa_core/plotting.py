@@ -9,8 +9,8 @@ from typing import Any
 
 from ipa_core._array import to_numpy
 from ipa_core.errors import MissingDependencyError, ShapeError
+from ipa_core.metrics import principal_angles
 from ipa_core.projector import Projector
-from ipa_core.quality import principal_angles
 
 
 def scree(projectors: Projector | Mapping[str, Projector]) -> Any:

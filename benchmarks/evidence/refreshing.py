@@ -13,7 +13,7 @@ from benchmarks.evidence.projections import (
     of_rows,
     second_moments,
 )
-from ipa_hf.layers import adapted_layers, matrices
+from ipa_hf.lora_layers import adapted_layers, matrices
 from ipa_torch import energy_scale
 
 

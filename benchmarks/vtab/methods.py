@@ -8,7 +8,7 @@ from torch import nn
 
 import ipa_timm
 from ipa_core import Projector
-from ipa_timm.heads import head_parameters
+from ipa_timm.classifier import head_parameters
 
 RANK = 8
 

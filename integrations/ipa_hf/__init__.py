@@ -11,14 +11,14 @@ except ModuleNotFoundError as error:
         "install them with pip install 'ipa-projectors[hf]'"
     ) from error
 
-from ipa_hf.adapters import get_ipa_model, initialize
 from ipa_hf.callback import OnlineCallback
 from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
-from ipa_hf.ranks import match_ranks
-from ipa_hf.storage import load
+from ipa_hf.initialize import get_ipa_model, initialize
+from ipa_hf.label_mask import causal_label_mask
+from ipa_hf.load import load
+from ipa_hf.rank_pattern import match_ranks
 from ipa_hf.targets import default_targets
-from ipa_hf.weights import causal_label_mask
 
 __all__ = [
     "OnlineCallback",

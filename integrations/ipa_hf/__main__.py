@@ -15,9 +15,9 @@ from peft import LoraConfig, TaskType
 
 from ipa_core import __version__
 from ipa_core.errors import IPAError
-from ipa_hf.adapters import get_ipa_model
-from ipa_hf.record import AdapterRecord
-from ipa_hf.samples import Samples
+from ipa_hf.adapter_metadata import AdapterRecord
+from ipa_hf.calibration_data import Samples
+from ipa_hf.initialize import get_ipa_model
 from ipa_torch import Checkpoints
 
 #: How often the command writes down where learning stands.

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from ipa_core.errors import SettingError
-from ipa_hf.layers import adapted_layers, lora_config, matrices, takes_projection
+from ipa_hf.lora_layers import adapted_layers, lora_config, matrices, takes_projection
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
-from ipa_hf.layers import adapted_layers, lora_config, matrices, takes_projection
+from ipa_hf.lora_layers import adapted_layers, lora_config, matrices, takes_projection
 
 
 def freeze_projections(

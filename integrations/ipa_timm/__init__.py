@@ -11,10 +11,10 @@ except ModuleNotFoundError as error:
         f"ipa_timm needs {error.name}; install it with: pip install 'ipa-projectors[timm]'"
     ) from error
 
-from ipa_timm.adapting import adapt, attach, detach, merge
-from ipa_timm.fitting import fit_projectors
-from ipa_timm.images import prepare
-from ipa_timm.storage import load, save
+from ipa_timm.adapters import adapt, attach, detach, merge
+from ipa_timm.fit import fit_projectors
+from ipa_timm.preprocessing import prepare
+from ipa_timm.serialization import load, save
 from ipa_timm.targets import default_targets
 
 __all__ = [

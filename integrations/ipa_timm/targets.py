@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from torch import nn
 
 from ipa_core.errors import IPAError
-from ipa_timm.heads import heads_of
-from ipa_torch.adapted import features_of
+from ipa_timm.classifier import heads_of
+from ipa_torch._layers.matmul_view import Convolution, reading_of
+from ipa_torch._layers.sizes import features_of
+from ipa_torch._layers.targets import Targets, is_linear, select_layers
+from ipa_torch._layers.unwrap import layer_of
 from ipa_torch.errors import LayerError
-from ipa_torch.reading import Convolution, reading_of
-from ipa_torch.targets import Targets, is_linear, select_layers
-from ipa_torch.wrapping import layer_of
 
 _TRANSFORMER = (
     r"(.+\.)?blocks\.\d+\.(attn|mlp)\.(qkv|q_proj|k_proj|v_proj|proj|fc1|fc1_g|fc1_x|fc2|w12|w3)"

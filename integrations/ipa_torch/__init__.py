@@ -10,8 +10,8 @@ except ModuleNotFoundError as error:
         f"ipa_torch needs {error.name}; install it with: pip install 'ipa-projectors[torch]'"
     ) from error
 
-from ipa_torch.adapted import Adapted
-from ipa_torch.adapters import (
+from ipa_torch._adapters.layer import Adapted
+from ipa_torch._adapters.model import (
     adapters_of,
     attach,
     detach,
@@ -20,20 +20,20 @@ from ipa_torch.adapters import (
     set_adapter,
     unmerge,
 )
-from ipa_torch.checkpointing import Checkpoints
-from ipa_torch.damping import DampedGradientSketch
+from ipa_torch._adapters.online import OnlineLearning
+from ipa_torch._adapters.projection import Projection, energy_scale
+from ipa_torch._adapters.state_dict import adapter_state_dict, load_adapter_state_dict
+from ipa_torch._capture.row_weights import attention_mask
+from ipa_torch._fit.activation_store import store_activations
+from ipa_torch._fit.checkpoint import Checkpoints
+from ipa_torch._fit.fit import fit_projectors
+from ipa_torch._fit.memory import learner_bytes
+from ipa_torch._gradient.damped_sketch import DampedGradientSketch
+from ipa_torch._gradient.fit import fit_gradient_projectors
+from ipa_torch._gradient.sketch import GradientSketch
+from ipa_torch._layers.targets import select_layers
 from ipa_torch.errors import LayerError, PeerError
-from ipa_torch.fit import fit_projectors
-from ipa_torch.gradient import fit_gradient_projectors
-from ipa_torch.memory import learner_bytes
-from ipa_torch.online import OnlineLearning
-from ipa_torch.projection import Projection, energy_scale
 from ipa_torch.projectors import Projectors
-from ipa_torch.saving import adapter_state_dict, load_adapter_state_dict
-from ipa_torch.sketch import GradientSketch
-from ipa_torch.storing import store_activations
-from ipa_torch.targets import select_layers
-from ipa_torch.weighting import attention_mask
 
 __all__ = [
     "Adapted",

@@ -5,8 +5,8 @@ import pytest
 
 from ipa_core import ExactCovariance, HebbianRule, IncrementalPCA, IPAError, RandomizedSVD
 from ipa_core._array import cast, wide_dtype
-from ipa_core._rows import Rows
-from ipa_core.learner import Learner
+from ipa_core.learners._row_blocks import Rows
+from ipa_core.learners.base import Learner
 from tests.core import contract
 from tests.core.spectra import Stream
 

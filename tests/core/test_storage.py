@@ -14,8 +14,8 @@ from ipa_core import (
     load_state,
     save,
     save_state,
-    storage,
 )
+from ipa_core.io import serialization
 from tests.core.contract import assert_frozen, frozen
 
 X = np.random.default_rng(0).standard_normal((300, 6)).astype("float32")
@@ -77,7 +77,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, projector, monkeypatch)
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage.os, "replace", interrupt)
+    monkeypatch.setattr(serialization.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(fit_projector(2 * X, 3), path)
     assert same(load(path), projector)
@@ -89,7 +89,7 @@ def test_other_kinds_and_versions_are_refused(tmp_path, projector, monkeypatch):
     save(projector, path)
     with pytest.raises(FileFormatError, match="expected format 'ipa-learner-state'"):
         load_state(path)
-    monkeypatch.setattr(storage, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(serialization, "FORMAT_VERSION", 2)
     save(projector, path)
     monkeypatch.undo()
     with pytest.raises(FileFormatError, match="version 1, got '2'; update ipa-projectors"):

@@ -16,8 +16,8 @@ from ipa_core import (
     ReconstructionAutoencoder,
     StreamError,
     fit_projector,
-    streams,
 )
+from ipa_core.io import streams
 from tests.core import oracle
 
 X = np.random.default_rng(0).standard_normal((20_000, 5)).astype("float32") * [5, 4, 3, 2, 1]

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 
 import ipa_hf
 from ipa_core.errors import IPAError
-from ipa_hf.layers import adapted_layers, matrices, takes_projection
+from ipa_hf.lora_layers import adapted_layers, matrices, takes_projection
 
 KEPT = ("save", "load", "merge", "mixed", "disable", "delete")
 HUB = {  # their models are on a hub

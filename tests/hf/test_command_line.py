@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ipa_hf import __main__
 from ipa_hf.__main__ import main
-from ipa_hf.record import AdapterRecord, LayerRecord
+from ipa_hf.adapter_metadata import AdapterRecord, LayerRecord
 
 from .models import make, outputs, text_batches
 

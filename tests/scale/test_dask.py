@@ -24,7 +24,7 @@ from tests.scale import runs
 
 da = pytest.importorskip("dask.array")
 distributed = pytest.importorskip("distributed")
-on_dask = pytest.importorskip("ipa_core.on_dask")
+dask_backend = pytest.importorskip("ipa_core.dask_backend")
 
 
 SPECTRUM = np.arange(1, 33, dtype="float32")[::-1] ** 0.5
@@ -101,14 +101,14 @@ def shards(folder, x=X):
 
 def test_shards_of_all_kinds(cluster, tmp_path):
     paths = shards(tmp_path)
-    exact = partial(on_dask.fit_projector, rank=4, learner=ExactCovariance)
+    exact = partial(dask_backend.fit_projector, rank=4, learner=ExactCovariance)
     for source in (paths, map(str, paths), tmp_path):
         projector = exact(source)
         assert projector.samples == len(X)
         assert excess(projector, X) < 1e-5
     sequential = fit_projector(paths, 4, learner=ExactCovariance)
     assert excess(sequential, X) < 1e-5
-    assert excess(on_dask.fit_projector(paths, 4), X) < 0.05
+    assert excess(dask_backend.fit_projector(paths, 4), X) < 0.05
     assert exact(paths[0]).samples == len(X) // 12 + 1
 
 
@@ -125,13 +125,13 @@ def test_layer_of_a_store(cluster, tmp_path):
     )
     layer = ActivationStore(tmp_path)["query"]
     assert len(layer.shards) == 8
-    projector = on_dask.fit_projector(layer, 4, learner=ExactCovariance)
+    projector = dask_backend.fit_projector(layer, 4, learner=ExactCovariance)
     assert projector.samples == layer.samples
     assert excess(projector, np.concatenate([*layer]).astype("float32")) < 1e-4
     victim = tmp_path / layer.shards[3].file
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(FileFormatError, match=victim.name):
-        on_dask.fit_projector(layer, 4)
+        dask_backend.fit_projector(layer, 4)
 
 
 class Tracked(np.ndarray):
@@ -203,18 +203,18 @@ def test_unfit_blocks_are_named(cluster, tmp_path):
     np.save(tmp_path / "0.npy", X)
     (tmp_path / "1.npy").write_bytes(b"nothing")
     with pytest.raises(FileFormatError, match=r"1\.npy"):
-        on_dask.fit_projector(tmp_path, 4)
+        dask_backend.fit_projector(tmp_path, 4)
 
 
 def test_what_is_no_source():
     with pytest.raises(StreamError, match="got int"):
-        on_dask.fit_projector(3, 2)
+        dask_backend.fit_projector(3, 2)
     with pytest.raises(StreamError, match="got Item"):
         fit_projector(pytest.importorskip("dask.bag").from_sequence([1]).sum(), 2)
     with pytest.raises(StreamError, match="one pass"):
         fit_projector(da.ones((4, 4)), 2, learner=partial(ReconstructionAutoencoder, epochs=2))
     with pytest.raises(EmptyStreamError):
-        on_dask.fit_projector([], 2)
+        dask_backend.fit_projector([], 2)
     with pytest.raises(EmptyStreamError):
         fit_projector(da.ones((0, 4)), 2)
 

@@ -8,7 +8,7 @@ import pytest
 from ipa_core import HebbianRule, RandomizedSVD
 from ipa_core.errors import FileFormatError, SettingError, StreamError
 from ipa_torch import Checkpoints, Projectors, fit_projectors
-from ipa_torch.turns import held_bytes
+from ipa_torch._fit.memory import held_bytes
 from tests.scale import learning_run, runs
 
 

@@ -12,9 +12,9 @@ timm = pytest.importorskip("timm", reason="needs timm on the path: make test-tim
 
 import ipa_timm
 from ipa_core.errors import SettingError
-from ipa_timm.heads import head_parameters
+from ipa_timm.classifier import head_parameters
 from ipa_torch import LayerError, disabled
-from ipa_torch.wrapping import wrapped
+from ipa_torch._adapters.replace import wrapped
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}
 

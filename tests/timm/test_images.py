@@ -9,7 +9,7 @@ from timm.data import ImageDataset, create_loader, resolve_model_data_config
 
 import ipa_timm
 from ipa_core.errors import ArrayTypeError, ShapeError
-from ipa_timm.images import images_of, prepare
+from ipa_timm.preprocessing import images_of, prepare
 
 IMAGES = torch.randn(2, 3, 64, 64)
 

@@ -11,8 +11,8 @@ timm = pytest.importorskip("timm", reason="needs timm on the path: make test-tim
 
 import ipa_timm
 from ipa_core import ExactCovariance
-from ipa_timm.same import SamePatches
-from ipa_torch.reading import reading_of
+from ipa_timm.same_padding import SamePatches
+from ipa_torch._layers.matmul_view import reading_of
 
 #: A model and options, a layer of it, and what that layer is like: kernel, stride, groups.
 RESNEXT = ("resnet18", {"block": timm.models.resnet.Bottleneck, "cardinality": 4, "base_width": 4})

@@ -8,14 +8,15 @@ from torch import nn
 
 from ipa_core import IncrementalPCA, RandomizedSVD, _array
 from ipa_core.errors import NonFiniteError
-from ipa_torch import LayerError, fit_projectors, listening
+from ipa_torch import LayerError, fit_projectors
+from ipa_torch._fit import collector
 
 from .models import Transformer, decaying
 
 
 @pytest.fixture
 def late(monkeypatch):
-    monkeypatch.setattr(listening, "_answers_late", lambda device: True)
+    monkeypatch.setattr(collector, "_answers_late", lambda device: True)
 
 
 def fit(model, batches, **options):
@@ -27,7 +28,7 @@ def test_the_same_projectors_to_the_bit(monkeypatch, learner):
     model = Transformer(width=48)
     batches = [{"input_ids": torch.randint(0, 20, (16, 40))} for _ in range(6)]
     at_once = fit(model, batches, learner=learner)
-    monkeypatch.setattr(listening, "_answers_late", lambda device: True)
+    monkeypatch.setattr(collector, "_answers_late", lambda device: True)
     after = fit(model, batches, learner=learner)
     for name, projector in at_once.items():
         assert torch.equal(projector.components, after[name].components)

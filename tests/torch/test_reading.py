@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ipa_torch import LayerError
-from ipa_torch.reading import patches_of, reading_of, spread
+from ipa_torch._layers.matmul_view import patches_of, reading_of, spread
 
 # Of torch itself, on an even kernel with padding="same".
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

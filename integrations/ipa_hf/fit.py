@@ -1,0 +1,77 @@
+"""Learning from the inputs that the adapted layers of a PEFT model see without their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import torch
+from peft import PeftModel
+
+from ipa_core import Learner
+from ipa_hf.lora_layers import base_model_only
+from ipa_torch import Projectors, fit_projectors
+from ipa_torch._fit.checkpoint import Checkpoint
+
+
+class FitOptions(TypedDict, total=False):
+    """What is passed on to `ipa_torch.fit_projectors`, which says what each means."""
+
+    learner: Callable[[int], Learner]
+    row_weights: Callable[[Any], Any] | None
+    forward: Callable[[torch.nn.Module, Any], object]
+    max_rows: int | None
+    max_batches: int | None
+    max_seconds: float | None
+    tolerance: float | None
+    max_bytes: int | None
+    checkpoint: Checkpoint | None
+    progress: bool
+
+
+@contextmanager
+def _without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Let models keep no keys and values: with a cache, packed sequences would see each other."""
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None))]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
+def _as_stored(model: torch.nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from rounding 4-bit weights anew.
+
+    On CPUs with bfloat16 instructions its layers repack their weights in the first evaluation, with
+    scales of less precision, and keep them so.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    repacking = [module for module in model.modules() if getattr(module, flag, False)]
+    try:
+        for module in repacking:
+            setattr(module, flag, False)
+        yield
+    finally:
+        for module in repacking:
+            setattr(module, flag, True)
+
+
+def learn(
+    peft_model: PeftModel, ranks: Mapping[str, int], batches: Iterable[Any], options: FitOptions
+) -> Projectors:
+    """Return projectors of the adapted layers with these names in the base model."""
+    with base_model_only(peft_model), _without_cache(peft_model), _as_stored(peft_model):
+        return fit_projectors(
+            peft_model.get_base_model(),
+            batches,
+            ranks,
+            targets=lambda name, module: name in ranks,
+            on_missing="ignore",
+            **options,
+        )

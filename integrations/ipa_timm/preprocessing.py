@@ -1,0 +1,101 @@
+"""From what a loader yields to what a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn import functional as F
+
+from ipa_core.errors import ArrayTypeError, ShapeError
+from ipa_torch._capture.forward import device_of, on_device
+
+#: What loaders call the images, where their batches are mappings.
+NAMES = ("image", "images", "pixel_values", "input", "x")
+
+
+def images_of(batch: Any) -> Any:
+    """Return the images of a batch: ``(images, target)``, images alone, or a mapping.
+
+    A mapping with ``patches``, as NaFlex loaders yield, is returned as it is: its models take it.
+
+    Raises
+    ------
+    ArrayTypeError
+        If there are none to be seen.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch
+    if isinstance(batch, (tuple, list)) and batch:
+        return images_of(batch[0])
+    if isinstance(batch, Mapping):
+        if "patches" in batch:
+            return batch
+        for name in NAMES:
+            if name in batch:
+                return images_of(batch[name])
+    found = (
+        f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    )
+    raise ArrayTypeError(
+        f"expected a batch of images, (images, target), or a mapping with one of {NAMES}, got "
+        f"{found}; let the loader yield one of these"
+    )
+
+
+def prepare(model: nn.Module, images: Any) -> Any:
+    r"""Return images as a model takes them, on its device and in its dtype.
+
+    Floating images are taken to be normalised already, as timm's loaders give them. Bytes are
+    scaled to [0, 1], resized to the size in the model's data config where they have another one,
+    and normalised with its mean and deviation.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    images : torch.Tensor of shape (batch, channels, height, width), or mapping
+        Of floating dtype or uint8. A mapping of NaFlex patches keeps its indices and masks.
+
+    Raises
+    ------
+    ArrayTypeError, ShapeError
+        If they are neither floating nor bytes, or no batch of images.
+
+    Examples
+    --------
+    >>> import timm, torch
+    >>> from ipa_timm import prepare
+    >>> model = timm.create_model("test_vit", num_classes=2)
+    >>> prepare(model, torch.zeros(1, 3, 40, 40, dtype=torch.uint8)).shape
+    torch.Size([1, 3, 160, 160])
+    """
+    device = device_of(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if isinstance(images, Mapping):
+        return {
+            key: value.to(dtype) if torch.is_floating_point(value) else value
+            for key, value in on_device(images, device).items()
+        }
+    if images.ndim != 4:
+        raise ShapeError(
+            f"expected images of shape (batch, channels, height, width), got {tuple(images.shape)}"
+        )
+    images = on_device(images, device)
+    if images.dtype == torch.uint8:
+        images = _normalised(images.float() / 255, resolve_model_data_config(model))
+    elif not images.is_floating_point():
+        raise ArrayTypeError(f"expected images that are floating or uint8, got {images.dtype}")
+    return images.to(dtype)
+
+
+def _normalised(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    size = tuple(config["input_size"][-2:])
+    if tuple(images.shape[-2:]) != size:
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    mean, deviation = (
+        torch.tensor(config[key], device=images.device)[:, None, None] for key in ("mean", "std")
+    )
+    return (images - mean) / deviation

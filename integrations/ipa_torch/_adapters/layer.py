@@ -1,0 +1,199 @@
+"""A layer with low-rank adapters beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from ipa_torch._adapters.projection import Projection
+from ipa_torch._layers.matmul_view import input_of, reading_of
+from ipa_torch._layers.sizes import outputs_of
+
+
+class Adapted(nn.Module):
+    r"""A layer W and named adapters, one of them active: :math:`W x + B \, s P x`.
+
+    Attributes of the layer (``weight``, ``in_features``) can be read as before.
+
+    Parameters
+    ----------
+    base : torch.nn.Module
+        The layer; none of its tensors is ever written.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> type(model[0]).__name__, model[0].base_layer, model[0].in_features
+    ('Adapted', Linear(in_features=16, out_features=4, bias=True), 16)
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.reading = reading_of(base)
+        self.projections = nn.ModuleDict()
+        self.lifts = nn.ParameterDict()
+        self.dropouts: dict[str, float] = {}
+        self.active: str | None = None
+        self.merged: str | None = None
+        self._kept: tuple[nn.Parameter, ...] = ()  # a tuple, so that it is no parameter of this one
+        self.train(base.training)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of P: the weight's, float32 where that is quantised."""
+        weight = self._weight()
+        floating = weight is not None and weight.is_floating_point()
+        return weight.dtype if weight is not None and floating else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        weight = self._weight()
+        return torch.device("cpu") if weight is None else weight.device
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the layer has a floating weight of its own."""
+        return self._own_weight() is not None
+
+    def projection(self, name: str) -> Projection:
+        """Return the projection of an adapter."""
+        projection = self.projections[name]
+        assert isinstance(projection, Projection)
+        return projection
+
+    def equal_to(self, projection: Projection) -> Projection | None:
+        """Return a frozen projection of this layer that equals a new one, if there is one."""
+        for other in map(self.projection, self.projections):
+            if not (projection.trainable or other.trainable) and (
+                torch.equal(other.scale, projection.scale)
+                and torch.equal(other.weight, projection.weight)
+            ):
+                return other
+        return None
+
+    def add(self, name: str, projection: Projection, dropout: float) -> None:
+        """Add an adapter with B = 0, in float32 at least."""
+        projection.users += projection not in set(self.projections.values())
+        self.projections[name] = projection
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        shape = outputs_of(self.base_layer), projection.rank
+        self.lifts[name] = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.device))
+        self.dropouts[name] = dropout
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter; if it is merged and not the last one, the old weight returns."""
+        if self.merged == name and len(self.lifts) > 1:
+            self.unmerge()
+        projection = self.projection(name)
+        del self.projections[name], self.lifts[name], self.dropouts[name]
+        projection.users -= projection not in set(self.projections.values())
+        if self.active == name:
+            self.active = None
+
+    def adapter_parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """Return the parameters of one adapter, or of all."""
+        names = list(self.lifts) if name is None else [name]
+        lifts = [self.lifts[one] for one in names]
+        return lifts + [p for one in names for p in self.projections[one].parameters()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the layer's output and that of the active adapter, added up."""
+        if self.active is None or self.merged is not None:
+            output: torch.Tensor = self.base_layer(*args, **kwargs)
+            return output
+        x = input_of(self.base_layer, args, kwargs)
+        z = self.projections[self.active](x)
+        if self.training and (rate := self.dropouts[self.active]):
+            z = nn.functional.dropout(z, rate)
+        lift = self.lifts[self.active]
+        if self._is_plain(x, z, lift):
+            return self._added_in_place(x, z, lift.to(z.dtype))
+        output = self.base_layer(*args, **kwargs)
+        if not torch.is_autocast_enabled(output.device.type):
+            z = z.to(lift.dtype)
+        return output + self.reading.lift(z, lift).to(output.dtype)
+
+    def _is_plain(self, x: torch.Tensor, z: torch.Tensor, lift: torch.Tensor) -> bool:
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not x.is_nested
+            and x.dtype == z.dtype == base.weight.dtype
+            # Float16 has too small a range for B and its gradient.
+            and z.dtype in (lift.dtype, torch.bfloat16)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _added_in_place(self, x: torch.Tensor, z: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+        """Add onto the output of a linear layer, which is fresh and saved for no gradient.
+
+        That spares two passes over it. It is made with two axes, as autograd copies what is
+        changed through a view.
+        """
+        output: torch.Tensor = self.base_layer(x.reshape(-1, x.shape[-1]))
+        output.addmm_(z.reshape(-1, z.shape[-1]), lift.T)
+        # Not a view for autograd, as F.linear does it: the caller may add onto it in place, too.
+        shape = [*x.shape[:-1], output.shape[-1]]
+        whole: torch.Tensor = torch.ops.aten._unsafe_view(output, shape)
+        return whole
+
+    def merge(self, name: str) -> None:
+        """Give the layer the weight W + s B P; the old weight is kept aside for `unmerge`."""
+        self.unmerge()
+        weight = self._own_weight()
+        assert weight is not None
+        projection = self.projection(name)
+        with torch.no_grad():
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            lift = self.lifts[name].to(wide) * projection.scale.to(wide)
+            delta = self.reading.weight(lift @ projection.weight.to(wide), weight)
+            merged = (weight.to(wide) + delta).to(weight.dtype)
+        self._kept = (weight,)
+        # A new parameter: what is tied to the old one (an embedding) must not change.
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged = name
+
+    def unmerge(self) -> None:
+        """Put the old weight back, bit by bit."""
+        if self.merged is not None:
+            (self.base_layer.weight,) = self._kept
+            self._kept, self.merged = (), None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._kept = tuple(nn.Parameter(fn(w), requires_grad=w.requires_grad) for w in self._kept)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Name the adapters."""
+        state = f"merged={self.merged!r}" if self.merged else f"active={self.active!r}"
+        return f"adapters={list(self.lifts)}, {state}"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def _own_weight(self) -> nn.Parameter | None:
+        weight = self.base_layer._parameters.get("weight")
+        return weight if weight is not None and weight.is_floating_point() else None
+
+    def _weight(self) -> torch.Tensor | None:
+        """Return the tensor that says where the layer is and in which dtype it computes."""
+        weight = getattr(self.base_layer, "weight", None)
+        if isinstance(weight, torch.Tensor):
+            return weight
+        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
+        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)

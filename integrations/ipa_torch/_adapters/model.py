@@ -1,0 +1,283 @@
+"""Adapters of a whole model: plugging in, switching, merging, taking out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from ipa_core import Projector
+from ipa_core.errors import SettingError
+from ipa_torch._adapters.projection import Projection, scale_of
+from ipa_torch._adapters.replace import freeze, thaw, unwrap, wrap, wrapped
+from ipa_torch._layers.unwrap import check_fit, layer_of, plain
+from ipa_torch.errors import LayerError
+
+Scaling: TypeAlias = float | Literal["energy"]
+
+
+def attach(
+    model: nn.Module,
+    projectors: Mapping[str, Projector],
+    *,
+    scaling: Scaling = "energy",
+    trainable: bool = False,
+    dropout: float = 0.0,
+    adapter: str = "default",
+) -> None:
+    r"""Put a low-rank adapter beside each layer: :math:`W x + B \, s P x`, with B = 0 at first.
+
+    The model's outputs are unchanged until B is trained. B, and P if ``trainable``, are the only
+    parameters left that want a gradient: thaw a head yourself. Layers with one projector in common
+    that are given the same tensor compute P x once.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place: each layer is replaced by an `Adapted` around it.
+    projectors : mapping of str to Projector
+        From layer names, as `fit_projectors` gives it.
+    scaling : "energy" or float, default "energy"
+        s. ``"energy"`` gives s P x the energy that LoRA's random A would give it, layer by layer,
+        so that learning rates carry over between models (about ten times LoRA's for a frozen P). A
+        number is the paper's lambda. With a frozen P and Adam, s and the learning rate are one
+        knob: halving one and doubling the other changes nothing.
+    trainable : bool, default False
+        Train P, too. A frozen P is a buffer; it saves P x for the backward pass and not x.
+    dropout : float, default 0
+        Probability with which entries of P x are dropped in training.
+    adapter : str, default "default"
+        Its name; it becomes the active one. Adapters with equal frozen projectors share them.
+
+    Raises
+    ------
+    LayerError
+        If a layer is not in the model, its forward would never run, or it is no matrix.
+    ShapeError
+        If a projector has other features than its layer.
+    SettingError
+        If the name is taken or empty, or a number is out of range.
+
+    Notes
+    -----
+    Cost for n rows: O(n r (features + outputs)) a layer, the first part once for each group that
+    shares.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> x = torch.randn(32, 16)
+    >>> before = model(x)
+    >>> attach(model, fit_projectors(model, [x], rank=2, progress=False))
+    >>> torch.equal(model(x), before)
+    True
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.lifts.default', '2.lifts.default']
+    """
+    model = plain(model)
+    scales = {name: scale_of(projector, scaling) for name, projector in projectors.items()}
+    if not 0 <= dropout < 1:
+        raise SettingError(f"expected dropout of at least 0 and below 1, got {dropout!r}")
+    if not projectors:
+        raise SettingError("expected projectors of at least one layer, got none")
+    check_new(model, adapter)
+    for name, projector in projectors.items():
+        check_fit(name, layer_of(model, name), projector.features)
+    freeze(model)
+    made: dict[Hashable, Projection] = {}
+    for name, projector in projectors.items():
+        layer = wrap(model, name)
+        key = (id(projector), layer.reading, layer.dtype, layer.device)
+        if key not in made:
+            weight = torch.as_tensor(projector.components).to(layer.device, layer.dtype)
+            fresh = Projection(weight.clone(), scales[name], layer.reading, trainable=trainable)
+            made[key] = layer.equal_to(fresh) or fresh
+        layer.add(adapter, made[key], dropout)
+    set_adapter(model, adapter)
+
+
+def check_new(model: nn.Module, adapter: str) -> None:
+    """Hold a name against those of the adapters there are, and of what modules have anyway.
+
+    Raises
+    ------
+    SettingError
+        If it cannot be that of a new adapter.
+    """
+    taken = adapters_of(model)
+    if not adapter.isidentifier() or hasattr(nn.ModuleDict, adapter) or adapter in taken:
+        raise SettingError(
+            f"expected a new name for an adapter, an identifier, got {adapter!r}; taken are "
+            f"{taken} and the names that torch's modules use"
+        )
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """Return the names of the adapters of a model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import adapters_of, attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> adapters_of(model)
+    ['default']
+    """
+    return list(dict.fromkeys(name for _, layer in wrapped(model) for name in layer.lifts))
+
+
+def set_adapter(model: nn.Module, adapter: str | None) -> None:
+    """Make one adapter the active one, and the only one that wants gradients; None for none.
+
+    Raises
+    ------
+    SettingError
+        If the model has no such adapter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors, set_adapter
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> set_adapter(model, None)
+    >>> any(parameter.requires_grad for parameter in model.parameters())
+    False
+    """
+    if adapter is not None:
+        _checked(model, adapter)
+    for _, layer in wrapped(model):
+        layer.active = adapter if adapter is not None and adapter in layer.lifts else None
+        for parameter in layer.adapter_parameters():
+            parameter.requires_grad_(False)
+    for _, layer in wrapped(model):
+        if layer.active is not None:
+            for parameter in layer.adapter_parameters(layer.active):
+                parameter.requires_grad_(True)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run the model without its adapters, merged ones too; nothing of them changes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import disabled
+    >>> model = torch.nn.Linear(2, 2)
+    >>> with disabled(model):
+    ...     y = model(torch.ones(1, 2))
+    """
+    before = [(layer, layer.active, layer.merged) for _, layer in wrapped(model)]
+    try:
+        for layer, _, _ in before:
+            layer.active = None
+            layer.unmerge()
+        yield
+    finally:
+        for layer, active, merged in before:
+            layer.active = active
+            if merged is not None:
+                layer.merge(merged)
+
+
+def merge(model: nn.Module, adapter: str | None = None) -> None:
+    """Compute an adapter into the weights: no cost at inference until `unmerge`.
+
+    The weights themselves are not written: each layer gets a new one and keeps the old one aside.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    adapter : str, optional
+        The active one by default.
+
+    Raises
+    ------
+    LayerError
+        If a layer is quantised, or wrapped by another library; nothing is merged then.
+    SettingError
+        If the model has no such adapter, or none is active.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors, merge, unmerge
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> merge(model)
+    >>> unmerge(model)
+    """
+    named = [(name, layer, adapter or layer.active or "") for name, layer in wrapped(model)]
+    chosen = [(name, layer, one) for name, layer, one in named if one in layer.lifts]
+    if not chosen:
+        raise SettingError(f"expected an adapter among {adapters_of(model)}, got {adapter!r}")
+    for name, layer, _ in chosen:
+        if not layer.mergeable:
+            raise LayerError(
+                f"layer {name!r}: expected a floating weight to merge into, got a "
+                f"{type(layer.base_layer).__name__}; leave the adapters unmerged"
+            )
+    for _, layer, one in chosen:
+        layer.merge(one)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the old weights back, bit by bit.
+
+    Examples
+    --------
+    See `merge`.
+
+    >>> import torch
+    >>> from ipa_torch import unmerge
+    >>> unmerge(torch.nn.Linear(2, 2))  # nothing is merged: nothing to do
+    """
+    for _, layer in wrapped(model):
+        layer.unmerge()
+
+
+def detach(model: nn.Module, adapter: str | None = None) -> None:
+    """Take an adapter out, or all of them, and with the last one every trace.
+
+    A layer with a merged adapter keeps the merged weight if it is the last one to go: `merge` and
+    `detach` make a plain model with the adapter in its weights.
+
+    Raises
+    ------
+    SettingError
+        If the model has no such adapter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, detach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> detach(model)
+    >>> model
+    Sequential(
+      (0): Linear(in_features=16, out_features=4, bias=True)
+    )
+    """
+    for name in adapters_of(model) if adapter is None else [_checked(model, adapter)]:
+        for _, layer in wrapped(model):
+            if name in layer.lifts:
+                layer.remove(name)
+    for _, layer in wrapped(model):
+        if not layer.lifts:
+            unwrap(plain(model), layer)
+    if not wrapped(model):
+        thaw(plain(model))
+
+
+def _checked(model: nn.Module, adapter: str) -> str:
+    if adapter not in (known := adapters_of(model)):
+        raise SettingError(f"expected an adapter among {known}, got {adapter!r}")
+    return adapter

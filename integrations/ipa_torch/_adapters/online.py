@@ -1,0 +1,255 @@
+"""Projections that go on learning while the adapter is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from ipa_core import IncrementalPCA, Learner
+from ipa_core.errors import IPAError, SettingError, with_context
+from ipa_torch._adapters.basis_change import carry
+from ipa_torch._adapters.layer import Adapted
+from ipa_torch._adapters.model import Scaling
+from ipa_torch._adapters.projection import Projection, scale_of
+from ipa_torch._adapters.replace import wrapped
+from ipa_torch._capture.eval_mode import full_precision
+from ipa_torch._capture.row_weights import RowFilter, RowWeights, attention_mask
+from ipa_torch._capture.tensor_ids import Identities
+from ipa_torch._distributed.tree_reduce import agreed, world
+from ipa_torch._layers.matmul_view import input_of
+
+
+class OnlineLearning:
+    r"""Lets an adapter's frozen P follow the inputs that its layers see in training.
+
+    The paper's online modes: ``online_ipca`` with `ipa_core.IncrementalPCA`, ``online_gha`` with
+    `ipa_core.HebbianRule`. Forward passes in training mode with gradients enabled record, once,
+    also under gradient checkpointing. P changes in `step` alone: call it after the optimiser's.
+
+    The new P is first turned within its span towards the old one (Procrustes), and B is carried
+    along, so that the function changes as little as it can:
+
+    .. math:: B \leftarrow \frac{s_{old}}{s_{new}} \, B \, P_{old} P_{new}^\top
+
+    What is left is the part of B P_old outside the new span; `step` reports it. The optimiser's
+    first moment of B turns alike, times s_new / s_old, as gradients do.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With an adapter attached.
+    learner : callable, default `ipa_core.IncrementalPCA`
+        Makes a learner from a rank.
+    adapter : str, default "default"
+        Which adapter; its P must be frozen.
+    scaling : "energy" or float, default "energy"
+        As given to `attach`: "energy" follows the inputs, a number stays.
+    row_weights : callable or None
+        As for `fit_projectors`; it is given the keywords that the model is called with, or its
+        positional arguments.
+    max_patches : int or None, default 8192
+        As for `fit_projectors`.
+
+    Raises
+    ------
+    SettingError
+        If the model has no such adapter, or its P is trained.
+
+    Notes
+    -----
+    Of `torch.compile`: compiled code runs no hooks that it was not compiled with. `step` says so
+    when nothing was recorded. In distributed training all workers' learners are merged in `step`,
+    so that P is the same everywhere.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import OnlineLearning, attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> x = torch.randn(64, 8)
+    >>> attach(model, fit_projectors(model, [x], rank=2, progress=False))
+    >>> optimiser = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    >>> with OnlineLearning(model) as online:
+    ...     model(x).square().mean().backward()
+    ...     optimiser.step()
+    ...     jumps = online.step(optimiser)
+    >>> sorted(jumps)
+    ['0']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learner: Callable[[int], Learner] = IncrementalPCA,
+        adapter: str = "default",
+        scaling: Scaling = "energy",
+        row_weights: RowWeights | None = attention_mask,
+        max_patches: int | None = 8192,
+    ) -> None:
+        self._model = model
+        self._adapter = adapter
+        self._scaling = scaling
+        self._max_patches = max_patches
+        self._filter = RowFilter(model, row_weights)
+        self._identities = Identities()
+        self._groups: dict[Projection, dict[str, Adapted]] = {}
+        for name, layer in wrapped(model):
+            if adapter in layer.lifts:
+                self._groups.setdefault(layer.projection(adapter), {})[name] = layer
+        if not self._groups or any(projection.trainable for projection in self._groups):
+            raise SettingError(
+                f"expected an adapter {adapter!r} with a frozen P, got "
+                f"{'a trained one' if self._groups else 'none'}; attach it with trainable=False"
+            )
+        self._learners = {one: learner(one.rank) for one in self._groups}
+        self._recorded: set[tuple[Projection, int]] = set()
+        self._forward: set[Projection] = set()  # recorded outside of backward passes
+        self._fresh: set[Projection] = set()  # recorded since the last step
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __repr__(self) -> str:
+        layers = sum(map(len, self._groups.values()))
+        rows = max(one.samples for one in self._learners.values())
+        return f"OnlineLearning({layers} layers, {len(self._groups)} projectors, {rows:,} rows)"
+
+    def __enter__(self) -> Self:
+        self._filter.open()
+        self._handles.append(
+            self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+        )
+        for projection, layers in self._groups.items():
+            for name, layer in layers.items():
+                hook = partial(self._record, name, projection)
+                self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._filter.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float]:
+        """Take over what was learned into P, and carry B along.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer, optional
+            The one that trains B; its first moments are carried along.
+
+        Returns
+        -------
+        dict of str to float
+            For each layer the share of B P_old, in Frobenius norm, that the new span has no room
+            for: 0 for no jump of the function.
+
+        Raises
+        ------
+        SettingError
+            If nothing was recorded since the last step.
+        """
+        # Among workers nobody may leave: the others would wait for ever.
+        if not self._fresh and world() is None:
+            raise SettingError(
+                "expected a forward pass in training mode with gradients since the last step, got "
+                "none that was seen; enter the context before it, and do not compile the model"
+            )
+        jumps: dict[str, float] = {}
+        found = agreed({next(iter(g)): self._learners[p] for p, g in self._groups.items()}, world())
+        for (projection, layers), learned in zip(self._groups.items(), found.values(), strict=True):
+            if learned is None or learned.samples < projection.rank:
+                jumps |= dict.fromkeys(layers, 0.0)
+                continue
+            lifts = {name: layer.lifts[self._adapter] for name, layer in layers.items()}
+            jumps |= carry(projection, lifts, learned, scale_of(learned, self._scaling), optimizer)
+        self._fresh.clear()
+        self._forward.clear()
+        return jumps
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the learners' states by their first layer, to be saved beside the optimiser's.
+
+        P itself is in the model's state, and in `adapter_state_dict`. Each process of a distributed
+        training has learners of its own.
+        """
+        return {
+            next(iter(layers)): self._learners[projection].state_dict()
+            for projection, layers in self._groups.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on learning from where `state_dict` stood, with the same adapters and learner.
+
+        Raises
+        ------
+        SettingError
+            If the state is of other layers, or of a learner with other settings.
+        FileFormatError
+            If it is of another kind of learner.
+        """
+        first = {next(iter(layers)): one for one, layers in self._groups.items()}
+        if state.keys() != first.keys():
+            raise SettingError(f"expected the state of {[*first]}, got that of {[*state]}")
+        for name, projection in first.items():
+            try:
+                self._learners[projection].load_state_dict(state[name])
+            except IPAError as error:
+                raise with_context(error, f"layer {name!r}") from error
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The same tensor may come again in another batch, and counts again.
+        self._recorded.clear()
+        self._identities.clear()
+        self._filter.start(kwargs or (args[0] if len(args) == 1 else args))
+
+    def _record(
+        self,
+        name: str,
+        projection: Projection,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        assert isinstance(layer, Adapted)
+        if not (layer.training and torch.is_grad_enabled() and layer.active == self._adapter):
+            return
+        if not self._is_first_run(projection):
+            return
+        try:
+            self._learn(projection, input_of(layer.base_layer, args, kwargs))
+        except IPAError as error:
+            raise with_context(error, f"layer {name!r}") from error
+
+    def _is_first_run(self, projection: Projection) -> bool:
+        """Tell a forward pass from its repetition, for a checkpoint, within the backward pass.
+
+        A reentrant checkpoint runs first without gradients, which is not recorded: then the
+        repetition is.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self._forward.add(projection)
+            return True
+        return projection not in self._forward
+
+    def _learn(self, projection: Projection, x: torch.Tensor) -> None:
+        event = projection, self._identities.number(x)
+        if event in self._recorded:
+            return
+        self._recorded.add(event)
+        self._fresh.add(projection)
+        with full_precision(x.device):
+            reading = projection.reading
+            chosen = self._filter(x, reading.leading(x))
+            rows, weights = reading.rows(x.detach(), chosen, self._max_patches)
+            self._learners[projection].update(rows, weights)

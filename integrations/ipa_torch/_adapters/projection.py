@@ -1,0 +1,161 @@
+"""P x, computed once for all layers that are given x."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipa_core import Projector
+from ipa_core.errors import SettingError
+from ipa_torch._layers.matmul_view import LastAxis, Patches
+
+#: What LoRA's random A keeps of the energy, times features / rank: its entries are uniform within
+#: +-1 / sqrt(features), with a variance of 1 / (3 features).
+LORA_SHARE = 1 / 3
+
+
+class Projection(nn.Module):
+    """s P x for every row x of the input of the layers that share it.
+
+    P is a buffer when frozen, which nothing can thaw by accident, and a parameter when trained.
+    The result is kept until the last layer that shares it has come, or the input is gone.
+
+    Parameters
+    ----------
+    weight : torch.Tensor of shape (rank, features)
+        P.
+    scale : float
+        s.
+    reading : LastAxis or Patches
+        How the layers read their input.
+    trainable : bool
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> projection = model[0].projection("default")
+    >>> projection(torch.randn(5, 16)).shape, projection.trainable
+    (torch.Size([5, 2]), False)
+    """
+
+    scale: torch.Tensor
+
+    def __init__(
+        self, weight: torch.Tensor, scale: float, reading: LastAxis | Patches, *, trainable: bool
+    ) -> None:
+        super().__init__()
+        self.reading = reading
+        if trainable:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+        self.register_buffer("scale", torch.tensor(scale, device=weight.device))
+        self.users = 0
+        self._recent: tuple[weakref.ref[torch.Tensor], tuple[Any, ...], torch.Tensor] | None = None
+        self._uses = 0
+
+    @property
+    def trainable(self) -> bool:
+        """Whether P is a parameter."""
+        return "weight" in self._parameters
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of P."""
+        return int(self.weight.shape[0])
+
+    def extra_repr(self) -> str:
+        """Tell the shape, and what becomes of P in training."""
+        rank, features = self.weight.shape
+        return f"{features} -> {rank}, {'trained' if self.trainable else 'frozen'}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return s P x, in the layout of the layer's output with ``rank`` in place of outputs."""
+        # A compiler removes common subexpressions itself, and cannot trace weak references.
+        if torch.compiler.is_compiling() or self.users < 2 or x.is_inference():
+            return self._compute(x)
+        return self._shared(x)
+
+    def _shared(self, x: torch.Tensor) -> torch.Tensor:
+        state = self._state(x)
+        if self._recent is not None:
+            reference, known, result = self._recent
+            if reference() is x and known == state:
+                self._uses += 1
+                if self._uses == self.users:
+                    self._recent = None
+                return result
+        result = self._compute(x)
+        self._uses = 1
+        self._recent = (weakref.ref(x, self._forget), state, result)
+        return result
+
+    def _state(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """Return all that the result depends on beside the identity of x.
+
+        The number of the running backward pass keeps a checkpointed block, which is run again
+        within it, from finding results of its first run: autograd counts what both save.
+        """
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        version = 0 if self.weight.is_inference() else self.weight._version
+        graph = torch._C._current_graph_task_id()
+        return x._version, version, self.weight.data_ptr(), torch.is_grad_enabled(), autocast, graph
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)
+        return self.reading.project(x, self.weight) * self.scale
+
+    def _forget(self, _: Any) -> None:
+        self._recent = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": None}
+
+
+def energy_scale(projector: Projector) -> float:
+    r"""Return the scale that gives s P x the energy which LoRA's random A would give it.
+
+    .. math:: s = \sqrt{\tfrac13 \tfrac rd \, E|x|^2 / E|Px|^2}
+
+    with second moments about the origin, so that learning rates carry over between models.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_core import fit_projector
+    >>> x = torch.randn(1000, 48, generator=torch.Generator().manual_seed(0))
+    >>> round(energy_scale(fit_projector(x, rank=48)), 3)
+    0.577
+    """
+    mean = torch.as_tensor(projector.mean).double()
+    components = torch.as_tensor(projector.components).double()
+    total = projector.total_energy + float(mean @ mean)
+    kept = float(torch.as_tensor(projector.energies).double().sum())
+    kept += float((components @ mean).square().sum())
+    share = kept / total if total > 0 and kept > 0 else 1.0
+    return math.sqrt(LORA_SHARE * projector.rank / projector.features / share)
+
+
+def scale_of(projector: Projector, scaling: float | str) -> float:
+    """Return the scale of a layer, from what `attach` was asked for.
+
+    Raises
+    ------
+    SettingError
+        If it is neither "energy" nor a positive number.
+    """
+    if scaling == "energy":
+        return energy_scale(projector)
+    if isinstance(scaling, (int, float)) and not isinstance(scaling, bool):
+        if math.isfinite(scaling) and scaling > 0:
+            return float(scaling)
+    raise SettingError(f"expected scaling to be 'energy' or a positive number, got {scaling!r}")

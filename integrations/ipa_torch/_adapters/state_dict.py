@@ -1,0 +1,151 @@
+"""An adapter as a flat dictionary of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ipa_core.errors import FileFormatError, SettingError
+from ipa_torch._adapters.model import adapters_of, check_new, set_adapter
+from ipa_torch._adapters.projection import Projection
+from ipa_torch._adapters.replace import freeze, wrap, wrapped
+from ipa_torch._layers.unwrap import check_fit, layer_of, plain
+
+_LAYER, _PROJECTION = "layers", "projections"
+
+
+def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """Return all that an adapter is: B of each layer, each P once, and no learning state.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``layers.NAME.lift`` (outputs, rank), ``layers.NAME.projection`` (number of its P),
+        ``projections.NUMBER.weight`` (rank, features), ``.scale`` and ``.trainable``. Ready for
+        ``safetensors.torch.save_file``; `load_adapter_state_dict` reads it.
+
+    Raises
+    ------
+    SettingError
+        If the model has no such adapter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import adapter_state_dict, attach, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> sorted(adapter_state_dict(model))[:2]
+    ['layers.0.lift', 'layers.0.projection']
+    """
+    if adapter not in (known := adapters_of(model)):
+        raise SettingError(f"expected an adapter among {known}, got {adapter!r}")
+    numbers: dict[Projection, int] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in wrapped(model):
+        if adapter not in layer.lifts:
+            continue
+        projection = layer.projection(adapter)
+        number = numbers.setdefault(projection, len(numbers))
+        state[f"{_LAYER}.{name}.lift"] = layer.lifts[adapter].detach()
+        state[f"{_LAYER}.{name}.projection"] = torch.tensor(number)
+    for projection, number in numbers.items():
+        state[f"{_PROJECTION}.{number}.weight"] = projection.weight.detach()
+        state[f"{_PROJECTION}.{number}.scale"] = projection.scale
+        state[f"{_PROJECTION}.{number}.trainable"] = torch.tensor(projection.trainable)
+    return state
+
+
+def load_adapter_state_dict(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    *,
+    dropout: float = 0.0,
+    adapter: str = "default",
+) -> None:
+    """Attach the adapter that `adapter_state_dict` described, in place of one of that name.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The same architecture.
+    state : mapping of str to torch.Tensor
+        On any device.
+    dropout : float, default 0
+        As for `attach`; it is a setting of training, not of the adapter.
+    adapter : str, default "default"
+        Its name here; it becomes the active one.
+
+    Raises
+    ------
+    FileFormatError
+        If an entry is missing or does not fit.
+    LayerError, ShapeError
+        If the model's layers are others.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import adapter_state_dict, attach, fit_projectors, load_adapter_state_dict
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> again = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> load_adapter_state_dict(again, adapter_state_dict(model))
+    """
+    model = plain(model)
+    layers = _layers(state)
+    for name, (number, lift) in layers.items():
+        weight = _entry(state, f"{_PROJECTION}.{number}.weight")
+        check_fit(name, layer_of(model, name), weight.shape[-1])
+        if lift.shape[-1] != weight.shape[0]:
+            raise FileFormatError(
+                f"layer {name!r}: expected a lift of rank {weight.shape[0]}, got {lift.shape[-1]}"
+            )
+    if adapter in adapters_of(model):
+        for _, layer in wrapped(model):
+            if adapter in layer.lifts:
+                layer.remove(adapter)
+    check_new(model, adapter)
+    freeze(model)
+    made: dict[object, Projection] = {}
+    for name, (number, lift) in layers.items():
+        layer = wrap(model, name)
+        key = (number, layer.reading, layer.dtype, layer.device)
+        if key not in made:
+            made[key] = Projection(
+                _entry(state, f"{_PROJECTION}.{number}.weight").to(
+                    layer.device, layer.dtype, copy=True
+                ),
+                float(_entry(state, f"{_PROJECTION}.{number}.scale")),
+                layer.reading,
+                trainable=bool(_entry(state, f"{_PROJECTION}.{number}.trainable")),
+            )
+        layer.add(adapter, made[key], dropout)
+        with torch.no_grad():
+            layer.lifts[adapter].copy_(lift)
+    set_adapter(model, adapter)
+
+
+def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:
+    names = [
+        key.removeprefix(f"{_LAYER}.").removesuffix(".lift")
+        for key in state
+        if key.startswith(f"{_LAYER}.") and key.endswith(".lift")
+    ]
+    if not names:
+        raise FileFormatError("expected the state of an adapter, got one without layers")
+    return {
+        name: (
+            int(_entry(state, f"{_LAYER}.{name}.projection")),
+            _entry(state, f"{_LAYER}.{name}.lift"),
+        )
+        for name in names
+    }
+
+
+def _entry(state: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    if key not in state:
+        raise FileFormatError(f"expected an entry {key!r} in the state of an adapter, got none")
+    return state[key]

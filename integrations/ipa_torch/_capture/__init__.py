@@ -1,0 +1,1 @@
+"""Forward passes that leave a model as it was, and the rows to learn from."""

@@ -1,0 +1,142 @@
+"""Which rows of an activation count, and how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ipa_core.errors import ShapeError
+from ipa_torch._capture.forward import on_device
+from ipa_torch._capture.tensor_ids import Key, storage_of
+from ipa_torch._layers.matmul_view import Chosen
+
+Weights: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None"
+RowWeights: TypeAlias = Callable[[Any], Weights]
+
+
+def attention_mask(batch: Any) -> Weights:
+    """Return the padding mask of a batch: 0 for padding, else 1; None if it has none.
+
+    Parameters
+    ----------
+    batch : mapping or other
+        A mapping with a 2-D ``attention_mask`` of shape (batch, positions), as tokenisers make it.
+        With a 2-D ``decoder_attention_mask`` as well, both are returned, the decoder's second.
+
+    Returns
+    -------
+    torch.Tensor, pair of torch.Tensor or None
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attention_mask
+    >>> attention_mask({"attention_mask": torch.tensor([[1, 1, 0]])})
+    tensor([[1, 1, 0]])
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    mask, other = (_plain(batch.get(f"{part}attention_mask")) for part in ("", "decoder_"))
+    return mask if other is None else (mask, other)
+
+
+def _plain(mask: Any) -> torch.Tensor | None:
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+class Selection:
+    """The rows that count in one batch: one index, found once, whatever the number of layers."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.shape = tuple(weights.shape)
+        flat = weights.detach().reshape(-1)
+        present = flat != 0
+        kept = int(present.sum())
+        self.rows = kept
+        self._index = None if kept == flat.numel() else present.nonzero()[:, 0]
+        ones = bool((flat.to(torch.float32) == present).all())
+        kept_weights = flat if self._index is None else flat.index_select(0, self._index)
+        self._weights = None if ones else kept_weights
+        self._moved: dict[torch.device, Chosen] = {}
+
+    def fits(self, leading: tuple[int, ...]) -> bool:
+        """Return whether an activation with these leading axes has the rows of the mask."""
+        return leading == self.shape or leading == (math.prod(self.shape),)
+
+    def on(self, device: torch.device) -> Chosen:
+        """Return the places that count, None for all, and their weights, None for ones."""
+        if device not in self._moved:
+            self._moved[device] = on_device(self._index, device), on_device(self._weights, device)
+        return self._moved[device]
+
+
+class RowFilter:
+    """Finds the rows that count in each activation of the present batch.
+
+    In an encoder-decoder model the encoder's weights hold until its output has been computed, and
+    for that output itself afterwards; everything else is the decoder's.
+    """
+
+    def __init__(self, model: nn.Module, row_weights: RowWeights | None) -> None:
+        self._row_weights = row_weights
+        self._encoder = _encoder_of(model)
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._done = False
+        self._output: Key | None = None
+        self._first: Selection | None = None
+        self._second: Selection | None = None
+
+    def start(self, batch: Any) -> int | None:
+        """Begin a batch; return the number of its rows that count, if it has weights."""
+        self._done = False
+        weights = None if self._row_weights is None else self._row_weights(batch)
+        first, second = weights if isinstance(weights, tuple) else (weights, None)
+        self._first, self._second = (_selection(part) for part in (first, second))
+        return None if self._first is None else self._first.rows
+
+    def open(self) -> None:
+        """Set a hook on the encoder, if there is one, to know when it has ended."""
+        if self._encoder is not None:
+            self._handle = self._encoder.register_forward_hook(self._encoder_ends)
+
+    def close(self) -> None:
+        """Take it off again."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __call__(self, activation: torch.Tensor, leading: tuple[int, ...]) -> Chosen:
+        """Return the places of an activation that count, and their weights."""
+        selection = self._second if self._is_decoders(activation) else self._first
+        if selection is None or not selection.fits(leading):
+            return None, None
+        return selection.on(activation.device)
+
+    def _is_decoders(self, activation: torch.Tensor) -> bool:
+        return self._done and storage_of(activation) != self._output
+
+    def _encoder_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._done = True
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        self._output = storage_of(hidden)
+
+
+def _encoder_of(model: nn.Module) -> nn.Module | None:
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder = model.get_encoder()  # type: ignore[operator]
+    return encoder if isinstance(encoder, nn.Module) else None
+
+
+def _selection(weights: Any) -> Selection | None:
+    if weights is None:
+        return None
+    if not isinstance(weights, torch.Tensor):
+        raise ShapeError(
+            f"expected row weights that are a tensor, got {type(weights).__name__}; "
+            "let row_weights return a tensor of one weight for each row, or None"
+        )
+    return Selection(weights)

@@ -1,0 +1,223 @@
+"""Layers in turns, where the learners of all of them do not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self, cast
+
+import torch
+from torch import nn
+
+from ipa_core import Learner, RandomizedSVD
+from ipa_core.errors import IPAError, SettingError, with_context
+from ipa_torch._capture.eval_mode import undisturbed
+from ipa_torch._capture.forward import Forward, feed
+from ipa_torch._capture.row_weights import RowFilter
+from ipa_torch._fit.collector import Listener
+from ipa_torch._fit.shared_inputs import Histories
+from ipa_torch._layers.sizes import features_of
+from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
+from ipa_torch._layers.unwrap import plain
+from ipa_torch.errors import LayerError
+from ipa_torch.projectors import rank_for
+
+#: Rows of an update when a learner is measured: no divisor of a block, so that some always wait.
+_STEP = 127
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Layers that are learned in one pass, and the bytes that their learners hold."""
+
+    layers: Mapping[str, nn.Module]
+    bytes: int
+
+
+class _Sizes:
+    """Stands for a learner in a pass that only finds out who shares which input."""
+
+    passes = 1
+    features: int | None = None
+    samples = 0
+
+    def begin_update(
+        self, rows: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> Callable[[], Self]:
+        self.features = int(rows.shape[-1])
+        return lambda: self
+
+
+def learner_bytes(
+    model: nn.Module,
+    batch: Any,
+    rank: int | Mapping[str, int],
+    *,
+    targets: Targets = ALL_LINEAR,
+    learner: Callable[[int], Learner] = RandomizedSVD,
+    forward: Forward | None = None,
+    tolerance: float | None = None,
+) -> dict[tuple[str, ...], int]:
+    """Return the bytes that `fit_projectors` will hold for learners, before it is called.
+
+    The sum is the least ``max_bytes`` with which it learns in one pass; with fewer it takes turns.
+
+    Parameters
+    ----------
+    model, rank, targets, learner, forward, tolerance
+        As for `fit_projectors`.
+    batch
+        One batch of those to learn from: it shows which layers share an input.
+
+    Returns
+    -------
+    dict of tuple of str to int
+        For each learner the layers that share it, and its bytes while a batch is read: at most two
+        states, of the largest it will come to, for float32 inputs. Without the passing workspace of
+        the one that is learning, and the batch's own activations.
+
+    Raises
+    ------
+    LayerError
+        If ``targets`` match nothing, a mapping of ranks leaves out a layer, or a layer that the
+        batch does not reach says nothing of its features.
+    RankError
+        If a rank is above the features of its input; the message names the layer.
+
+    Notes
+    -----
+    Cost: a forward pass, and a few thousand random rows for each different size of input, as
+    learners are of many kinds.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import learner_bytes
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+    >>> sizes = learner_bytes(model, torch.randn(4, 64), rank=2)
+    >>> list(sizes), sum(sizes.values()) < 1_000_000
+    ([('0',), ('1',)], True)
+    """
+    model = plain(model)
+    layers = select_layers(model, targets)
+    ranks = {name: rank_for(name, rank) for name in layers}
+    run = feed if forward is None else forward
+    converging = tolerance is not None
+    return bytes_by_input(model, layers, ranks, learner, batch, run, converging=converging)
+
+
+def turns_within(
+    max_bytes: int,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    learner: Callable[[int], Learner],
+    batch: Any,
+    run: Forward,
+    *,
+    converging: bool,
+) -> list[Turn]:
+    """Divide layers, in order, into as few turns as keep their learners within the budget.
+
+    Layers that share the inputs of this batch are kept together and counted once; layers that it
+    does not reach are counted each by its own weight.
+
+    Raises
+    ------
+    SettingError
+        If one learner alone is larger.
+    """
+    if not max_bytes > 0:
+        raise SettingError(f"expected max_bytes above 0 or None, got {max_bytes!r}")
+    turns: list[Turn] = []
+    sizes = bytes_by_input(model, layers, ranks, learner, batch, run, converging=converging)
+    for names, size in sizes.items():
+        group = {name: layers[name] for name in names}
+        if size > max_bytes:
+            raise SettingError(
+                f"layer {names[0]!r}: expected max_bytes of at least {size:,}, which its learner "
+                f"alone holds, got {max_bytes:,}; allow more, or learn a smaller rank"
+            )
+        if turns and turns[-1].bytes + size <= max_bytes:
+            turns[-1] = Turn({**turns[-1].layers, **group}, turns[-1].bytes + size)
+        else:
+            turns.append(Turn(group, size))
+    return turns
+
+
+def bytes_by_input(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    learner: Callable[[int], Learner],
+    batch: Any,
+    run: Forward,
+    *,
+    converging: bool,
+) -> dict[tuple[str, ...], int]:
+    """Return the bytes of each learner, by the names of the layers that share it."""
+    measured = cache(lambda rank, features: held_bytes(learner, rank, features, converging))
+    sizes = {}
+    for names, features in _sharing(model, layers, ranks, batch, run):
+        try:
+            sizes[tuple(names)] = measured(ranks[names[0]], features)
+        except IPAError as error:
+            raise with_context(error, f"layer {names[0]!r}") from error
+    return sizes
+
+
+def held_bytes(
+    learner: Callable[[int], Learner], rank: int, features: int, converging: bool
+) -> int:
+    """Return the bytes that a learner of float32 rows holds while a batch is read: two states.
+
+    Measured on random rows, as learners are of many kinds.
+
+    Examples
+    --------
+    >>> from ipa_core import ExactCovariance
+    >>> held_bytes(ExactCovariance, 2, 100, False) > 2 * 4 * 100 * 100
+    True
+    """
+    probe, most = learner(rank), 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(0, max(4200, 10 * rank), _STEP):  # two of the largest blocks
+        probe.update(torch.randn(_STEP, features, generator=generator))
+        arrays = probe.state_dict().values()
+        most = max(most, sum(x.nbytes for x in arrays if isinstance(x, torch.Tensor)))
+    projectors = 2 * 4 * rank * features if converging else 0
+    return 2 * (most + projectors)
+
+
+def _sharing(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    batch: Any,
+    run: Forward,
+) -> list[tuple[list[str], int]]:
+    """Return groups of layers that share their inputs, with the features of these."""
+    histories = Histories(ranks, lambda rank: cast(Learner, _Sizes()), None)
+    listener = Listener(
+        layers, histories, RowFilter(model, None), max_patches=1, max_rows=None, keep_going=True
+    )
+    with undisturbed(model), listener, listener.batch(batch):
+        run(model, batch)
+    groups: dict[int, tuple[list[str], int]] = {}
+    for number, (name, layer) in enumerate(layers.items()):
+        node = histories.at[name]
+        if node.learner.features is None:
+            groups[-1 - number] = [name], _features(name, layer)
+        else:
+            groups.setdefault(id(node), ([], node.learner.features))[0].append(name)
+    return list(groups.values())
+
+
+def _features(name: str, layer: nn.Module) -> int:
+    try:
+        return features_of(layer)
+    except LayerError as error:
+        raise with_context(
+            error, f"layer {name!r}, which the first batch does not reach"
+        ) from error

@@ -1,0 +1,1 @@
+"""Learning projectors from the gradients of weights."""

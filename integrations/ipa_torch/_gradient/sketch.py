@@ -1,0 +1,180 @@
+"""A sign sketch of a weight's gradient, and the inputs of layers weighted by it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+import torch
+
+from ipa_core import Learner, Projector
+from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
+from ipa_torch._distributed.tree_reduce import Mergeable
+
+#: Rows of each batch that are kept to measure what P captures of the inputs.
+_KEPT_ROWS = 128
+
+
+class GradientPupil(Protocol):
+    """Learns from rows x of a layer's input and the gradients g of the rows of its output."""
+
+    @property
+    def learner(self) -> Mergeable:
+        """What has learned, for merging with others."""
+
+    def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
+        """Learn from x (n, groups, features) and g (n, groups, outputs of a group)."""
+
+
+class GradientSketch:
+    r"""Leading row space of :math:`G = \sum_i g_i x_i^\top`, a layer's weight gradient.
+
+    .. math:: Y = S^\top G, \qquad P = \text{leading right singular vectors of } Y
+
+    with a fixed matrix S of random signs, (outputs, k), k = max(32, 2r + 8), the same for every
+    worker. Y is linear in the data: sketches of two parts of it merge by addition.
+
+    The energies of the projector are those of the inputs, on a sample of rows, so that
+    `energy_scale` holds; its rows are in the order of the gradient's singular values.
+
+    Memory O(k (features + outputs)), time O(k (features + outputs)) for a row.
+
+    Parameters
+    ----------
+    rank : int
+    seed : int, default 0
+        Of S.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, g = torch.randn(50, 1, 4), torch.randn(50, 1, 3)
+    >>> whole, half, rest = (GradientSketch(rank=1) for _ in range(3))
+    >>> whole.update(x, g), half.update(x[:20], g[:20]), rest.update(x[20:], g[20:])
+    (None, None, None)
+    >>> p, q = (sketch.finalize().components for sketch in (whole, half.merge(rest)))
+    >>> bool((p - q).abs().max() < 1e-4)
+    True
+    """
+
+    def __init__(self, rank: int, *, seed: int = 0) -> None:
+        self.rank = rank
+        self.seed = seed
+        self.samples = 0
+        self._image: torch.Tensor | None = None
+        self._kept: list[torch.Tensor] = []
+
+    @property
+    def learner(self) -> Self:
+        """The sketch itself."""
+        return self
+
+    def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
+        """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
+        if self.rank > x.shape[-1]:
+            raise RankError(
+                f"expected a rank of at most {x.shape[-1]}, the number of features, "
+                f"got {self.rank}; ask for a smaller rank"
+            )
+        x, g = x.float(), g.float()
+        signs = self._signs(g.shape[1] * g.shape[2]).to(x.device).unflatten(0, g.shape[1:])
+        image = torch.zeros(signs.shape[-1], x.shape[-1], device=x.device)
+        for group in range(g.shape[1]):
+            image = image + (g[:, group] @ signs[group]).T @ x[:, group]
+        if not bool(image.isfinite().all()):
+            raise NonFiniteError("expected finite inputs and gradients, got NaN or infinity")
+        if not bool(image.any()):
+            return
+        self._image = image if self._image is None else self._image + image
+        alive = x[(g != 0).flatten(1).any(1)]  # padding has no gradient
+        self._kept.append(alive[:: max(1, len(alive) // _KEPT_ROWS)].flatten(0, 1).clone())
+        self.samples += x.shape[0] * x.shape[1]
+
+    def merge(self, other: Self) -> Self:
+        """Return the sketch of both parts.
+
+        Raises
+        ------
+        SettingError
+            If ranks or seeds differ.
+        """
+        if (self.rank, self.seed) != (other.rank, other.seed):
+            raise SettingError(
+                f"expected sketches of equal rank and seed, got {self.rank, self.seed} and "
+                f"{other.rank, other.seed}"
+            )
+        merged = copy.copy(self)
+        images = [one._image for one in (self, other) if one._image is not None]
+        merged._image = torch.stack(images).sum(0) if images else None
+        merged._kept = self._kept + other._kept
+        merged.samples = self.samples + other.samples
+        return merged
+
+    def finalize(self) -> Projector:
+        """Return the projector of what was seen.
+
+        Raises
+        ------
+        EmptyStreamError
+            If nothing was seen, or no gradient arrived.
+        """
+        if self._image is None or not bool(self._image.any()):
+            raise EmptyStreamError(
+                "expected gradients, got none; let the loss depend on the layer and have a head "
+                "that has been trained for a moment"
+            )
+        components = self._directions(self._image.double())
+        rows = torch.cat(self._kept).double()
+        energies = (rows @ components.T).square().mean(0)
+        return Projector(
+            components.float(),
+            torch.zeros_like(components[0], dtype=torch.float32),
+            energies.float(),
+            float(rows.square().sum(1).mean()),
+            self.samples,
+        )
+
+    def summary(self) -> Self:
+        """Return the sketch: it is small."""
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings, counts and tensors, from which `load_state_dict` goes on."""
+        state: dict[str, Any] = {"rank": self.rank, "seed": self.seed, "samples": self.samples}
+        if self._image is None:
+            return state
+        kept = torch.cat(self._kept)
+        return state | {"image": self._image, "kept": kept, "template": self._image[:0]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Take over a state from `state_dict`."""
+        self.rank, self.seed, self.samples = state["rank"], state["seed"], state["samples"]
+        self._image = state.get("image")
+        self._kept = [state["kept"]] if "kept" in state else []
+        return self
+
+    def _directions(self, image: torch.Tensor) -> torch.Tensor:
+        """Return orthonormal rows (rank, features) for the image (k, features)."""
+        rows: torch.Tensor = torch.linalg.svd(image, full_matrices=False).Vh
+        return rows[: self.rank]
+
+    def _signs(self, outputs: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        width = max(32, 2 * self.rank + 8)
+        return torch.randint(0, 2, (outputs, width), generator=generator).float() * 2 - 1
+
+
+class WeightedInputs:
+    """A learner of inputs, each row weighted by the norm of its gradient.
+
+    The weights are the norms as they are, so that those of several processes fit together.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner: Learner = learner
+
+    def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
+        """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
+        norms = torch.linalg.vector_norm(g.float(), dim=-1).flatten()
+        self.learner.update(x.flatten(0, 1), norms)

@@ -1,0 +1,196 @@
+"""Learning from arrays and shards that outgrow a machine, on any Dask cluster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ipa_core.errors import IPAError, MissingDependencyError, StreamError, with_context
+from ipa_core.io.activation_store import StoredLayer
+from ipa_core.io.streams import expect, files_of, iterate
+from ipa_core.learners.base import Learner
+from ipa_core.learners.randomized_svd import RandomizedSVD
+from ipa_core.projector import Projector
+
+try:
+    import dask.array
+    from dask import core
+    from dask.base import compute, is_dask_collection, optimize
+    from dask.delayed import delayed
+    from dask.local import get_sync
+    from dask.optimization import cull
+    from dask.system import CPU_COUNT
+except ModuleNotFoundError as error:
+    raise MissingDependencyError(
+        f"expected dask to be installed, got no {error.name}; "
+        "run pip install 'ipa-projectors[dask]'"
+    ) from error
+
+Shards: TypeAlias = "str | PathLike[str] | Iterable[str | PathLike[str]] | StoredLayer"
+
+
+def fit_projector(
+    source: Any | Shards, rank: int, *, learner: Callable[[int], Learner] = RandomizedSVD
+) -> Projector:
+    """Learn a projection as `ipa_core.fit_projector` does, on a Dask cluster.
+
+    Blocks or shards, in their order, are divided into two runs for each thread of the cluster. A
+    run's learner absorbs them one after the other, where they are; then summaries are merged in a
+    binary tree. When a worker is lost, Dask learns its runs again.
+
+    Parameters
+    ----------
+    source : dask.array.Array, path, iterable of paths, or StoredLayer
+        An array (..., features), any chunks; or shards that every worker can read: ``.npy``,
+        ``.safetensors``, ``.zarr``, a folder of them, or a layer of an `ActivationStore`. A file is
+        read by one task.
+    rank : int
+        Number of directions.
+    learner : callable, default `RandomizedSVD`
+        Makes the learner from the rank; one that needs a single pass.
+
+    Returns
+    -------
+    Projector
+        NumPy, or the library of the array's blocks.
+
+    Raises
+    ------
+    StreamError
+        If this is neither, or the learner asks for several passes.
+    EmptyStreamError
+        If there is no row.
+    ArrayTypeError, ShapeError, RankError, NonFiniteError, FileFormatError
+        If a block is unfit; the message has its number, or its path.
+
+    Notes
+    -----
+    Memory of a worker, for each thread: one learner and one block, or 8,192 rows of a file. The
+    number of runs follows the cluster's threads, so that another cluster's result differs, within
+    what the learner guarantees. Where there is no cluster, Dask's own threads do the work.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> from ipa_core import fit_projector
+    >>> x = da.random.default_rng(0).standard_normal((4000, 20), chunks=(500, 20))
+    >>> fit_projector(x / da.arange(1, 21), rank=2)
+    Projector(rank=2, features=20, captured=0.783, samples=4000, numpy float64 on cpu)
+    """
+    pupil = learner(rank)
+    if pupil.passes > 1:
+        raise StreamError(
+            f"expected a learner of one pass on Dask, got a {type(pupil).__name__} that asks for "
+            f"{pupil.passes}; ask for one"
+        )
+    parts = _parts(source)
+    if not parts:
+        return pupil.finalize()
+    done = [_run(pupil, run) for run in _divided(parts, 2 * _threads())]
+    while len(done) > 1:
+        pairs = [done[start : start + 2] for start in range(0, len(done), 2)]
+        done = [_merged(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    (whole,) = compute(*done)  # type: ignore[no-untyped-call]
+    projector: Projector = whole.finalize()
+    return projector
+
+
+def _parts(source: Any) -> list[tuple[str, Any]]:
+    """Return streams with their names: delayed blocks, or paths, or shards."""
+    if isinstance(source, dask.array.Array):
+        array: Any = source.rechunk({source.ndim - 1: -1})  # type: ignore[no-untyped-call]
+        return [(f"block {number}", block) for number, block in enumerate(_blocks(array))]
+    if isinstance(source, StoredLayer):
+        return [(part.shards[0].file, part) for part in source.parts()]
+    if isinstance(source, (str, PathLike)):
+        source = [source]
+    if not isinstance(source, Iterable) or is_dask_collection(source):
+        raise StreamError(
+            f"expected a Dask array or paths of shards, got {type(source).__name__}; "
+            "a DataFrame has to_dask_array"
+        )
+    files = [file for path in source for file in files_of(Path(path))]
+    return [(str(file), str(file)) for file in files]
+
+
+class _Block:
+    """A block that is computed within the task that learns from it.
+
+    As a task of its own it would be computed ahead of its turn, and wait in memory with others.
+    """
+
+    def __init__(self, graph: dict[Any, Any], key: Any) -> None:
+        self._graph = graph
+        self._key = key
+
+    def compute(self) -> Any:
+        return get_sync(self._graph, self._key)
+
+
+def _blocks(array: Any) -> list[Any]:
+    """Return the blocks of an array: to be computed, or delayed if a cluster holds data of it."""
+    if any(map(_is_future, dict(array.__dask_graph__()).values())):
+        return list(array.to_delayed().ravel())
+    (array,) = optimize(array)  # type: ignore[no-untyped-call]
+    graph = dict(array.__dask_graph__())
+    keys = core.flatten(array.__dask_keys__())  # type: ignore[no-untyped-call]
+    return [_Block(cull(graph, [key])[0], key) for key in keys]  # type: ignore[no-untyped-call]
+
+
+def _is_future(node: Any) -> bool:
+    value = getattr(node, "value", node)
+    return type(value).__module__.partition(".")[0] == "distributed"
+
+
+def _threads() -> int:
+    """Return the threads of the cluster that Dask would use now."""
+    try:
+        from distributed import get_client
+
+        client: Any = get_client()
+        return sum(client.nthreads().values()) or 1
+    except (ImportError, ValueError):
+        return int(CPU_COUNT)
+
+
+def _divided(parts: list[Any], count: int) -> list[list[Any]]:
+    """Divide a list into at most ``count`` runs of about equal length."""
+    count = min(count, len(parts))
+    borders = [len(parts) * number // count for number in range(count + 1)]
+    return [parts[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+
+
+def _run(pupil: Learner, parts: list[tuple[str, Any]]) -> Any:
+    """Return the task of learning from some parts one after the other."""
+    learned: Any = pupil
+    following = [part if isinstance(part, str) else None for _, part in parts[1:]]
+    for (name, part), next_file in zip(parts, [*following, None], strict=True):
+        learned = _absorbed(learned, part, name, next_file)
+    return _summary(learned)
+
+
+@delayed(pure=False)  # type: ignore[untyped-decorator]
+def _absorbed(pupil: Learner, stream: Any, name: str, next_file: str | None) -> Learner:
+    after = copy.copy(pupil)
+    if next_file is not None:
+        expect(Path(next_file))
+    try:
+        stream = stream.compute() if isinstance(stream, _Block) else stream
+        for batch, weights in iterate(stream):
+            after.update(batch, weights)
+    except IPAError as error:
+        raise with_context(error, name) from error
+    return after
+
+
+@delayed(pure=False)  # type: ignore[untyped-decorator]
+def _summary(pupil: Learner) -> Learner:
+    return pupil.summary()
+
+
+@delayed(pure=False)  # type: ignore[untyped-decorator]
+def _merged(one: Learner, other: Learner) -> Learner:
+    return one.merge(other).summary()

@@ -1,0 +1,1 @@
+"""Learners: streaming algorithms behind one interface."""

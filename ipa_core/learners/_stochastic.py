@@ -1,0 +1,89 @@
+"""What the two rules that step after every micro-batch have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Self
+
+from ipa_core import _array
+from ipa_core._array import Array, Namespace
+from ipa_core._linalg import orthonormal_columns, principal_rows, truncate_rows
+from ipa_core.learners._row_blocks import Rows
+from ipa_core.learners.base import Learner
+
+
+class SequentialRule(Learner):
+    """A rule that moves its directions by a step after every micro-batch of 256 rows.
+
+    Its summary can be turned into a factor F, with F^T F the second moment that the rule believes
+    in, and back: that is how two of them merge.
+    """
+
+    _numbers: ClassVar[tuple[str, ...]] = (*Learner._numbers, "_stepped", "_unit")
+    _arrays: ClassVar[tuple[str, ...]] = (*Learner._arrays, "_directions")
+    _block_rows = 256
+
+    #: Numerator c and delay of the step min(1, c / (t + c - 1)) after t micro-batches.
+    _step_numerator: ClassVar[float]
+
+    def __init__(self, rank: int, *, center: bool = False, seed: int = 0) -> None:
+        super().__init__(rank, center=center, seed=seed)
+        self._directions: Array = None
+        self._stepped = 0
+        self._unit = 1.0  # energies are carried in its square
+
+    @property
+    @abstractmethod
+    def _width(self) -> int:
+        """Number of directions that are carried."""
+
+    @abstractmethod
+    def _step(self, xp: Namespace, rows: Rows, weight: float, size: float) -> None:
+        """Move the directions towards what ``rows``, of total ``weight``, ask for."""
+
+    @abstractmethod
+    def _to_factor(self, xp: Namespace) -> Array:
+        """Return F, the believed second moment of all rows being F^T F."""
+
+    @abstractmethod
+    def _from_factor(self, xp: Namespace, factor: Array, weight: float) -> None:
+        """Take over the ``_width`` orthogonal rows of a factor of rows of total ``weight``."""
+
+    def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
+        first = self._directions is None
+        if first:
+            self._start(xp, rows)
+        self._stepped += rows.count
+        weight = rows.total_weight()
+        self._step(xp, rows, weight, 1.0 if first else self._step_size(weight))
+
+    def _step_size(self, weight: float) -> float:
+        """Return c / (t + c - 1), with t counted in micro-batches of the usual weight."""
+        numerator = self._step_numerator
+        usual = self._weight * self._block_rows / self._stepped
+        return min(1.0, numerator * weight / (self._weight + (numerator - 1) * usual))
+
+    def _start(self, xp: Namespace, rows: Rows) -> None:
+        """Start from randomly signed sums of the first rows: directions that matter already."""
+        signs = _array.from_numpy(
+            xp,
+            _array.random_signs((self._width, rows.count), self.seed, 0),
+            _array.device(rows.x),
+            rows.x.dtype,
+        )
+        self._unit = rows.unit()
+        self._directions = orthonormal_columns(xp, (signs @ rows.weigh(rows.x)).T).T
+
+    def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
+        self._stack(xp, shift.x, self._weight)
+
+    def _absorb_summary(self, xp: Namespace, other: Self) -> None:
+        self._stepped += other._stepped
+        self._stack(xp, other._to_factor(xp), self._weight + other._weight)
+
+    def _stack(self, xp: Namespace, rows: Array, weight: float) -> None:
+        stacked = xp.concat([self._to_factor(xp), rows])
+        self._from_factor(xp, truncate_rows(xp, stacked, self._width), weight)
+
+    def _solve(self, xp: Namespace) -> tuple[Array, Array]:
+        return principal_rows(xp, self._to_factor(xp), self.rank)

@@ -1,0 +1,143 @@
+"""From what a caller passes to rows: every check of a batch is here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ipa_core import _array
+from ipa_core._array import Array, HostArray, Namespace
+from ipa_core.errors import ArrayTypeError, NonFiniteError, ShapeError, WeightError
+from ipa_core.learners._row_blocks import Rows
+
+
+def template_of(batch: Array) -> Array:
+    """Return the (0, features) array that stands for library, device, dtype and features."""
+    xp, features = _form_of(batch)
+    dtype = _array.state_dtype(xp, batch)
+    return xp.zeros((0, features), dtype=dtype, device=_array.device(batch))
+
+
+def accept(batch: Array, weights: Array | None, template: Array) -> Asked:
+    """Hold a batch to the template and return its rows of positive weight, lengths to come.
+
+    Rows of weight zero are dropped before anything else, whatever they hold; weights that are all
+    one are forgotten.
+    """
+    xp = match(batch, template)
+    count = math.prod(batch.shape[:-1])
+    x, masses = xp.reshape(_array.detached(batch), (count, batch.shape[-1])), None
+    if weights is not None:
+        x, weights, masses = _drop_absent(xp, x, _flat(batch, weights, template))
+    x = _array.cast(xp, x, template.dtype)
+    return Asked(xp, x, weights, masses, _array.ask_squares(xp, x))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows of which the device has been asked the squared lengths."""
+
+    xp: Namespace
+    x: Array
+    weights: Array | None
+    masses: HostArray | None
+    squares: Callable[[], HostArray]
+
+    @property
+    def count(self) -> int:
+        return int(self.x.shape[0])
+
+    def answered(self) -> Rows:
+        """Wait for the lengths, which tell whether the rows are finite, and return the rows.
+
+        Raises
+        ------
+        NonFiniteError
+            If they are not, or if their squares over- or underflow the dtype.
+        """
+        squares = self.squares()
+        masses = _array.host_ones(squares.size) if self.masses is None else self.masses
+        rows = Rows(self.x, self.weights, squares, masses)
+        _check_range(self.xp, rows)
+        return rows
+
+
+def _form_of(batch: Array) -> tuple[Namespace, int]:
+    """Return the library and the number of features of what can be a batch."""
+    xp = _array.namespace(batch)
+    if not _array.is_floating(xp, batch):
+        raise ArrayTypeError(
+            f"expected a batch of a real floating dtype, got {batch.dtype}; "
+            "convert it to float32 first"
+        )
+    if batch.ndim < 1 or batch.shape[-1] < 1:
+        raise ShapeError(f"expected a batch of shape (..., features), got {tuple(batch.shape)}")
+    return xp, int(batch.shape[-1])
+
+
+def match(batch: Array, template: Array) -> Namespace:
+    """Return a batch's library, or refuse it if features, library or device are others."""
+    xp, features = _form_of(batch)
+    if features != template.shape[1]:
+        raise ShapeError(
+            f"expected batches of {template.shape[1]} features as the first one had, got {features}"
+        )
+    same_library = xp is _array.namespace(template)
+    if not same_library or _array.device(batch) != _array.device(template):
+        raise ArrayTypeError(
+            f"expected batches as the first one, {_array.describe(template)}, "
+            f"got {_array.describe(batch)}"
+        )
+    return xp
+
+
+def _flat(batch: Array, weights: Array, template: Array) -> Array:
+    """Return the weights as a vector of the template's dtype."""
+    xp = _array.namespace(batch, weights)
+    if tuple(weights.shape) != tuple(batch.shape[:-1]):
+        raise ShapeError(
+            f"expected weights of shape {tuple(batch.shape[:-1])}, one for each row, "
+            f"got {tuple(weights.shape)}"
+        )
+    flat = xp.reshape(_array.detached(weights), (math.prod(weights.shape),))
+    return _array.cast(xp, flat, template.dtype)
+
+
+def _drop_absent(
+    xp: Namespace, x: Array, weights: Array
+) -> tuple[Array, Array | None, HostArray | None]:
+    masses = _array.on_host(weights)
+    if not ((masses >= 0).all() and math.isfinite(masses.sum())):
+        raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")
+    if not masses.all():
+        (places,) = masses.nonzero()
+        index = _array.from_numpy(xp, places, _array.device(x), xp.int64)
+        x, weights = xp.take(x, index, axis=0), xp.take(weights, index)
+        masses = masses[places]
+    return (x, None, None) if (masses == 1).all() else (x, weights, masses)
+
+
+def _check_range(xp: Namespace, rows: Rows) -> None:
+    """Refuse rows that are not finite, or whose squares over- or underflow the dtype."""
+    dtype = rows.x.dtype
+    energy = float(rows.squares.sum())
+    # Lengths are squared on the host, in float64; products of rows are taken in their dtype.
+    held = rows.squares.max(initial=0.0) <= float(xp.finfo(dtype).max)
+    if not (held and math.isfinite(rows.energy())):
+        bad = int(xp.count_nonzero(~xp.all(xp.isfinite(rows.x), axis=1)))
+        if bad:
+            raise NonFiniteError(
+                f"expected finite values, got NaN or infinity in {bad} of {rows.count} rows; "
+                "give such rows weight 0 or mend what makes them"
+            )
+        raise NonFiniteError(
+            f"expected rows whose squares {dtype} can hold, got an overflow; "
+            "scale the data down or pass float64"
+        )
+    least = float(xp.finfo(dtype).smallest_normal) / float(xp.finfo(dtype).eps)
+    if energy < least * rows.count and bool(xp.any(rows.x != 0)):
+        raise NonFiniteError(
+            f"expected rows whose squares {dtype} can hold, got an underflow; "
+            "scale the data up or pass float64"
+        )

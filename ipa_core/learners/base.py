@@ -1,0 +1,483 @@
+"""The learner: what every streaming algorithm shares, and the laws it obeys."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, final
+
+from ipa_core import _array
+from ipa_core._array import Array, Namespace
+from ipa_core._linalg import fixed_basis
+from ipa_core.errors import (
+    EmptyStreamError,
+    FileFormatError,
+    IPAError,
+    RankError,
+    SettingError,
+)
+from ipa_core.learners._row_blocks import Rows, Run, join
+from ipa_core.learners._validation import Asked, accept, match, template_of
+from ipa_core.projector import Projector
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """How far a learner's reconstruction error may lie above the optimum.
+
+    Parameters
+    ----------
+    kind : {"exact", "bounded", "statistical"}
+        ``exact``: the optimum up to rounding. ``bounded``: within ``excess`` of it on any cutting,
+        order and merging of a stream whose distribution does not drift. ``statistical``: within
+        ``excess`` once the stream is long beside the rank.
+    excess : float
+        residual / optimal residual - 1.
+
+    Examples
+    --------
+    >>> from ipa_core import RandomizedSVD
+    >>> RandomizedSVD.guarantee
+    Guarantee(kind='bounded', excess=0.05)
+    """
+
+    kind: Literal["exact", "bounded", "statistical"]
+    excess: float
+
+
+class Learner(ABC):
+    r"""Learns a projector from a stream of activation rows, in one pass and bounded memory.
+
+    The objective is the mean of :math:`\|x - P^\top P x\|^2` over all rows, with orthonormal rows
+    of P (``center=False``), or the same about the mean (``center=True``).
+
+    Every learner obeys these laws, exactly or within its `guarantee`:
+
+    * *partition*: any cutting of the stream into batches gives the same result;
+    * *merge*: learners of two parts, merged, equal the learner of the whole; merging is
+      associative and a fresh learner is neutral;
+    * *purity*: no input and no operand is changed. States are never written in place, so
+      ``copy.copy(learner)`` is a snapshot;
+    * *weights*: a row of weight 0 is absent, a row of weight 2 counts twice;
+    * *equivariance*: rotating or scaling the data rotates or scales the result;
+    * *library independence*: the same seed gives the same subspace on every array library;
+    * *atomicity*: a call that raises leaves the learner as it was.
+
+    Parameters
+    ----------
+    rank : int
+        Rows of P, at least 1 and at most the number of features.
+    center : bool, default False
+        Learn about the mean (classical PCA) instead of about the origin.
+    seed : int, default 0
+        Seed of the learner's random choices; drawn on the host, equal for all libraries.
+
+    Raises
+    ------
+    RankError
+        If ``rank`` is not a positive integer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import IncrementalPCA, Learner
+    >>> x = np.random.default_rng(0).standard_normal((100, 8)) / np.arange(1, 9)
+    >>> here, there = IncrementalPCA(rank=2).update(x[:60]), IncrementalPCA(rank=2).update(x[60:])
+    >>> here.merge(there).finalize()
+    Projector(rank=2, features=8, captured=0.779, samples=100, numpy float64 on cpu)
+    """
+
+    guarantee: ClassVar[Guarantee]
+    #: Number of passes over the stream that the learner asks for.
+    passes: int = 1
+
+    _settings: ClassVar[tuple[str, ...]] = ("rank", "center", "seed")
+    _numbers: ClassVar[tuple[str, ...]] = ("samples", "_weight", "_energy")
+    _arrays: ClassVar[tuple[str, ...]] = ("_mean",)
+
+    def __init__(self, rank: int, *, center: bool = False, seed: int = 0) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise RankError(f"expected a rank that is a positive integer, got {rank!r}")
+        self.rank = rank
+        self.center = bool(center)
+        self.seed = int(seed)
+        self.samples = 0
+        self._weight = 0.0
+        self._energy = 0.0
+        self._template: Array = None  # (0, features): library, device, dtype, features
+        self._mean: Array = None
+        self._pending: tuple[Rows, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in vars(cls):
+            raise TypeError(
+                f"expected {cls.__name__} to override begin_update, which every update goes "
+                "through, got an update of its own"
+            )
+
+    # What a subclass writes ---------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def _block_rows(self) -> int:
+        """Rows that are absorbed at a time, however the batches are cut."""
+
+    @abstractmethod
+    def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
+        """Fold a block of rows into the summary, by rebinding attributes."""
+
+    def _absorb_run(self, xp: Namespace, run: Run) -> None:
+        """Fold whole blocks into the summary; one by one, in most learners."""
+        for start in range(0, run.count, self._block_rows):
+            self._absorb_block(xp, run.cut(start, start + self._block_rows).joined(xp))
+
+    def _glance(self, xp: Namespace, parts: tuple[Array, ...]) -> Any:
+        """Ask the device about rows that are not accepted yet; nothing, in most learners."""
+        return None
+
+    def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
+        """Fold in the one row that stands for the distance of two means."""
+        self._absorb_rows(xp, shift)
+
+    @abstractmethod
+    def _absorb_summary(self, xp: Namespace, other: Self) -> None:
+        """Fold the summary of another learner, which has nothing pending, into this one's."""
+
+    def _condense(self, xp: Namespace) -> None:
+        """Fold together what is kept apart for the sake of speed; nothing, in most learners."""
+        return None
+
+    @abstractmethod
+    def _solve(self, xp: Namespace) -> tuple[Array, Array]:
+        """Return ``rank`` orthogonal directions of any length, and energies summed over rows."""
+
+    # What everyone calls ------------------------------------------------------------------------
+
+    @property
+    def features(self) -> int | None:
+        """Features of a row; None before the first batch."""
+        return None if self._template is None else int(self._template.shape[1])
+
+    @final
+    def update(self, batch: Array, weights: Array | None = None) -> Self:
+        """Learn from a batch of rows.
+
+        Parameters
+        ----------
+        batch : array of shape (..., features)
+            Real floating, in any library of the array API; half precision is computed in float32.
+            Any leading shape, any number of rows, none included. The first batch fixes library,
+            device, dtype and features.
+        weights : array of shape batch.shape[:-1], optional
+            Non-negative weight of each row; a padding mask (0 / 1, boolean too) or an importance.
+
+        Returns
+        -------
+        Learner
+            Itself.
+
+        Raises
+        ------
+        ArrayTypeError, ShapeError, RankError, WeightError, NonFiniteError
+            If the batch does not fit; the learner is then as it was before the call.
+        """
+        return self.begin_update(batch, weights)()
+
+    def begin_update(self, batch: Array, weights: Array | None = None) -> Callable[[], Self]:
+        """Begin to learn from a batch; the call of what is returned goes on and is the update.
+
+        The first half checks the form of the batch and gives the device what needs no answer from
+        it. The second waits for the answers (is every row finite, is one new?) and learns. In
+        between the host is free to give the device other work, so that it never stands idle.
+
+        Parameters
+        ----------
+        batch, weights
+            As for `update`; to be left as they are until the second half is done.
+
+        Returns
+        -------
+        callable
+            Without arguments; returns the learner, which is until then as it was.
+
+        Raises
+        ------
+        ArrayTypeError, ShapeError, RankError, WeightError
+            If the batch does not fit.
+        NonFiniteError
+            By the second half, if it holds values that are not finite.
+        IPAError
+            By the second half, if something else was learned in between.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from ipa_core import RandomizedSVD
+        >>> learner = RandomizedSVD(rank=2)
+        >>> finish = learner.begin_update(np.eye(4))
+        >>> learner.samples, finish().samples
+        (0, 4)
+        """
+        template = self._template_for(batch)
+        with _array.silent():
+            asked = accept(batch, weights, template)
+            waiting = self._waiting(asked)
+            glance = self._glance(asked.xp, (*(part.x for part in waiting), asked.x))
+        begun = self.samples, self._template
+        return partial(self._finish_update, begun, template, asked, waiting, glance)
+
+    def merge(self, other: Self) -> Self:
+        """Return a new learner that has seen the rows of both; neither operand changes.
+
+        Raises
+        ------
+        SettingError
+            If the other is of another class or has other settings (seeds may differ).
+        ShapeError, ArrayTypeError
+            If the other has seen rows of other features, library or device.
+        """
+        self._check_mergeable(other)
+        if other.samples == 0:
+            return copy.copy(self)
+        if self.samples == 0:
+            return copy.copy(other)
+        xp = self._xp
+        merged, right = self._flushed(), other._flushed()
+        if merged._mean is not None:
+            shift = merged._move_mean(xp, right._mean, right._weight)
+            merged._energy += shift.energy()
+            merged._absorb_shift(xp, shift)
+        merged._absorb_summary(xp, right)
+        merged.samples += right.samples
+        merged._weight += right._weight
+        merged._energy += right._energy
+        return merged
+
+    def finalize(self) -> Projector:
+        """Return the projector of all rows seen so far; learning may go on.
+
+        Raises
+        ------
+        EmptyStreamError
+            If no row (of positive weight) has been seen.
+        """
+        if self.samples == 0:
+            raise EmptyStreamError(
+                "expected at least one row of positive weight before finalize, got none; "
+                "check that the stream yields batches and that the mask keeps some rows"
+            )
+        xp = self._xp
+        done = self._flushed()
+        directions, energies = done._solve(xp)
+        like = done._template
+        mean = xp.zeros_like(directions[0, :]) if done._mean is None else done._mean
+        return Projector(
+            _array.cast(xp, fixed_basis(xp, directions), like.dtype),
+            _array.cast(xp, mean, like.dtype),
+            _array.cast(xp, energies / done._weight, like.dtype),
+            done._energy / done._weight,
+            done.samples,
+        )
+
+    def summary(self) -> Self:
+        """Return a learner of the same rows in its smallest form: what is worth sending.
+
+        Nothing is pending in it, and what it kept for the sake of speed is folded in; merging it
+        is merging the learner.
+        """
+        done = self._flushed()
+        if done.samples:
+            done._condense(done._xp)
+        return done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings, counts and arrays, from which `load_state_dict` goes on exactly.
+
+        The arrays are those of the learner, not copies; `ipa_core.save_state` writes them to disk.
+        """
+        state: dict[str, Any] = {"learner": type(self).__name__}
+        for name in self._settings + self._numbers:
+            state[name.lstrip("_")] = getattr(self, name)
+        if self._template is None:
+            return state
+        arrays = {name.lstrip("_"): getattr(self, name) for name in self._arrays}
+        arrays["template"] = self._template
+        if self._pending:
+            rows = join(self._xp, self._pending)
+            arrays["pending.x"], arrays["pending.weights"] = rows.x, rows.weights
+        return state | {name: array for name, array in arrays.items() if array is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Take over a state from `state_dict`, of a learner of the same class and settings.
+
+        Raises
+        ------
+        FileFormatError
+            If the state is another learner's or incomplete.
+        SettingError
+            If it was learned with other settings.
+        """
+        name = state.get("learner")
+        if name != type(self).__name__:
+            raise FileFormatError(f"expected the state of a {type(self).__name__}, got {name!r}")
+        for setting in self._settings:
+            if state.get(setting) != getattr(self, setting):
+                raise SettingError(
+                    f"expected a state learned with {setting}={getattr(self, setting)!r}, got "
+                    f"{state.get(setting)!r}; build the learner with the state's settings"
+                )
+        fresh = type(self)(**{key: getattr(self, key) for key in self._settings})
+        try:
+            for number in self._numbers:
+                setattr(fresh, number, state[number.lstrip("_")])
+        except KeyError as error:
+            raise FileFormatError(f"expected an entry {error} in the state, got none") from error
+        for array in self._arrays:
+            setattr(fresh, array, state.get(array.lstrip("_")))
+        fresh._template = state.get("template")
+        if fresh.samples and fresh._template is None:
+            raise FileFormatError("expected the arrays of a learner that has seen rows, got none")
+        if "pending.x" in state:
+            rows = Rows.of(fresh._xp, state["pending.x"], state.get("pending.weights"))
+            fresh._pending = (rows,)
+        self.__dict__ = fresh.__dict__
+        return self
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._settings)
+        seen = (
+            "no rows yet"
+            if self.features is None
+            else (f"{self.samples:,} rows of {self.features} features")
+        )
+        return f"<{type(self).__name__}({settings}): {seen}>"
+
+    # How it is done -----------------------------------------------------------------------------
+
+    @property
+    def _xp(self) -> Namespace:
+        return _array.namespace(self._template)
+
+    def _template_for(self, batch: Array) -> Array:
+        """Return what batches have to be like; the first one says it."""
+        if self._template is not None:
+            return self._template
+        template = template_of(batch)
+        if self.rank > template.shape[1]:
+            raise RankError(
+                f"expected a rank of at most {template.shape[1]}, the number of features, "
+                f"got {self.rank}; ask for a smaller rank"
+            )
+        return template
+
+    def _waiting(self, asked: Asked) -> tuple[Rows, ...]:
+        """Return the rows that wait, in one piece if a block is full with those to come.
+
+        A learner that was saved in between then goes on to the bit as one that was not.
+        """
+        parts = self._pending
+        if not parts or not self._whole(sum(part.count for part in parts) + asked.count):
+            return parts
+        return (join(asked.xp, parts),)
+
+    def _finish_update(
+        self,
+        begun: tuple[int, Array],
+        template: Array,
+        asked: Asked,
+        waiting: tuple[Rows, ...],
+        glance: Any,
+    ) -> Self:
+        if self.samples != begun[0] or self._template is not begun[1]:
+            raise IPAError(
+                "expected the second half of an update before anything else is learned, got other "
+                "rows in between; call what begin_update returned first"
+            )
+        before = self.__dict__.copy()
+        try:
+            with _array.silent():
+                rows = asked.answered()
+            self._template = template
+            self._take(asked.xp, Run((*waiting, rows), glance))
+        except BaseException:
+            self.__dict__ = before
+            raise
+        return self
+
+    def _take(self, xp: Namespace, run: Run) -> None:
+        """Cut rows into blocks of the fixed size, whole ones as views; the rest waits."""
+        new = run.parts[-1]
+        self.samples += new.count
+        if whole := self._whole(run.count):
+            self._absorb_run(xp, run.cut(0, whole))
+            self._pending = tuple(rest.own(xp) for rest in run.cut(whole, run.count).parts)
+        elif new.count:
+            self._pending = (*run.parts[:-1], new.own(xp))
+
+    def _whole(self, count: int) -> int:
+        """Return how many of so many rows are in whole blocks."""
+        return count - count % self._block_rows
+
+    def _flushed(self) -> Self:
+        """Return a copy with nothing pending."""
+        done = copy.copy(self)
+        if done._pending:
+            xp = done._xp
+            block, done._pending = join(xp, done._pending), ()
+            done._absorb_block(xp, block)
+        return done
+
+    def _absorb_block(self, xp: Namespace, rows: Rows) -> None:
+        weight = rows.total_weight()
+        if self.center:
+            rows = self._centered(xp, rows, weight)
+        self._weight += weight
+        self._energy += rows.energy()
+        self._absorb_rows(xp, rows)
+
+    def _centered(self, xp: Namespace, rows: Rows, weight: float) -> Rows:
+        """Return the block about its own mean, and the jump of the mean as one more row.
+
+        The scatter of two groups about their common mean is the sum of the scatters about their
+        own means and of W w / (W + w) times the outer square of the difference of the means: one
+        row, after which no algorithm needs to know of centring.
+        """
+        # About its first row the block is small, whatever the mean: no digits cancel.
+        pilot = rows.x[0, :]
+        x = rows.x - pilot
+        offset = xp.sum(rows.weigh(x), axis=0) / weight
+        x = x - offset
+        wide = _array.wide_dtype(xp, _array.device(x))
+        mean = _array.cast(xp, pilot, wide) + _array.cast(xp, offset, wide)
+        centered = Rows.of(xp, x, rows.weights)
+        if self._mean is None:
+            self._mean = mean
+            return centered
+        return join(xp, (centered, self._move_mean(xp, mean, weight)))
+
+    def _move_mean(self, xp: Namespace, mean: Array, weight: float) -> Rows:
+        """Take another group's mean into the running one; return the row that stands for it."""
+        total = self._weight + weight
+        difference = mean - self._mean
+        self._mean = self._mean + difference * (weight / total)
+        row = difference * math.sqrt(self._weight * weight / total)
+        return Rows.of(xp, _array.cast(xp, row, self._template.dtype)[None, :])
+
+    def _check_mergeable(self, other: Self) -> None:
+        if type(other) is not type(self):
+            raise SettingError(
+                f"expected a {type(self).__name__} to merge with, got {type(other).__name__}"
+            )
+        for name in self._settings:
+            if name != "seed" and getattr(self, name) != getattr(other, name):
+                raise SettingError(
+                    f"expected learners of equal {name} to merge, got {getattr(self, name)!r} "
+                    f"and {getattr(other, name)!r}"
+                )
+        if self._template is not None and other._template is not None:
+            match(other._template, self._template)

@@ -1,0 +1,89 @@
+"""Generalised Hebbian rule with a step that knows no scale."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ipa_core import _array
+from ipa_core._array import Array, Namespace
+from ipa_core._linalg import inverse_root
+from ipa_core.learners._row_blocks import Rows
+from ipa_core.learners._stochastic import SequentialRule
+from ipa_core.learners.base import Guarantee
+
+
+class HebbianRule(SequentialRule):
+    r"""Sanger's rule, every direction carrying its eigenvalue as its length.
+
+    With U the rows of V orthonormalised in order, and Z = X U^T for a micro-batch X of n rows,
+
+    .. math:: V \leftarrow (1 - a) V + \frac{a}{n}
+              \left(Z^\top X - \operatorname{tril}_{-1}(Z^\top Z)\, U\right), \qquad
+              a_t = \min\left(1, \frac{5}{t + 4}\right).
+
+    The step is a / eigenvalue by construction, so that scaling the data changes nothing, where
+    the textbook rule with a fixed step is useless at small and diverges at large scale.
+
+    Guarantee: statistical, on streams that do not drift. Time O(4 r d) for a row, memory O(r d).
+
+    Notes
+    -----
+    The least memory of all and the least accurate rule: expect an excess error of 1e-3 to 1e-2
+    after some 50,000 rows, and 0.2 where the stream is sorted. `RandomizedSVD` costs about as much
+    time. Orthonormalising the rows in every step, which Sanger's rule leaves to the limit, costs
+    O(r^2 d) for 256 rows and makes steep spectra learnable: the excess falls from 0.1 to 1e-3.
+
+    References
+    ----------
+    Sanger, "Optimal unsupervised learning in a single-layer linear feedforward neural network",
+    Neural Networks 1989.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import HebbianRule
+    >>> x = np.random.default_rng(0).standard_normal((20000, 3)) * [3.0, 2.0, 1.0]
+    >>> abs(HebbianRule(rank=2).update(x).finalize().components).round(1)
+    array([[1., 0., 0.],
+           [0., 1., 0.]])
+    """
+
+    guarantee = Guarantee("statistical", 0.1)
+    _step_numerator: ClassVar[float] = 5.0
+
+    @property
+    def _width(self) -> int:
+        return self.rank
+
+    def _step(self, xp: Namespace, rows: Rows, weight: float, size: float) -> None:
+        unit = self._normalized(xp)
+        seen = rows.x @ (unit.T / self._unit)
+        weighed = rows.weigh(seen)
+        deflation = xp.tril(weighed.T @ seen, k=-1)
+        target = (weighed.T @ rows.x / self._unit - deflation @ unit) / weight
+        self._directions = (1.0 - size) * self._directions + size * target
+
+    def _normalized(self, xp: Namespace) -> Array:
+        """Return the rows orthonormalised in their order, signs kept.
+
+        The rule makes them orthogonal in the limit only. A row that is nothing but rounding must
+        not point along an earlier one, or the deflation would feed on it.
+        """
+        basis, triangle = xp.linalg.qr(self._directions.T, mode="reduced")
+        flips = 1.0 - 2.0 * _array.cast(xp, xp.linalg.diagonal(triangle) < 0, basis.dtype)
+        return (basis * flips).T
+
+    def _to_factor(self, xp: Namespace) -> Array:
+        """Return the factor: a row of length l stands for the energy l, the factor has its root.
+
+        Rows below rounding are left out: their directions are noise.
+        """
+        squares = xp.vecdot(self._directions, self._directions)
+        noise = xp.max(squares) * float(xp.finfo(squares.dtype).eps) ** 2
+        root = xp.sqrt(inverse_root(xp, squares, noise) * self._weight) * self._unit
+        return self._directions * root[:, None]
+
+    def _from_factor(self, xp: Namespace, factor: Array, weight: float) -> None:
+        rows = factor / self._unit
+        lengths = xp.sqrt(xp.vecdot(rows, rows))
+        self._directions = rows * (lengths / weight)[:, None]

@@ -1,0 +1,158 @@
+"""How good a projector is, and how near two of them are."""
+
+from __future__ import annotations
+
+from ipa_core._array import Array, cast, device, namespace, wide_dtype
+from ipa_core.errors import EmptyStreamError, RankError, ShapeError
+from ipa_core.io.streams import ActivationStream, iterate
+from ipa_core.learners.covariance import ExactCovariance
+from ipa_core.projector import Projector
+
+
+def principal_angles(one: Projector, other: Projector) -> Array:
+    r"""Return the principal angles between the row spaces of two projectors, in radians.
+
+    .. math:: \theta_i = \operatorname{atan2}(s_i, c_i)
+
+    with c the singular values of :math:`P_1 P_2^\top` and s those of the part of the smaller space
+    outside the larger one: accurate for small angles and for large ones.
+
+    Parameters
+    ----------
+    one, other : Projector
+        Of equal features, in one library; ranks may differ.
+
+    Returns
+    -------
+    array of shape (min(rank, rank),)
+        Increasing, between 0 and pi / 2.
+
+    Raises
+    ------
+    ShapeError
+        If the features differ.
+
+    References
+    ----------
+    Knyazev and Argentati, "Principal angles between subspaces in an A-based scalar product", 2002.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import fit_projector, principal_angles
+    >>> x = np.random.default_rng(0).standard_normal((100, 5)) * [5, 4, 3, 2, 1]
+    >>> float(principal_angles(fit_projector(x, 2), fit_projector(10 * x, 3)).max().round(6))
+    0.0
+    """
+    if one.features != other.features:
+        raise ShapeError(
+            f"expected projectors of equal features, got {one.features} and {other.features}"
+        )
+    xp = namespace(one.components, other.components)
+    wide = wide_dtype(xp, device(one.components))
+    small, large = sorted((one.components, other.components), key=lambda rows: int(rows.shape[0]))
+    small, large = cast(xp, small, wide), cast(xp, large, wide)
+    overlap = small @ large.T
+    cosines = xp.linalg.svdvals(overlap)
+    sines = xp.flip(xp.linalg.svdvals(small - overlap @ large))[: cosines.shape[0]]
+    return xp.atan2(sines, cosines)
+
+
+def excess_error(projector: Projector, held_out: ActivationStream) -> float:
+    """Return how far the projector's reconstruction error lies above the optimum of a stream.
+
+    Parameters
+    ----------
+    projector : Projector
+        Of any learner.
+    held_out : activation stream
+        Rows to judge it on, in the projector's library; read once.
+
+    Returns
+    -------
+    float
+        residual / optimal residual - 1, about the projector's mean. Zero is the optimum; it is
+        infinite where the optimum loses nothing and the projector does.
+
+    Raises
+    ------
+    EmptyStreamError
+        If the stream has no rows.
+
+    Notes
+    -----
+    Cost O(n d^2 + d^3): the exact optimum is computed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import excess_error, fit_projector
+    >>> x = np.random.default_rng(0).standard_normal((2000, 30)) / np.arange(1, 31)
+    >>> excess_error(fit_projector(x[:1000], rank=4), x[1000:]) < 0.05
+    True
+    """
+    oracle = ExactCovariance(projector.rank)
+    for batch, weights in iterate(held_out):
+        oracle.update(batch - cast(namespace(batch), projector.mean, batch.dtype), weights)
+    if oracle.samples == 0:
+        raise EmptyStreamError("expected a held-out stream with rows, got none")
+    residual = oracle.residual(projector)
+    best = oracle.residual(oracle.finalize())
+    if best <= 0.0:
+        return 0.0 if residual <= 0.0 else float("inf")
+    return residual / best - 1.0
+
+
+def effective_rank(projector: Projector) -> float:
+    r"""Return the participation ratio of the captured energies, between 1 and the rank.
+
+    .. math:: \frac{(\sum_i e_i)^2}{\sum_i e_i^2}
+
+    the number of directions that share the captured energy evenly. All-zero data gives 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import effective_rank, fit_projector
+    >>> round(effective_rank(fit_projector(np.eye(6), rank=4)), 6)
+    4.0
+    """
+    xp = namespace(projector.energies)
+    largest = xp.max(projector.energies)
+    if float(largest) == 0.0:
+        return 0.0
+    shares = projector.energies / largest
+    return float(xp.sum(shares)) ** 2 / float(xp.sum(shares**2))
+
+
+def rank_for(projector: Projector, share: float) -> int:
+    """Return the least rank that captures a share of the energy.
+
+    Parameters
+    ----------
+    projector : Projector
+        Its energies are the spectrum that is known.
+    share : float
+        Between 0 (not included) and 1.
+
+    Raises
+    ------
+    RankError
+        If the whole projector captures less, or the share is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ipa_core import fit_projector, rank_for
+    >>> rank_for(fit_projector(np.diag([4.0, 2.0, 1.0]), rank=3), 0.9)
+    2
+    """
+    if not 0.0 < share <= 1.0:
+        raise RankError(f"expected a share between 0 and 1, got {share}")
+    for rank in range(1, projector.rank + 1):
+        if projector.captured(rank) >= share:
+            return rank
+    raise RankError(
+        f"expected a share of at most {projector.captured():.4f}, what all {projector.rank} "
+        f"directions capture, got {share}; learn a projector of a larger rank"
+    )
