@@ -38,7 +38,7 @@ def demonstrate(task: Task, out: Path) -> None:
     began = time.perf_counter()
     projectors = task.learn()
     learning = time.perf_counter() - began
-    print(projectors.summary())
+    print(projectors.table())
     print(f"\nFine-tuning, {settings.steps} steps of {settings.batch_size} reviews each:\n")
 
     rates = json.loads(RESULTS.read_text(encoding="utf-8"))["chosen"]

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from benchmarks.demo_task import Run  # noqa: E402
-from ipa_torch import Projectors  # noqa: E402
+from ipa_torch import LayerProjectors  # noqa: E402
 
 # The four different inputs of a block: query, key and value see the same one.
 INPUTS: Mapping[str, str] = {
@@ -23,7 +23,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 MARKERS = ("o", "s", "^", "D")
 
 
-def plot(projectors: Projectors, runs: Sequence[Run], path: Path) -> None:
+def plot(projectors: LayerProjectors, runs: Sequence[Run], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     _captured(left, projectors)
     _accuracy(right, runs)
@@ -31,7 +31,7 @@ def plot(projectors: Projectors, runs: Sequence[Run], path: Path) -> None:
     plt.close(figure)
 
 
-def _captured(axes: Axes, projectors: Projectors) -> None:
+def _captured(axes: Axes, projectors: LayerProjectors) -> None:
     for (suffix, label), colour, marker in zip(INPUTS.items(), COLOURS, MARKERS, strict=True):
         shares = [
             100 * projector.captured()

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.assets import AssetError
 from benchmarks.demo_task import FROZEN, LORA, METHODS, QUICK, RANDOM, TRAINABLE, Settings, Task
-from ipa_torch import Projectors
+from ipa_torch import LayerProjectors
 
 RESULTS = Path(__file__).parent / "results" / "demo_sweep.json"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -37,7 +37,7 @@ def main() -> int:
     return 0
 
 
-def sweep(task: Task, method: str, projectors: Projectors) -> list[dict[str, Any]]:
+def sweep(task: Task, method: str, projectors: LayerProjectors) -> list[dict[str, Any]]:
     """Try rates, from the first one outwards, until the best one lies between two others."""
     runs: dict[int, dict[str, Any]] = {}
     first = RATES.index(BEGIN[method])
@@ -51,7 +51,7 @@ def sweep(task: Task, method: str, projectors: Projectors) -> list[dict[str, Any
     return [runs[index] for index in sorted(runs)]
 
 
-def measure(task: Task, method: str, projectors: Projectors, rate: float) -> dict[str, Any]:
+def measure(task: Task, method: str, projectors: LayerProjectors, rate: float) -> dict[str, Any]:
     model = task.classifier(method, projectors)
     seconds = task.train(model, rate, f"{method} at {rate:g}")
     accuracy = task.accuracy(model, task.splits.validation)

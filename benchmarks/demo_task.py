@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 import ipa_hf
 from benchmarks.assets import minilm, movie_reviews
-from ipa_torch import Projectors, fit_projectors
+from ipa_torch import LayerProjectors, fit_projectors
 
 RANK = 8
 LORA, RANDOM, FROZEN, TRAINABLE = (
@@ -116,14 +116,14 @@ class Task:
         batch = {name: tokens[name] for name in ("input_ids", "attention_mask")}
         return batch, torch.tensor(labels)
 
-    def learn(self) -> Projectors:
+    def learn(self) -> LayerProjectors:
         """Learn P for every linear layer of the encoder, from training reviews."""
         size = self.settings.batch_size
         reviews = by_length(self.splits.train[: self.settings.learn_from])
         batches = (self.batch(reviews[i : i + size])[0] for i in range(0, len(reviews), size))
         return fit_projectors(self.encoder(), batches, RANK)
 
-    def classifier(self, method: str, projectors: Projectors) -> Classifier:
+    def classifier(self, method: str, projectors: LayerProjectors) -> Classifier:
         """Return a fresh classifier; its head, and LoRA's A, are the same at every call."""
         torch.manual_seed(self.settings.seed)
         model = Classifier(self.encoder())
@@ -181,7 +181,7 @@ class Task:
         return right / len(reviews)
 
 
-def adapted(encoder: nn.Module, method: str, projectors: Projectors) -> PeftModel:
+def adapted(encoder: nn.Module, method: str, projectors: LayerProjectors) -> PeftModel:
     """Return the encoder with the method's adapters on all of its linear layers."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
     if method in (LORA, RANDOM):

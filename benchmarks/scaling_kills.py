@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import record
 from ipa_core import ActivationStore, ExactCovariance, fit_projector
-from ipa_torch import Projectors
+from ipa_torch import LayerProjectors
 from tests.scale import learning_run, runs, storing_run
 
 AT_MOST = 300.0  # seconds for a kill and what follows from it
@@ -75,7 +75,7 @@ def learning(kills: int, scratch: Path) -> list[dict[str, Any]]:
         lambda: max((path.name for path in steps.glob("step-*")), default="nothing yet"),
     )
     learning_run.main(whole, pause=0)
-    ours, wanted = (Projectors.load(f / "done.safetensors") for f in (folder, whole))
+    ours, wanted = (LayerProjectors.load(f / "done.safetensors") for f in (folder, whole))
     assert runs.same(ours, wanted)
     return found
 

@@ -24,7 +24,7 @@ from torch import distributed, nn
 from benchmarks import record
 from benchmarks.torch_learning import PACKAGES, RANK, cut, excess, linear, load, moments
 from ipa_core import principal_angles
-from ipa_torch import Projectors, fit_projectors
+from ipa_torch import LayerProjectors, fit_projectors
 
 ROWS = 20_000
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -123,13 +123,15 @@ def work(folder: Path, count: int) -> None:
     distributed.destroy_process_group()
 
 
-def launch(size: int, count: int, oracle: Projectors, single: Projectors | None) -> dict[str, Any]:
+def launch(
+    size: int, count: int, oracle: LayerProjectors, single: LayerProjectors | None
+) -> dict[str, Any]:
     """Start the processes and compare what they found."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [*TORCHRUN, str(size), "-m", "benchmarks.scaling_ranks"]
         subprocess.run([*command, "--work", scratch, "--count", str(count)], check=True)
         folder = Path(scratch)
-        found = [Projectors.load(folder / f"{rank}.safetensors") for rank in range(size)]
+        found = [LayerProjectors.load(folder / f"{rank}.safetensors") for rank in range(size)]
         told = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
     for other in found[1:]:
         assert all(torch.equal(other[n].components, found[0][n].components) for n in found[0])

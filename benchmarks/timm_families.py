@@ -19,8 +19,8 @@ from torch import nn
 import ipa_timm
 from benchmarks import record
 from ipa_timm.classifier import head_parameters
-from ipa_torch import LayerError, Projectors
-from ipa_torch._adapters.replace import wrapped
+from ipa_torch import LayerError, LayerProjectors
+from ipa_torch._adapters.replace import adapter_layers
 
 CLASSES = 3
 RANK = 4
@@ -123,7 +123,7 @@ def check(
     silent = _without_gradient(model, x)
     _randomise(model)
     adapted = _outputs(model, x)
-    ipa_timm.merge(model)
+    ipa_timm.merge_and_unload(model)
     merged = _outputs(model, x)
     stock = timm.create_model(name, num_classes=CLASSES, **options).to(dtype).eval()
     stock.load_state_dict(model.state_dict())
@@ -139,20 +139,20 @@ def check(
     )
 
 
-def _adapted(model: nn.Module, x: torch.Tensor) -> Projectors:
+def _adapted(model: nn.Module, x: torch.Tensor) -> LayerProjectors:
     try:
         return ipa_timm.adapt(
             model, [(x, torch.zeros(len(x)))], RANK, on_missing="ignore", progress=False
         )
     except LayerError as error:
-        return Projectors({}, missing={"all": str(error)})
+        return LayerProjectors({}, missing={"all": str(error)})
 
 
 def _randomise(model: nn.Module) -> None:
     """Give B, and the head, some trained values."""
     generator = torch.Generator().manual_seed(2)
-    for _, layer in wrapped(model):
-        lift = layer.lifts["default"]
+    for _, layer in adapter_layers(model):
+        lift = layer.lora_B["default"]
         weight = layer.base_layer.weight
         # A change of a tenth of the weight, over P with orthonormal rows and its scale.
         scale = (
@@ -169,8 +169,8 @@ def _without_gradient(model: nn.Module, x: torch.Tensor) -> int:
     output = _tensor(model(x))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
     (output * weights).sum().backward()
-    lifts = [layer.lifts["default"] for _, layer in wrapped(model)]
-    return sum(lift.grad is None or not lift.grad.any() for lift in lifts)
+    lora_B = [layer.lora_B["default"] for _, layer in adapter_layers(model)]
+    return sum(lift.grad is None or not lift.grad.any() for lift in lora_B)
 
 
 @torch.no_grad()

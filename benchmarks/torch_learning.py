@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks import assets, floor, record
 from ipa_core import ExactCovariance, Learner, Projector, RandomizedSVD
-from ipa_torch import Projectors, fit_projectors, select_layers
+from ipa_torch import LayerProjectors, fit_projectors, select_layers
 from ipa_torch._layers.targets import Targets
 
 RANK = 16
@@ -46,7 +46,7 @@ def cut(tokenizer: Any, texts: list[str], size: int, count: int) -> list[dict[st
     return [dict(tokenizer(p, padding=True, truncation=True, return_tensors="pt")) for p in parts]
 
 
-def moments(model: nn.Module, batches: list[Any]) -> Projectors:
+def moments(model: nn.Module, batches: list[Any]) -> LayerProjectors:
     """The whole spectrum of each layer's inputs: the exact optimum of every rank."""
     layers = select_layers(model, linear)
     features = {name: layer.in_features for name, layer in layers.items()}

@@ -22,7 +22,7 @@ from benchmarks.floor import Machine
 from benchmarks.memory import saved_for_backward
 from benchmarks.timing import Action, in_turns, medians, ratio
 from benchmarks.torch_learning import PACKAGES, RANK, THREADS, cut, linear, load
-from ipa_torch import Projectors, attach, detach, fit_projectors, merge
+from ipa_torch import LayerProjectors, attach, detach, fit_projectors, merge
 
 
 class Classifier(nn.Module):
@@ -74,7 +74,7 @@ def saved_at_least(body: nn.Module, batch: Any, projections: int) -> int:
 
 
 def compare(
-    body: nn.Module, batches: list[Any], projectors: Projectors, repeats: int, machine: Machine
+    body: nn.Module, batches: list[Any], projectors: LayerProjectors, repeats: int, machine: Machine
 ) -> dict[str, Any]:
     """Let the frozen projections take turns with LoRA and DoRA; in the end, merge them."""
     from peft import LoraConfig, get_peft_model

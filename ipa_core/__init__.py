@@ -24,7 +24,7 @@ from ipa_core.learners.covariance import ExactCovariance
 from ipa_core.learners.hebbian import HebbianRule
 from ipa_core.learners.incremental_pca import IncrementalPCA
 from ipa_core.learners.randomized_svd import RandomizedSVD
-from ipa_core.metrics import effective_rank, excess_error, principal_angles, rank_for
+from ipa_core.metrics import effective_rank, excess_error, principal_angles, rank_for_energy
 from ipa_core.projector import Projector
 from ipa_core.rank_allocation import allocate_ranks
 
@@ -58,7 +58,7 @@ __all__ = [
     "load",
     "load_state",
     "principal_angles",
-    "rank_for",
+    "rank_for_energy",
     "save",
     "save_state",
 ]

@@ -41,7 +41,7 @@ LEARNERS: dict[str, type[Learner]] = {
 }
 
 
-class _Rows:
+class _ProgressStream:
     """The batches of a file, counted by a progress bar; can be read again."""
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +67,7 @@ def fit(args: argparse.Namespace) -> None:
     learner: Callable[[int], Learner] = partial(
         LEARNERS[args.learner], center=args.center, seed=args.seed
     )
-    projector = fit_projector(_Rows(args.activations), args.rank, learner=learner)
+    projector = fit_projector(_ProgressStream(args.activations), args.rank, learner=learner)
     save(projector, args.out)
     print(f"{projector!r} -> {args.out}")
 

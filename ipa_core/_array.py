@@ -80,12 +80,12 @@ def wide_dtype(xp: Namespace, on: Device) -> DType:
     return available.get("float64", xp.float32)
 
 
-def silent() -> AbstractContextManager[None]:
+def ignore_overflow() -> AbstractContextManager[None]:
     """Return a context in which NumPy does not warn of an overflow that is looked for anyway."""
     return np.errstate(over="ignore", invalid="ignore", under="ignore")
 
 
-def ask_squares(xp: Namespace, rows: Array) -> Callable[[], HostArray]:
+def squared_norms_async(xp: Namespace, rows: Array) -> Callable[[], HostArray]:
     """Ask for the squared length of each row of (n, d); the call of what is returned waits for it.
 
     One pass without a temporary. NumPy's ``vecdot`` does that; torch's builds the products first
@@ -93,7 +93,7 @@ def ask_squares(xp: Namespace, rows: Array) -> Callable[[], HostArray]:
     """
     if array_api_compat.is_numpy_namespace(xp):
         return partial(on_host, xp.vecdot(rows, rows))
-    lengths = on_its_way(xp.linalg.vector_norm(rows, axis=-1))
+    lengths = to_host_async(xp.linalg.vector_norm(rows, axis=-1))
     return lambda: lengths() ** 2
 
 
@@ -102,7 +102,7 @@ def on_host(array: Array) -> HostArray:
     return np.array(to_numpy(array), dtype=np.float64)
 
 
-def on_its_way(array: Array) -> Callable[[], HostArray]:
+def to_host_async(array: Array) -> Callable[[], HostArray]:
     """Send an array to the host; the call of what is returned waits for it.
 
     torch's CUDA devices go on with what was queued behind it meanwhile, as it is an event that is

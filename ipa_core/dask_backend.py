@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from ipa_core.errors import IPAError, MissingDependencyError, StreamError, with_context
 from ipa_core.io.activation_store import StoredLayer
-from ipa_core.io.streams import expect, files_of, iterate
+from ipa_core.io.streams import files_of, iterate, prefetch
 from ipa_core.learners.base import Learner
 from ipa_core.learners.randomized_svd import RandomizedSVD
 from ipa_core.projector import Projector
@@ -80,16 +80,20 @@ def fit_projector(
     >>> fit_projector(x / da.arange(1, 21), rank=2)
     Projector(rank=2, features=20, captured=0.783, samples=4000, numpy float64 on cpu)
     """
-    pupil = learner(rank)
-    if pupil.passes > 1:
+    return _learn(source, learner(rank))
+
+
+def _learn(source: Any | Shards, learner: Learner) -> Projector:
+    """Learn from the parts of a source in parallel runs, and merge these in pairs."""
+    if learner.passes > 1:
         raise StreamError(
-            f"expected a learner of one pass on Dask, got a {type(pupil).__name__} that asks for "
-            f"{pupil.passes}; ask for one"
+            f"expected a learner of one pass on Dask, got a {type(learner).__name__} that asks for "
+            f"{learner.passes}; ask for one"
         )
     parts = _parts(source)
     if not parts:
-        return pupil.finalize()
-    done = [_run(pupil, run) for run in _divided(parts, 2 * _threads())]
+        return learner.finalize()
+    done = [_run(learner, run) for run in _divided(parts, 2 * _threads())]
     while len(done) > 1:
         pairs = [done[start : start + 2] for start in range(0, len(done), 2)]
         done = [_merged(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
@@ -163,20 +167,20 @@ def _divided(parts: list[Any], count: int) -> list[list[Any]]:
     return [parts[a:b] for a, b in zip(borders, borders[1:], strict=False)]
 
 
-def _run(pupil: Learner, parts: list[tuple[str, Any]]) -> Any:
+def _run(learner: Learner, parts: list[tuple[str, Any]]) -> Any:
     """Return the task of learning from some parts one after the other."""
-    learned: Any = pupil
+    learned: Any = learner
     following = [part if isinstance(part, str) else None for _, part in parts[1:]]
     for (name, part), next_file in zip(parts, [*following, None], strict=True):
         learned = _absorbed(learned, part, name, next_file)
-    return _summary(learned)
+    return _compact(learned)
 
 
 @delayed(pure=False)  # type: ignore[untyped-decorator]
-def _absorbed(pupil: Learner, stream: Any, name: str, next_file: str | None) -> Learner:
-    after = copy.copy(pupil)
+def _absorbed(learner: Learner, stream: Any, name: str, next_file: str | None) -> Learner:
+    after = copy.copy(learner)
     if next_file is not None:
-        expect(Path(next_file))
+        prefetch(Path(next_file))
     try:
         stream = stream.compute() if isinstance(stream, _Block) else stream
         for batch, weights in iterate(stream):
@@ -187,10 +191,10 @@ def _absorbed(pupil: Learner, stream: Any, name: str, next_file: str | None) -> 
 
 
 @delayed(pure=False)  # type: ignore[untyped-decorator]
-def _summary(pupil: Learner) -> Learner:
-    return pupil.summary()
+def _compact(learner: Learner) -> Learner:
+    return learner.compact()
 
 
 @delayed(pure=False)  # type: ignore[untyped-decorator]
-def _merged(one: Learner, other: Learner) -> Learner:
-    return one.merge(other).summary()
+def _merged(left: Learner, right: Learner) -> Learner:
+    return left.merge(right).compact()

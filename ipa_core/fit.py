@@ -68,18 +68,22 @@ def fit_projector(
         from ipa_core import dask_backend
 
         return dask_backend.fit_projector(activation_stream, rank, learner=learner)
-    pupil = learner(rank)
-    if pupil.passes > 1 and is_one_shot(activation_stream):
+    return _learn(activation_stream, learner(rank))
+
+
+def _learn(stream: ActivationStream, learner: Learner) -> Projector:
+    """Read the stream as often as the learner asks for; return its projector."""
+    if learner.passes > 1 and is_one_shot(stream):
         raise StreamError(
-            f"expected a stream that can be read {pupil.passes} times, as {type(pupil).__name__} "
-            f"asks for, got a one-shot {type(activation_stream).__name__}; "
+            f"expected a stream that can be read {learner.passes} times, as "
+            f"{type(learner).__name__} asks for, got a one-shot {type(stream).__name__}; "
             "pass a list, an array, a path or a DataLoader, or ask for one pass"
         )
-    for _ in range(pupil.passes):
-        for number, (batch, weights) in enumerate(iterate(activation_stream)):
+    for _ in range(learner.passes):
+        for number, (batch, weights) in enumerate(iterate(stream)):
             try:
-                pupil.update(batch, weights)
+                learner.update(batch, weights)
             except IPAError as error:
                 raise with_context(error, f"batch {number}") from error
-    projector = pupil.finalize()
-    return replace(projector, samples=projector.samples // pupil.passes)
+    projector = learner.finalize()
+    return replace(projector, samples=projector.samples // learner.passes)

@@ -125,7 +125,7 @@ def effective_rank(projector: Projector) -> float:
     return float(xp.sum(shares)) ** 2 / float(xp.sum(shares**2))
 
 
-def rank_for(projector: Projector, share: float) -> int:
+def rank_for_energy(projector: Projector, share: float) -> int:
     """Return the least rank that captures a share of the energy.
 
     Parameters
@@ -143,8 +143,8 @@ def rank_for(projector: Projector, share: float) -> int:
     Examples
     --------
     >>> import numpy as np
-    >>> from ipa_core import fit_projector, rank_for
-    >>> rank_for(fit_projector(np.diag([4.0, 2.0, 1.0]), rank=3), 0.9)
+    >>> from ipa_core import fit_projector, rank_for_energy
+    >>> rank_for_energy(fit_projector(np.diag([4.0, 2.0, 1.0]), rank=3), 0.9)
     2
     """
     if not 0.0 < share <= 1.0:

@@ -15,7 +15,7 @@ from benchmarks.vtab.make_sets import SETS
 from benchmarks.vtab.make_sets import Labelled as Rows
 from benchmarks.vtab.models import VIT_PIXELS, before, saliency_vit
 from benchmarks.vtab.sets import squared
-from ipa_timm import prepare
+from ipa_timm import preprocess
 
 #: Training images of a seed, validation images, test images; what is left is the pool.
 SIZES = {"cifar10": (2000, 1000, 4000), "mnist5k": (1500, 500, 2500)}
@@ -84,7 +84,7 @@ def class_token(body: nn.Module, batch: Batch) -> torch.Tensor:
 @torch.no_grad()
 def _check(vit: nn.Module, images: torch.Tensor, body: nn.Module, hidden: torch.Tensor) -> None:
     """Check that the class token of the upper blocks is what the whole model makes of images."""
-    whole = vit(prepare(vit, images))
+    whole = vit(preprocess(vit, images))
     difference = (body(hidden).last_hidden_state[:, 0] - whole).abs().max() / whole.abs().max()
     if not difference <= TOLERANCE:
         raise ValueError(

@@ -14,7 +14,7 @@ from benchmarks.evidence.cutting import Batch
 from benchmarks.evidence.projections import KINDS, Sample, target_names
 from benchmarks.evidence.refreshing import Refresh, Turn
 from benchmarks.evidence.task import Settings, Task, run, sample
-from ipa_torch import Projectors
+from ipa_torch import LayerProjectors
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Method:
     trainable : bool
         Whether A is trained along with B.
     scaling : "energy" or float
-        As in `ipa_hf.initialize`.
+        As in `ipa_hf.initialize_lora_ipa_weights`.
     rank : float
         Times the rank of the settings.
     refresh : Refresh, optional
@@ -150,7 +150,7 @@ class Adapter:
 
     def _learn(
         self, model: nn.Module, method: Method, rank: int, seed: int
-    ) -> tuple[Projectors | dict[str, torch.Tensor] | None, float]:
+    ) -> tuple[LayerProjectors | dict[str, torch.Tensor] | None, float]:
         if method.projection is None:
             return None, 0.0
         key = (method.projection, method.texts, rank, seed)

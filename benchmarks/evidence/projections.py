@@ -22,7 +22,7 @@ from ipa_core import (
     Projector,
     ReconstructionAutoencoder,
 )
-from ipa_torch import Projectors, fit_gradient_projectors, fit_projectors, select_layers
+from ipa_torch import LayerProjectors, fit_gradient_projectors, fit_projectors, select_layers
 
 #: Directions that `less_inputs` removes, as in the study before.
 COMMON = 8
@@ -49,7 +49,7 @@ class Sample:
 class Kind:
     """A way to choose P, and its passes over each batch."""
 
-    choose: Callable[[Sample], Projectors]
+    choose: Callable[[Sample], LayerProjectors]
     passes: int
 
 
@@ -67,7 +67,7 @@ def target_names(model: nn.Module) -> list[str]:
 
 def inputs(
     sample: Sample, rank: int | Mapping[str, int] | None = None, **options: Any
-) -> Projectors:
+) -> LayerProjectors:
     """Return the leading directions of the layers' inputs: IPA."""
     return fit_projectors(
         sample.model.body,
@@ -80,7 +80,7 @@ def inputs(
     )
 
 
-def orthonormal(sample: Sample) -> Projectors:
+def orthonormal(sample: Sample) -> LayerProjectors:
     """Return random directions; their energies are those of isotropic inputs."""
     generator = torch.Generator().manual_seed(sample.seed)
     made = {}
@@ -89,10 +89,10 @@ def orthonormal(sample: Sample) -> Projectors:
         rows = torch.linalg.qr(torch.randn(features, sample.rank, generator=generator)).Q.T
         ones = torch.ones(sample.rank)
         made[name] = Projector(rows, torch.zeros(features), ones, float(features), 1)
-    return Projectors(made)
+    return LayerProjectors(made)
 
 
-def gradient(sample: Sample, source: str = "gradient") -> Projectors:
+def gradient(sample: Sample, source: str = "gradient") -> LayerProjectors:
     """Return what `ipa_torch.fit_gradient_projectors` learns from a source."""
     found = fit_gradient_projectors(
         sample.model,
@@ -102,10 +102,10 @@ def gradient(sample: Sample, source: str = "gradient") -> Projectors:
         source=source,
         loss=sample.loss,
     )
-    return Projectors({name.removeprefix("body."): p for name, p in found.items()})
+    return LayerProjectors({name.removeprefix("body."): p for name, p in found.items()})
 
 
-def less_inputs(sample: Sample) -> Projectors:
+def less_inputs(sample: Sample) -> LayerProjectors:
     """Return the gradient's row space with the leading directions of the inputs removed."""
 
     def choose(g: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def less_inputs(sample: Sample) -> Projectors:
     return by_matrices(sample, choose)
 
 
-def damped(sample: Sample) -> Projectors:
+def damped(sample: Sample) -> LayerProjectors:
     """Return the row space of G (C + c I)^-1, c the mean eigenvalue of the inputs' moment C.
 
     A step of damped least squares instead of a gradient step: directions in which inputs are large
@@ -128,7 +128,7 @@ def damped(sample: Sample) -> Projectors:
     return by_matrices(sample, choose)
 
 
-def natural(sample: Sample) -> Projectors:
+def natural(sample: Sample) -> LayerProjectors:
     """Return the row space of a damped natural-gradient step, S^-1 G C^-1.
 
     The Fisher information is taken as a Kronecker product of the second moments of the inputs and
@@ -140,12 +140,12 @@ def natural(sample: Sample) -> Projectors:
         name: damped_inverse(of_outputs[name]) @ g @ damped_inverse(moments[name])
         for name, g in found.items()
     }
-    return Projectors(
+    return LayerProjectors(
         {name: of_rows(leading(x, sample.rank), moments[name]) for name, x in steps.items()}
     )
 
 
-def with_inputs(sample: Sample) -> Projectors:
+def with_inputs(sample: Sample) -> LayerProjectors:
     """Return half of the rank in directions of the inputs, the rest by the damped gradient."""
 
     def choose(g: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,7 @@ def with_inputs(sample: Sample) -> Projectors:
     return by_matrices(sample, choose)
 
 
-def spread(sample: Sample) -> Projectors:
+def spread(sample: Sample) -> LayerProjectors:
     """Return directions of the inputs with ranks spread so that they capture most in all."""
     layers = sample.layers
     wide = {name: min(4 * sample.rank, x.in_features - 1) for name, x in layers.items()}
@@ -163,7 +163,7 @@ def spread(sample: Sample) -> Projectors:
     return learned.allocate(sample.rank * len(learned.shared))
 
 
-def outputs(sample: Sample) -> Projectors:
+def outputs(sample: Sample) -> LayerProjectors:
     """Return the directions from which W x, instead of x, is best rebuilt: U^T W.
 
     U are the leading directions of the outputs W x.
@@ -176,7 +176,7 @@ def outputs(sample: Sample) -> Projectors:
     return by_matrices(sample, choose, with_gradient=False)
 
 
-def short_update(sample: Sample, rate: float = 1e-4) -> Projectors:
+def short_update(sample: Sample, rate: float = 1e-4) -> LayerProjectors:
     """Return the row space of the change of full weights in one pass of Adam over the batches.
 
     It needs the optimizer's memory of full fine-tuning for a moment.
@@ -195,7 +195,7 @@ def short_update(sample: Sample, rate: float = 1e-4) -> Projectors:
             layer.weight.copy_(before[name])
     moments = second_moments(sample)
     rows = {name: leading(change[name].double(), sample.rank) for name in layers}
-    return Projectors({name: of_rows(rows[name], moments[name]) for name in layers})
+    return LayerProjectors({name: of_rows(rows[name], moments[name]) for name in layers})
 
 
 def by_matrices(
@@ -203,12 +203,12 @@ def by_matrices(
     choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     *,
     with_gradient: bool = True,
-) -> Projectors:
+) -> LayerProjectors:
     """Return projectors with rows chosen from a layer's gradient, second moment and weight."""
     moments = second_moments(sample)
     weights = {name: layer.weight.detach().double() for name, layer in sample.layers.items()}
     found = weight_gradients(sample) if with_gradient else weights
-    return Projectors(
+    return LayerProjectors(
         {
             name: of_rows(choose(found[name], moments[name], weights[name]), moments[name])
             for name in weights

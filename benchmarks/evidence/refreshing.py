@@ -13,7 +13,7 @@ from benchmarks.evidence.projections import (
     of_rows,
     second_moments,
 )
-from ipa_hf.lora_layers import adapted_layers, matrices
+from ipa_hf.lora_layers import adapted_layers, lora_A_and_B
 from ipa_torch import energy_scale
 
 
@@ -58,7 +58,7 @@ class Turn:
         moments = second_moments(sample)
         stay = round(self.refresh.kept * sample.rank)
         for name, layer in adapted_layers(adapted.body, "default").items():
-            a, b = matrices(layer, "default")
+            a, b = lora_A_and_B(layer, "default")
             update = b.double() @ a.double()
             rows = joined(leading(update, stay), found[name].components.double(), sample.rank)
             scale = energy_scale(of_rows(rows, moments[name]))

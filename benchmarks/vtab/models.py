@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks import assets
 from benchmarks.vtab.sets import VtabSet
 from benchmarks.vtab.zero_shot import zero_shot_head
-from ipa_timm import prepare
+from ipa_timm import preprocess
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def before(model: nn.Module, images: torch.Tensor, first: int) -> torch.Tensor:
 
     handle = model.blocks[first].register_forward_pre_hook(stop)
     try:
-        model.eval()(prepare(model, images))
+        model.eval()(preprocess(model, images))
     except _Reached:
         pass
     finally:

@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 from ipa_hf.callback import OnlineCallback
 from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
-from ipa_hf.initialize import get_ipa_model, initialize
+from ipa_hf.initialize import get_ipa_model, initialize_lora_ipa_weights
 from ipa_hf.label_mask import causal_label_mask
 from ipa_hf.load import load
 from ipa_hf.rank_pattern import match_ranks
@@ -27,7 +27,7 @@ __all__ = [
     "export_lora",
     "freeze_projections",
     "get_ipa_model",
-    "initialize",
+    "initialize_lora_ipa_weights",
     "load",
     "match_ranks",
 ]

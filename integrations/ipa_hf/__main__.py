@@ -16,9 +16,9 @@ from peft import LoraConfig, TaskType
 from ipa_core import __version__
 from ipa_core.errors import IPAError
 from ipa_hf.adapter_metadata import AdapterRecord
-from ipa_hf.calibration_data import Samples
+from ipa_hf.calibration_data import CalibrationData
 from ipa_hf.initialize import get_ipa_model
-from ipa_torch import Checkpoints
+from ipa_torch import CheckpointConfig
 
 #: How often the command writes down where learning stands.
 SECONDS = 60.0
@@ -45,7 +45,7 @@ def fit(chosen: argparse.Namespace) -> None:
     Where learning stands is written beside the adapter, in ``OUT.learning``, from where the same
     command goes on if it was ended; with the adapter written, that is removed.
     """
-    samples = Samples(
+    samples = CalibrationData(
         chosen.data,
         chosen.model,
         count=chosen.samples,
@@ -71,7 +71,7 @@ def fit(chosen: argparse.Namespace) -> None:
         scaling=chosen.scaling,
         on_missing="warn",
         max_bytes=chosen.max_bytes,
-        checkpoint=Checkpoints(unfinished, seconds=SECONDS),
+        checkpoint=CheckpointConfig(unfinished, seconds=SECONDS),
     )
     adapter.save_pretrained(str(chosen.out))
     shutil.rmtree(unfinished)

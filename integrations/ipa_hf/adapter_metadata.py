@@ -99,7 +99,7 @@ class RecordingLoraConfig(LoraConfig):
         self.record.write(save_directory)
 
 
-def attach(peft_model: PeftModel, adapter_name: str, record: AdapterRecord) -> None:
+def attach_metadata(peft_model: PeftModel, adapter_name: str, record: AdapterRecord) -> None:
     """Let `save_pretrained` of the model write the adapter's record too."""
     config = RecordingLoraConfig.__new__(RecordingLoraConfig)
     # Not rebuilt from its fields: PEFT keeps more in a configuration than they hold.

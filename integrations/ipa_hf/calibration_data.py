@@ -15,7 +15,7 @@ from ipa_core.errors import StreamError
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
-class Samples:
+class CalibrationData:
     """A sample of a data set, as batches; can be read again.
 
     Parameters

@@ -25,7 +25,7 @@ class OnlineCallback(TrainerCallback):
 
     Attributes
     ----------
-    jumps : mapping of str to float
+    lost_share : mapping of str to float
         What `OnlineLearning.step` last returned.
 
     Raises
@@ -45,7 +45,7 @@ class OnlineCallback(TrainerCallback):
 
     def __init__(self, online: OnlineLearning) -> None:
         self._online = online
-        self.jumps: Mapping[str, float] = {}
+        self.lost_share: Mapping[str, float] = {}
 
     def on_optimizer_step(
         self,
@@ -55,4 +55,4 @@ class OnlineCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Let P follow what was recorded, and carry B and its first moment along."""
-        self.jumps = self._online.step(kwargs["optimizer"])
+        self.lost_share = self._online.step(kwargs["optimizer"])

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from ipa_core.errors import SettingError
-from ipa_hf.lora_layers import adapted_layers, lora_config, matrices, takes_projection
+from ipa_hf.lora_layers import adapted_layers, lora_A_and_B, lora_config, takes_projection
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -141,7 +141,7 @@ def _pairs(
 
 
 def _padded(layer: LoraLayer, common: _Common, adapter_name: str) -> _Pair:
-    a, b = (matrix.detach() for matrix in matrices(layer, adapter_name))
+    a, b = (matrix.detach() for matrix in lora_A_and_B(layer, adapter_name))
     missing = common.rank - a.shape[0]
     a = torch.nn.functional.pad(a, (0, 0, 0, missing))
     b = torch.nn.functional.pad(b, (0, missing))

@@ -11,8 +11,8 @@ from peft import PeftModel
 
 from ipa_core import Learner
 from ipa_hf.lora_layers import base_model_only
-from ipa_torch import Projectors, fit_projectors
-from ipa_torch._fit.checkpoint import Checkpoint
+from ipa_torch import LayerProjectors, fit_projectors
+from ipa_torch._fit.checkpoint import CheckpointLike
 
 
 class FitOptions(TypedDict, total=False):
@@ -26,7 +26,7 @@ class FitOptions(TypedDict, total=False):
     max_seconds: float | None
     tolerance: float | None
     max_bytes: int | None
-    checkpoint: Checkpoint | None
+    checkpoint: CheckpointLike | None
     progress: bool
 
 
@@ -64,7 +64,7 @@ def _as_stored(model: torch.nn.Module) -> Iterator[None]:
 
 def learn(
     peft_model: PeftModel, ranks: Mapping[str, int], batches: Iterable[Any], options: FitOptions
-) -> Projectors:
+) -> LayerProjectors:
     """Return projectors of the adapted layers with these names in the base model."""
     with base_model_only(peft_model), _without_cache(peft_model), _as_stored(peft_model):
         return fit_projectors(

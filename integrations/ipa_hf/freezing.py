@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
-from ipa_hf.lora_layers import adapted_layers, lora_config, matrices, takes_projection
+from ipa_hf.lora_layers import adapted_layers, lora_A_and_B, lora_config, takes_projection
 
 
 def freeze_projections(
@@ -66,13 +66,13 @@ def freeze_projections(
                 f"layer {name!r}: expected a linear layer with the adapter {adapter_name!r}, "
                 "got none of this name"
             )
-        hold(found[name], adapter_name, True)
+        set_lora_A_frozen(found[name], adapter_name, True)
     return peft_model
 
 
-def hold(layer: LoraLayer, adapter_name: str, held: bool) -> None:
+def set_lora_A_frozen(layer: LoraLayer, adapter_name: str, held: bool) -> None:
     """Hold the A of a layer fixed, or let it be as trainable as its B."""
-    a, b = matrices(layer, adapter_name)
+    a, b = lora_A_and_B(layer, adapter_name)
     a.requires_grad_(b.requires_grad and not held)
     # PEFT's own list of weights that no switch of adapters makes trainable again. Rebound, as the
     # empty default belongs to the class.

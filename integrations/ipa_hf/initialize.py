@@ -12,11 +12,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_hf.adapter_metadata import AdapterRecord, attach
+from ipa_hf.adapter_metadata import AdapterRecord, attach_metadata
 from ipa_hf.fit import FitOptions, learn
-from ipa_hf.freezing import hold
-from ipa_hf.lora_init import check_fresh, fitted, place
-from ipa_hf.lora_layers import adapted_layers, kind, lora_config, materialise, takes_projection
+from ipa_hf.freezing import set_lora_A_frozen
+from ipa_hf.lora_init import check_fresh, truncate_to_layer, write_lora_A
+from ipa_hf.lora_layers import (
+    adapted_layers,
+    layer_kind,
+    lora_config,
+    materialise,
+    takes_projection,
+)
 from ipa_hf.scaling import Scaling, check_scaling
 from ipa_hf.targets import default_targets
 from ipa_torch import LayerError
@@ -53,7 +59,7 @@ def get_ipa_model(
         What the model is run on, a ``DataLoader`` for example; or projectors by the layers' names
         in ``model``, as `ipa_torch.fit_projectors` returns them.
     adapter_name, trainable, scaling, on_missing, **options
-        As for `initialize`.
+        As for `initialize_lora_ipa_weights`.
 
     Returns
     -------
@@ -63,7 +69,7 @@ def get_ipa_model(
     Raises
     ------
     IPAError
-        As `initialize` does; the model is then as it was before.
+        As `initialize_lora_ipa_weights` does; the model is then as it was before.
 
     Examples
     --------
@@ -84,7 +90,7 @@ def get_ipa_model(
         config.target_modules = default_targets(model)
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     try:
-        return initialize(
+        return initialize_lora_ipa_weights(
             peft_model,
             data,
             adapter_name=adapter_name,
@@ -100,7 +106,7 @@ def get_ipa_model(
         raise
 
 
-def initialize(
+def initialize_lora_ipa_weights(
     peft_model: PeftModel,
     data: Iterable[Any] | Mapping[str, Projector],
     *,
@@ -166,7 +172,7 @@ def initialize(
     >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     >>> peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
     >>> loader = [{"input_ids": torch.randint(0, 99, (4, 6))}]
-    >>> peft_model = ipa_hf.initialize(peft_model, loader, progress=False)
+    >>> peft_model = ipa_hf.initialize_lora_ipa_weights(peft_model, loader, progress=False)
     >>> peft_model.print_trainable_parameters()  # doctest: +ELLIPSIS
     trainable params: 16 ...
     """
@@ -177,7 +183,9 @@ def initialize(
     check_fresh(lora_config(peft_model, adapter_name), layers, adapter_name)
     linear = {name: x for name, x in layers.items() if takes_projection(x, adapter_name)}
     refused = {
-        name: f"{kind(x)} take no projection" for name, x in layers.items() if name not in linear
+        name: f"{layer_kind(x)} take no projection"
+        for name, x in layers.items()
+        if name not in linear
     }
     _report(refused, on_missing)  # before learning, which takes long
     if not linear:
@@ -196,17 +204,17 @@ def initialize(
     absent = (name for name in linear if name not in projectors)
     _report({name: reasons.get(name, "no projector has its name") for name in absent}, on_missing)
     fitting = {
-        name: fitted(name, layer, projectors[name], adapter_name)
+        name: truncate_to_layer(name, layer, projectors[name], adapter_name)
         for name, layer in linear.items()
         if name in projectors
     }
     placed = {
-        name: place(linear[name], projector, scaling, adapter_name)
+        name: write_lora_A(linear[name], projector, scaling, adapter_name)
         for name, projector in fitting.items()
     }
-    attach(peft_model, adapter_name, AdapterRecord(not trainable, scaling, placed))
+    attach_metadata(peft_model, adapter_name, AdapterRecord(not trainable, scaling, placed))
     for name in placed:
-        hold(linear[name], adapter_name, not trainable)
+        set_lora_A_frozen(linear[name], adapter_name, not trainable)
     return peft_model
 
 

@@ -7,7 +7,7 @@ import os
 import torch
 from peft import PeftModel
 
-from ipa_hf.adapter_metadata import AdapterRecord, attach
+from ipa_hf.adapter_metadata import AdapterRecord, attach_metadata
 from ipa_hf.freezing import freeze_projections
 
 
@@ -68,7 +68,7 @@ def load(
         model = PeftModel.from_pretrained(
             model, str(directory), adapter_name=adapter_name, is_trainable=is_trainable
         )
-    attach(model, adapter_name, record)
+    attach_metadata(model, adapter_name, record)
     if record.frozen:
         freeze_projections(model, adapter_name, layers=record.layers)
     return model

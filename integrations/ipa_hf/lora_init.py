@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from ipa_core import Projector
 from ipa_core.errors import RankError, SettingError, ShapeError
 from ipa_hf.adapter_metadata import LayerRecord
-from ipa_hf.lora_layers import matrices
+from ipa_hf.lora_layers import lora_A_and_B
 from ipa_hf.scaling import Scaling, factor
 
 
@@ -34,14 +34,16 @@ def check_fresh(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_nam
                 f"layer {name!r}: expected a model without merged adapters, got "
                 f"{layer.merged_adapters} merged; call unmerge_adapter() first"
             )
-        if adapter_name in layer.lora_B and matrices(layer, adapter_name)[1].any():
+        if adapter_name in layer.lora_B and lora_A_and_B(layer, adapter_name)[1].any():
             raise SettingError(
                 f"layer {name!r}: expected a fresh adapter, whose B is zero, got a trained one; "
                 "add another adapter and initialize that one"
             )
 
 
-def fitted(name: str, layer: LoraLayer, projector: Projector, adapter_name: str) -> Projector:
+def truncate_to_layer(
+    name: str, layer: LoraLayer, projector: Projector, adapter_name: str
+) -> Projector:
     """Return the projector cut to the rank of the layer.
 
     Raises
@@ -51,7 +53,7 @@ def fitted(name: str, layer: LoraLayer, projector: Projector, adapter_name: str)
     RankError
         If its rank is smaller.
     """
-    rank, features = matrices(layer, adapter_name)[0].shape
+    rank, features = lora_A_and_B(layer, adapter_name)[0].shape
     if projector.features != features:
         raise ShapeError(
             f"layer {name!r}: expected a projector of {features} features, got "
@@ -65,11 +67,11 @@ def fitted(name: str, layer: LoraLayer, projector: Projector, adapter_name: str)
     return projector.truncate(rank)
 
 
-def place(
+def write_lora_A(
     layer: LoraLayer, projector: Projector, scaling: Scaling, adapter_name: str
 ) -> LayerRecord:
     """Set the layer's A to s P, and return what was done."""
-    weight, _ = matrices(layer, adapter_name)
+    weight, _ = lora_A_and_B(layer, adapter_name)
     scale = factor(projector, scaling, layer.scaling[adapter_name])
     rows = projector.to(torch, device=weight.device).components
     # Written here and not through `set_peft_model_state_dict`: that one wants the whole adapter,

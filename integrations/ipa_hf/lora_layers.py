@@ -45,17 +45,17 @@ def takes_projection(layer: LoraLayer, adapter_name: str) -> bool:
     """Return whether the layer computes B A x for rows x: linear ones do, whatever holds W."""
     if isinstance(layer, MultiheadAttention | ParamWrapper) or adapter_name not in layer.lora_A:
         return False
-    return matrices(layer, adapter_name)[0].ndim == 2  # convolutions have more axes
+    return lora_A_and_B(layer, adapter_name)[0].ndim == 2  # convolutions have more axes
 
 
-def kind(layer: LoraLayer) -> str:
+def layer_kind(layer: LoraLayer) -> str:
     """Return what sort of layer this is, in the plural, for a message."""
     base = type(layer.get_base_layer()).__name__
     fused = isinstance(layer, ParamWrapper)
     return f"fused parameters of {base}, whose inputs no hook sees," if fused else f"{base} layers"
 
 
-def matrices(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def lora_A_and_B(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights A of shape (rank, features) and B of shape (out features, rank)."""
     a, b = (part[adapter_name].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
     return a, b
@@ -72,7 +72,7 @@ def materialise(name: str, layer: LoraLayer, adapter_name: str) -> None:
     SettingError
         If the layer's weights were never loaded, or the adapter needs them in memory (DoRA).
     """
-    if adapter_name not in layer.lora_B or not matrices(layer, adapter_name)[1].is_meta:
+    if adapter_name not in layer.lora_B or not lora_A_and_B(layer, adapter_name)[1].is_meta:
         return
     device = _execution_device(layer.get_base_layer())
     if device is None:

@@ -23,7 +23,7 @@ def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> Lora
     config : LoraConfig
         Its patterns of ranks and alphas are replaced; not changed.
     projectors : mapping of str to Projector
-        By layer; ``ipa_torch.Projectors.allocate`` spreads a budget of ranks over them.
+        By layer; ``ipa_torch.LayerProjectors.allocate`` spreads a budget of ranks over them.
 
     Returns
     -------

@@ -11,9 +11,9 @@ except ModuleNotFoundError as error:
         f"ipa_timm needs {error.name}; install it with: pip install 'ipa-projectors[timm]'"
     ) from error
 
-from ipa_timm.adapters import adapt, attach, detach, merge
+from ipa_timm.adapters import adapt, attach, detach, merge_and_unload
 from ipa_timm.fit import fit_projectors
-from ipa_timm.preprocessing import prepare
+from ipa_timm.preprocessing import preprocess
 from ipa_timm.serialization import load, save
 from ipa_timm.targets import default_targets
 
@@ -24,7 +24,7 @@ __all__ = [
     "detach",
     "fit_projectors",
     "load",
-    "merge",
-    "prepare",
+    "merge_and_unload",
+    "preprocess",
     "save",
 ]

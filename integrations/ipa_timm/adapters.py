@@ -12,12 +12,12 @@ from ipa_core import Projector
 from ipa_timm import batchnorm
 from ipa_timm.classifier import head_parameters
 from ipa_timm.fit import fit_projectors
-from ipa_timm.fused_qkv import restore, separate
+from ipa_timm.fused_qkv import restore_fused_qkv_bias, use_separate_qkv_bias
 from ipa_torch._adapters.model import Scaling
-from ipa_torch._adapters.replace import wrapped
+from ipa_torch._adapters.replace import adapter_layers
 from ipa_torch._layers.targets import Targets
-from ipa_torch._layers.unwrap import plain
-from ipa_torch.projectors import Projectors
+from ipa_torch._layers.unwrap import unwrap_model
+from ipa_torch.projectors import LayerProjectors
 
 _SEPARATED = "_ipa_timm_separated"
 
@@ -32,7 +32,7 @@ def adapt(
     trainable: bool = False,
     dropout: float = 0.0,
     **learning: Any,
-) -> Projectors:
+) -> LayerProjectors:
     r"""Learn projections from images and put them beside a model's layers, ready to be trained.
 
     Each layer W then computes :math:`W x + B \, s P x`, with B = 0 at first; a convolution does so
@@ -41,7 +41,7 @@ def adapt(
     Parameters
     ----------
     model : torch.nn.Module
-        Of timm; changed in place until `merge` or `detach`.
+        Of timm; changed in place until `merge_and_unload` or `detach`.
     loader, rank, targets
         As for `fit_projectors`.
     scaling, trainable, dropout
@@ -86,8 +86,8 @@ def attach(
 ) -> None:
     """Put learned projections beside the layers of a timm model, and let its classifier train.
 
-    Until `merge` or `detach`, attention that reads past its fused qkv calls it, and batch norms
-    keep to their running statistics in training mode, too: the base stays what it was.
+    Until `merge_and_unload` or `detach`, attention that used the fused qkv weight directly calls
+    the layer instead, and batch norms keep their running statistics in training mode, too.
 
     Parameters
     ----------
@@ -116,21 +116,21 @@ def attach(
     >>> projectors = ipa_timm.fit_projectors(model, [images], rank=4, progress=False)
     >>> ipa_timm.attach(model, projectors.truncate(2), trainable=True)
     """
-    model = plain(model)
+    model = unwrap_model(model)
     ipa_torch.attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
-    settle(model)
+    prepare_for_training(model)
 
 
-def settle(model: nn.Module) -> None:
+def prepare_for_training(model: nn.Module) -> None:
     """Do to a model with adapters what timm's models need: qkv, batch norms, classifier."""
-    names = [name for name, _ in wrapped(model)]
-    model.__dict__.setdefault(_SEPARATED, []).extend(separate(model, names))
-    batchnorm.hold(model)
+    names = [name for name, _ in adapter_layers(model)]
+    model.__dict__.setdefault(_SEPARATED, []).extend(use_separate_qkv_bias(model, names))
+    batchnorm.freeze_batchnorm_stats(model)
     for parameter in head_parameters(model).values():
         parameter.requires_grad_(True)
 
 
-def merge(model: nn.Module) -> None:
+def merge_and_unload(model: nn.Module) -> None:
     """Compute the adapter into the weights and take it out: what is left is a plain timm model.
 
     Its state dict loads in a model that timm has made.
@@ -154,7 +154,7 @@ def merge(model: nn.Module) -> None:
     >>> model = timm.create_model("test_vit", num_classes=2)
     >>> images = torch.randn(2, 3, 160, 160)
     >>> projectors = ipa_timm.adapt(model, [images], rank=4, progress=False)
-    >>> ipa_timm.merge(model)
+    >>> ipa_timm.merge_and_unload(model)
     >>> again = timm.create_model("test_vit", num_classes=2)
     >>> again.load_state_dict(model.state_dict())
     <All keys matched successfully>
@@ -183,7 +183,7 @@ def detach(model: nn.Module) -> None:
     >>> torch.equal(model(images), before)
     True
     """
-    model = plain(model)
+    model = unwrap_model(model)
     ipa_torch.detach(model)
-    restore(model, model.__dict__.pop(_SEPARATED, []))
-    batchnorm.release(model)
+    restore_fused_qkv_bias(model, model.__dict__.pop(_SEPARATED, []))
+    batchnorm.unfreeze_batchnorm_stats(model)

@@ -11,15 +11,15 @@ from typing import Any
 from torch import nn
 
 
-def hold(model: nn.Module) -> None:
+def freeze_batchnorm_stats(model: nn.Module) -> None:
     """Let every batch norm use its running statistics as they are, in training mode, too."""
     for module in _norms(model):
         if _use_running not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_use_running)
 
 
-def release(model: nn.Module) -> None:
-    """Undo `hold`."""
+def unfreeze_batchnorm_stats(model: nn.Module) -> None:
+    """Undo `freeze_batchnorm_stats`."""
     for module in _norms(model):
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _use_running:

@@ -9,14 +9,14 @@ from torch import nn
 
 import ipa_timm.same_padding  # noqa: F401  (teaches ipa_torch timm's convolutions)
 import ipa_torch
-from ipa_timm.fused_qkv import separated
-from ipa_timm.preprocessing import images_of, prepare
+from ipa_timm.fused_qkv import separate_qkv_bias
+from ipa_timm.preprocessing import images_of, preprocess
 from ipa_timm.targets import choose
 from ipa_torch._fit.fit import OnMissing, report
 from ipa_torch._layers.targets import Targets
-from ipa_torch._layers.unwrap import plain
+from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import check_choice
-from ipa_torch.projectors import Projectors, rank_for
+from ipa_torch.projectors import LayerProjectors, resolve_rank
 
 
 def fit_projectors(
@@ -27,7 +27,7 @@ def fit_projectors(
     targets: Targets | None = None,
     on_missing: OnMissing = "warn",
     **learning: Any,
-) -> Projectors:
+) -> LayerProjectors:
     r"""Learn, for layers of a timm model, the projections from which their inputs are best rebuilt.
 
     A convolution's inputs are its patches, over all places of all images; one with groups has one
@@ -40,13 +40,13 @@ def fit_projectors(
     loader : iterable
         timm's loaders, a ``DataLoader``, a list: batches ``(images, target)``, images alone, or
         mappings with ``image``, ``images`` or ``pixel_values``. Floating images are taken as they
-        are, bytes by the model's data config; see `prepare`.
+        are, bytes by the model's data config; see `preprocess`.
     rank : int or mapping of str to int
         Rows of P, for all layers or by name; a layer with fewer features gets as many as these.
     targets : list of str, str, callable, optional
         Which layers, as for `ipa_torch.select_layers`; by default `default_targets`.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
-        What to do about layers that cannot have an adapter; `Projectors.missing` says why.
+        What to do about layers that cannot have an adapter; `LayerProjectors.missing` says why.
     **learning
         ``learner``, ``max_patches``, ``max_rows``, ``max_batches``, ``max_seconds``,
         ``tolerance``, ``forward``, ``on_error``, ``progress``: as for `ipa_torch.fit_projectors`.
@@ -84,13 +84,13 @@ def fit_projectors(
     64
     """
     check_choice("on_missing", on_missing, OnMissing)
-    model = plain(model)
+    model = unwrap_model(model)
     able, refused = choose(model, targets)
     if not able:
-        report(Projectors({}, missing=refused), on_missing)
+        report(LayerProjectors({}, missing=refused), on_missing)
     learning.setdefault("forward", _forward)
     learning.setdefault("row_weights", _valid_patches)
-    with separated(model, able):
+    with separate_qkv_bias(model, able):
         learned = ipa_torch.fit_projectors(
             model,
             loader,
@@ -100,20 +100,20 @@ def fit_projectors(
             **learning,
         )
     missing = {**refused, **learned.missing}
-    projectors = Projectors(learned, missing=missing, stopped=learned.stopped)
+    projectors = LayerProjectors(learned, missing=missing, stopped=learned.stopped)
     report(projectors, on_missing)
     return projectors
 
 
 def _ranks(able: Mapping[str, int], rank: int | Mapping[str, int]) -> dict[str, int]:
     return {
-        name: min(own, features) if isinstance(own := rank_for(name, rank), int) else own
+        name: min(own, features) if isinstance(own := resolve_rank(name, rank), int) else own
         for name, features in able.items()
     }
 
 
 def _forward(model: nn.Module, batch: Any) -> object:
-    return model(prepare(model, images_of(batch)))
+    return model(preprocess(model, images_of(batch)))
 
 
 def _valid_patches(batch: Any) -> Any:

@@ -16,16 +16,16 @@ _SWITCH = "qkv_bias_separate"
 
 
 @contextmanager
-def separated(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+def separate_qkv_bias(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Let attention call the layers of these names, and afterwards do as before."""
-    switched = separate(model, names)
+    switched = use_separate_qkv_bias(model, names)
     try:
         yield
     finally:
-        restore(model, switched)
+        restore_fused_qkv_bias(model, switched)
 
 
-def separate(model: nn.Module, names: Iterable[str]) -> list[str]:
+def use_separate_qkv_bias(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Switch the attention modules that hold layers of these names; return those that changed."""
     parents = dict.fromkeys(
         name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == "qkv"
@@ -36,7 +36,7 @@ def separate(model: nn.Module, names: Iterable[str]) -> list[str]:
     return switched
 
 
-def restore(model: nn.Module, switched: Iterable[str]) -> None:
-    """Undo `separate`."""
+def restore_fused_qkv_bias(model: nn.Module, switched: Iterable[str]) -> None:
+    """Undo `use_separate_qkv_bias`."""
     for name in switched:
         setattr(model.get_submodule(name), _SWITCH, False)

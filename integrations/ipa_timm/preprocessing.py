@@ -46,7 +46,7 @@ def images_of(batch: Any) -> Any:
     )
 
 
-def prepare(model: nn.Module, images: Any) -> Any:
+def preprocess(model: nn.Module, images: Any) -> Any:
     r"""Return images as a model takes them, on its device and in its dtype.
 
     Floating images are taken to be normalised already, as timm's loaders give them. Bytes are
@@ -67,9 +67,9 @@ def prepare(model: nn.Module, images: Any) -> Any:
     Examples
     --------
     >>> import timm, torch
-    >>> from ipa_timm import prepare
+    >>> from ipa_timm import preprocess
     >>> model = timm.create_model("test_vit", num_classes=2)
-    >>> prepare(model, torch.zeros(1, 3, 40, 40, dtype=torch.uint8)).shape
+    >>> preprocess(model, torch.zeros(1, 3, 40, 40, dtype=torch.uint8)).shape
     torch.Size([1, 3, 160, 160])
     """
     device = device_of(model)

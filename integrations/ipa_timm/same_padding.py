@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from timm.layers import Conv2dSame
 
-from ipa_torch._layers.matmul_view import Patches, reading_of
+from ipa_torch._layers.matmul_view import ConvView, view_of
 
 
 @dataclass(frozen=True)
-class SamePatches(Patches):
+class SamePaddingView(ConvView):
     """Patches of an input that is padded so that a stride of s leaves one place in s.
 
     How much that takes depends on the size of the image; an odd rest goes to the right and below.
@@ -27,10 +27,10 @@ class SamePatches(Patches):
         return tuple(padding)
 
 
-@reading_of.register(Conv2dSame)
-def same_patches_of(module: Conv2dSame) -> SamePatches:
+@view_of.register(Conv2dSame)
+def same_padding_view_of(module: Conv2dSame) -> SamePaddingView:
     """Return the patches of a convolution that pads its input itself."""
-    return SamePatches(
+    return SamePaddingView(
         kernel=tuple(module.kernel_size),
         stride=tuple(module.stride),
         dilation=tuple(module.dilation),

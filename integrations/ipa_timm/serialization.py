@@ -13,10 +13,10 @@ from torch import nn
 
 from ipa_core.errors import FileFormatError, ShapeError
 from ipa_core.io.serialization import replace_file
-from ipa_timm.adapters import settle
+from ipa_timm.adapters import prepare_for_training
 from ipa_timm.classifier import head_parameters
 from ipa_torch import adapter_state_dict, load_adapter_state_dict
-from ipa_torch._layers.unwrap import plain
+from ipa_torch._layers.unwrap import unwrap_model
 
 FORMAT, VERSION = "ipa-timm-adapter", 1
 _HEAD = "head."
@@ -48,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ...     ipa_timm.save(model, f"{folder}/adapter.safetensors")
     ...     ipa_timm.load(again, f"{folder}/adapter.safetensors")
     """
-    model = plain(model)
+    model = unwrap_model(model)
     state = adapter_state_dict(model)
     state |= {f"{_HEAD}{name}": p.detach() for name, p in head_parameters(model).items()}
     metadata = {
@@ -96,7 +96,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0
     >>> torch.equal(base(images), model(images))
     True
     """
-    model = plain(model)
+    model = unwrap_model(model)
     state, head = _read(path, _architecture(model))
     own = head_parameters(model)
     for name in sorted(own.keys() | head.keys()):
@@ -110,7 +110,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(head[name])
-    settle(model)
+    prepare_for_training(model)
 
 
 def _read(

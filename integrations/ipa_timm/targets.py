@@ -9,10 +9,10 @@ from torch import nn
 
 from ipa_core.errors import IPAError
 from ipa_timm.classifier import heads_of
-from ipa_torch._layers.matmul_view import Convolution, reading_of
+from ipa_torch._layers.matmul_view import Convolution, view_of
 from ipa_torch._layers.sizes import features_of
 from ipa_torch._layers.targets import Targets, is_linear, select_layers
-from ipa_torch._layers.unwrap import layer_of
+from ipa_torch._layers.unwrap import get_layer
 from ipa_torch.errors import LayerError
 
 _TRANSFORMER = (
@@ -91,10 +91,10 @@ def choose(model: nn.Module, targets: Targets | None) -> tuple[dict[str, int], d
     refused: dict[str, str] = {}
     for name in names:
         try:
-            layer = layer_of(model, name)
+            layer = get_layer(model, name)
             if id(layer) in heads:
                 raise LayerError("it belongs to the classifier, all of which is trained anyway")
-            reading_of(layer)
+            view_of(layer)
             able[name] = features_of(layer)
         except IPAError as error:
             refused[name] = str(error).removeprefix(f"layer {name!r}: ")

@@ -10,22 +10,22 @@ except ModuleNotFoundError as error:
         f"ipa_torch needs {error.name}; install it with: pip install 'ipa-projectors[torch]'"
     ) from error
 
-from ipa_torch._adapters.layer import Adapted
+from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.model import (
-    adapters_of,
     attach,
     detach,
-    disabled,
+    disable_adapter,
+    list_adapters,
     merge,
     set_adapter,
     unmerge,
 )
 from ipa_torch._adapters.online import OnlineLearning
-from ipa_torch._adapters.projection import Projection, energy_scale
+from ipa_torch._adapters.projection import SharedProjection, energy_scale
 from ipa_torch._adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from ipa_torch._capture.row_weights import attention_mask
 from ipa_torch._fit.activation_store import store_activations
-from ipa_torch._fit.checkpoint import Checkpoints
+from ipa_torch._fit.checkpoint import CheckpointConfig
 from ipa_torch._fit.fit import fit_projectors
 from ipa_torch._fit.memory import learner_bytes
 from ipa_torch._gradient.damped_sketch import DampedGradientSketch
@@ -33,24 +33,24 @@ from ipa_torch._gradient.fit import fit_gradient_projectors
 from ipa_torch._gradient.sketch import GradientSketch
 from ipa_torch._layers.targets import select_layers
 from ipa_torch.errors import LayerError, PeerError
-from ipa_torch.projectors import Projectors
+from ipa_torch.projectors import LayerProjectors
 
 __all__ = [
-    "Adapted",
-    "Checkpoints",
+    "AdapterLayer",
+    "CheckpointConfig",
     "DampedGradientSketch",
     "GradientSketch",
     "LayerError",
     "OnlineLearning",
     "PeerError",
-    "Projection",
-    "Projectors",
+    "SharedProjection",
+    "LayerProjectors",
     "adapter_state_dict",
-    "adapters_of",
+    "list_adapters",
     "attach",
     "attention_mask",
     "detach",
-    "disabled",
+    "disable_adapter",
     "energy_scale",
     "fit_gradient_projectors",
     "fit_projectors",

@@ -16,7 +16,7 @@ from ipa_torch.errors import LayerError
 BEFORE_ITS_TURN = "learning ended before its turn"
 
 
-class Projectors(Mapping[str, Projector]):
+class LayerProjectors(Mapping[str, Projector]):
     """A read-only mapping from layer names to projectors, as `fit_projectors` returns it.
 
     Layers that always saw the same inputs have the identical `Projector`.
@@ -90,7 +90,7 @@ class Projectors(Mapping[str, Projector]):
             groups.setdefault(id(projector), []).append(name)
         return [tuple(names) for names in groups.values()]
 
-    def summary(self) -> str:
+    def table(self) -> str:
         """Return a table: rank, features, captured energy, samples, why it stopped, and layers.
 
         A reason that all layers have in common stands below the table.
@@ -99,7 +99,7 @@ class Projectors(Mapping[str, Projector]):
         for names in self.shared:
             p = self._projectors[names[0]]
             numbers = (str(p.rank), str(p.features), f"{p.captured():.1%}", f"{p.samples:,}")
-            rows.append((*numbers, self.stopped.get(names[0], "-"), together(names)))
+            rows.append((*numbers, self.stopped.get(names[0], "-"), shared_name(names)))
         for name, reason in self.missing.items():
             rows.append(("-", "-", "-", "-", "-", f"{name}: {reason}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -112,7 +112,7 @@ class Projectors(Mapping[str, Projector]):
             lines.append([f"stopped: {common.pop()}"])
         return "\n".join("  ".join(line) for line in lines)
 
-    def truncate(self, rank: int | Mapping[str, int]) -> Projectors:
+    def truncate(self, rank: int | Mapping[str, int]) -> LayerProjectors:
         """Return projectors of a smaller rank, or of each layer's own; sharing is kept. No cost.
 
         Raises
@@ -125,14 +125,16 @@ class Projectors(Mapping[str, Projector]):
         made: dict[tuple[int, int], Projector] = {}
         smaller = {}
         for name, projector in self._projectors.items():
-            own = rank_for(name, rank)
+            own = resolve_rank(name, rank)
             key = (id(projector), own)
             if key not in made:
                 made[key] = projector.truncate(own)
             smaller[name] = made[key]
-        return Projectors(smaller, missing=self.missing, stopped=self.stopped, passes=self.passes)
+        return LayerProjectors(
+            smaller, missing=self.missing, stopped=self.stopped, passes=self.passes
+        )
 
-    def allocate(self, budget: int, *, floor: int = 1, cap: int | None = None) -> Projectors:
+    def allocate(self, budget: int, *, floor: int = 1, cap: int | None = None) -> LayerProjectors:
         """Return projectors whose ranks are spread so that they capture most in all.
 
         Parameters
@@ -166,7 +168,7 @@ class Projectors(Mapping[str, Projector]):
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None
-    ) -> Projectors:
+    ) -> LayerProjectors:
         """Read what `save` wrote, as torch tensors.
 
         Raises
@@ -183,7 +185,7 @@ class Projectors(Mapping[str, Projector]):
         return cls(loaded)
 
 
-def joined(turns: Sequence[Projectors], layers: Iterable[str]) -> Projectors:
+def join_passes(turns: Sequence[LayerProjectors], layers: Iterable[str]) -> LayerProjectors:
     """Return what was learned in turns, in the order of ``layers``."""
     learned: dict[str, Projector] = {}
     missing: dict[str, str] = {}
@@ -194,10 +196,10 @@ def joined(turns: Sequence[Projectors], layers: Iterable[str]) -> Projectors:
         stopped.update(turn.stopped)
     ordered = {name: learned[name] for name in layers if name in learned}
     late = {name: BEFORE_ITS_TURN for name in layers if name not in learned | missing}
-    return Projectors(ordered, missing=missing | late, stopped=stopped, passes=len(turns))
+    return LayerProjectors(ordered, missing=missing | late, stopped=stopped, passes=len(turns))
 
 
-def rank_for(name: str, rank: int | Mapping[str, int]) -> int:
+def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:
     """Return the rank of a layer, where all have one or each has its own."""
     if not isinstance(rank, Mapping):
         return rank
@@ -212,12 +214,12 @@ def _span(values: Sequence[float], form: str) -> str:
     return least if least == largest else f"{least} to {largest}"
 
 
-def together(names: tuple[str, ...]) -> str:
+def shared_name(names: tuple[str, ...]) -> str:
     """Return names with their common beginning written once: ``a.{q, k}``.
 
     Examples
     --------
-    >>> together(("block.0.q", "block.0.k"))
+    >>> shared_name(("block.0.q", "block.0.k"))
     'block.0.{q, k}'
     """
     if len(names) == 1:

@@ -104,11 +104,11 @@ def _read_path(path: Path) -> Iterator[tuple[Array, None]]:
     files = files_of(path)
     for file, following in zip(files, [*files[1:], None], strict=True):
         if following is not None:
-            expect(following)
+            prefetch(following)
         yield from _read(file)
 
 
-def expect(file: Path, start: int = 0, size: int = _BEGINNING) -> None:
+def prefetch(file: Path, start: int = 0, size: int = _BEGINNING) -> None:
     """Let the disk bring some bytes of a file while something else is done.
 
     Where the system takes no such advice, or the file is none, nothing happens.
@@ -158,11 +158,11 @@ def _read_npy(file: Path) -> Iterator[tuple[Array, None]]:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise FileFormatError(f"{file}: expected a .npy file of numbers, got {error}") from error
-    expect(file)
+    prefetch(file)
     start = array.offset
     for batch, weights in _cut(array):
         start += batch.nbytes
-        expect(file, start, batch.nbytes)
+        prefetch(file, start, batch.nbytes)
         yield batch, weights
 
 

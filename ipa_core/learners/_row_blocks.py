@@ -10,10 +10,10 @@ from ipa_core._array import (
     Array,
     HostArray,
     Namespace,
-    ask_squares,
     host_concat,
     host_ones,
     on_host,
+    squared_norms_async,
 )
 
 
@@ -21,21 +21,21 @@ from ipa_core._array import (
 class Rows:
     """Rows ``x`` (n, features) and ``weights`` (n,) or None for ones.
 
-    ``squares`` |x_i|^2 (n,) and ``masses``, the weights once more, are on the host in float64:
+    ``squares`` |x_i|^2 (n,) and ``host_weights``, a copy of the weights, are on the host in float64:
     their sums decide what is done next, and one transfer of n numbers is cheaper than many of one.
     """
 
     x: Array
     weights: Array | None
     squares: HostArray
-    masses: HostArray
+    host_weights: HostArray
 
     @classmethod
     def of(cls, xp: Namespace, x: Array, weights: Array | None = None) -> Rows:
         """Return rows with what is known of them on the host."""
-        squares = ask_squares(xp, x)()
-        masses = host_ones(squares.size) if weights is None else on_host(weights)
-        return cls(x, weights, squares, masses)
+        squares = squared_norms_async(xp, x)()
+        host_weights = host_ones(squares.size) if weights is None else on_host(weights)
+        return cls(x, weights, squares, host_weights)
 
     @property
     def count(self) -> int:
@@ -47,27 +47,27 @@ class Rows:
             return self
         part = slice(start, stop)
         weights = None if self.weights is None else self.weights[part]
-        return Rows(self.x[part, :], weights, self.squares[part], self.masses[part])
+        return Rows(self.x[part, :], weights, self.squares[part], self.host_weights[part])
 
-    def own(self, xp: Namespace) -> Rows:
+    def copy(self, xp: Namespace) -> Rows:
         """Return a copy that no later change of the caller's array can reach."""
         weights = None if self.weights is None else xp.asarray(self.weights, copy=True)
-        return Rows(xp.asarray(self.x, copy=True), weights, self.squares, self.masses)
+        return Rows(xp.asarray(self.x, copy=True), weights, self.squares, self.host_weights)
 
-    def weigh(self, values: Array) -> Array:
+    def apply_weights(self, values: Array) -> Array:
         """Multiply each row of ``values`` (n, d) by the row's weight."""
         return values if self.weights is None else values * self.weights[:, None]
 
-    def scaled(self, xp: Namespace) -> Array:
+    def sqrt_weighted(self, xp: Namespace) -> Array:
         """Return the rows times the roots of their weights: what an unweighted rule may take."""
         return self.x if self.weights is None else self.x * xp.sqrt(self.weights)[:, None]
 
     def total_weight(self) -> float:
-        return float(self.masses.sum())
+        return float(self.host_weights.sum())
 
     def energies(self) -> HostArray:
         """Return the weighted squared lengths (n,)."""
-        return self.squares * self.masses
+        return self.squares * self.host_weights
 
     def energy(self) -> float:
         """Return the weighted sum of the squared lengths."""
@@ -83,24 +83,24 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowChunks:
     """Consecutive rows in the pieces that they came in: nothing is copied to put them together.
 
-    ``glance`` is what the learner has asked about the first of them before they were accepted.
+    ``sketch`` is what the learner has asked about the first of them before they were accepted.
     """
 
     parts: tuple[Rows, ...]
-    glance: Any = None
+    sketch: Any = None
 
     @property
     def count(self) -> int:
         return sum(part.count for part in self.parts)
 
     @property
-    def masses(self) -> HostArray:
-        return host_concat([part.masses for part in self.parts])
+    def host_weights(self) -> HostArray:
+        return host_concat([part.host_weights for part in self.parts])
 
-    def cut(self, start: int, stop: int) -> Run:
+    def cut(self, start: int, stop: int) -> RowChunks:
         """Return rows ``start`` to ``stop`` as views."""
         parts, begin = [], 0
         for part in self.parts:
@@ -108,7 +108,7 @@ class Run:
             if begin < stop and start < end:
                 parts.append(part.cut(max(start, begin) - begin, min(stop, end) - begin))
             begin = end
-        return Run(tuple(parts), None if start else self.glance)
+        return RowChunks(tuple(parts), None if start else self.sketch)
 
     def energies(self) -> HostArray:
         """Return the weighted squared lengths."""
@@ -119,7 +119,7 @@ class Run:
         return join(xp, self.parts)
 
 
-def heads(parts: tuple[Array, ...], count: int) -> tuple[Array, ...]:
+def take_first(parts: tuple[Array, ...], count: int) -> tuple[Array, ...]:
     """Return the first ``count`` rows of pieces of them, in pieces."""
     kept = []
     for part in parts:
@@ -138,5 +138,5 @@ def join(xp: Namespace, parts: tuple[Rows, ...]) -> Rows:
         ones = [xp.ones_like(p.x[:, 0]) if p.weights is None else p.weights for p in parts]
         weights = xp.concat(ones)
     squares = host_concat([part.squares for part in parts])
-    masses = host_concat([part.masses for part in parts])
-    return Rows(xp.concat([p.x for p in parts]), weights, squares, masses)
+    host_weights = host_concat([part.host_weights for part in parts])
+    return Rows(xp.concat([p.x for p in parts]), weights, squares, host_weights)

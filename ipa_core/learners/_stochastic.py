@@ -12,14 +12,14 @@ from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners.base import Learner
 
 
-class SequentialRule(Learner):
+class StochasticRule(Learner):
     """A rule that moves its directions by a step after every micro-batch of 256 rows.
 
     Its summary can be turned into a factor F, with F^T F the second moment that the rule believes
     in, and back: that is how two of them merge.
     """
 
-    _numbers: ClassVar[tuple[str, ...]] = (*Learner._numbers, "_stepped", "_unit")
+    _numbers: ClassVar[tuple[str, ...]] = (*Learner._numbers, "_rows_stepped", "_unit")
     _arrays: ClassVar[tuple[str, ...]] = (*Learner._arrays, "_directions")
     _block_rows = 256
 
@@ -29,7 +29,7 @@ class SequentialRule(Learner):
     def __init__(self, rank: int, *, center: bool = False, seed: int = 0) -> None:
         super().__init__(rank, center=center, seed=seed)
         self._directions: Array = None
-        self._stepped = 0
+        self._rows_stepped = 0
         self._unit = 1.0  # energies are carried in its square
 
     @property
@@ -53,14 +53,14 @@ class SequentialRule(Learner):
         first = self._directions is None
         if first:
             self._start(xp, rows)
-        self._stepped += rows.count
+        self._rows_stepped += rows.count
         weight = rows.total_weight()
         self._step(xp, rows, weight, 1.0 if first else self._step_size(weight))
 
     def _step_size(self, weight: float) -> float:
         """Return c / (t + c - 1), with t counted in micro-batches of the usual weight."""
         numerator = self._step_numerator
-        usual = self._weight * self._block_rows / self._stepped
+        usual = self._weight * self._block_rows / self._rows_stepped
         return min(1.0, numerator * weight / (self._weight + (numerator - 1) * usual))
 
     def _start(self, xp: Namespace, rows: Rows) -> None:
@@ -72,13 +72,13 @@ class SequentialRule(Learner):
             rows.x.dtype,
         )
         self._unit = rows.unit()
-        self._directions = orthonormal_columns(xp, (signs @ rows.weigh(rows.x)).T).T
+        self._directions = orthonormal_columns(xp, (signs @ rows.apply_weights(rows.x)).T).T
 
     def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
         self._stack(xp, shift.x, self._weight)
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
-        self._stepped += other._stepped
+        self._rows_stepped += other._rows_stepped
         self._stack(xp, other._to_factor(xp), self._weight + other._weight)
 
     def _stack(self, xp: Namespace, rows: Array, weight: float) -> None:

@@ -19,7 +19,7 @@ def template_of(batch: Array) -> Array:
     return xp.zeros((0, features), dtype=dtype, device=_array.device(batch))
 
 
-def accept(batch: Array, weights: Array | None, template: Array) -> Asked:
+def validate(batch: Array, weights: Array | None, template: Array) -> PendingBatch:
     """Hold a batch to the template and return its rows of positive weight, lengths to come.
 
     Rows of weight zero are dropped before anything else, whatever they hold; weights that are all
@@ -27,28 +27,28 @@ def accept(batch: Array, weights: Array | None, template: Array) -> Asked:
     """
     xp = match(batch, template)
     count = math.prod(batch.shape[:-1])
-    x, masses = xp.reshape(_array.detached(batch), (count, batch.shape[-1])), None
+    x, host_weights = xp.reshape(_array.detached(batch), (count, batch.shape[-1])), None
     if weights is not None:
-        x, weights, masses = _drop_absent(xp, x, _flat(batch, weights, template))
+        x, weights, host_weights = _drop_absent(xp, x, _flat(batch, weights, template))
     x = _array.cast(xp, x, template.dtype)
-    return Asked(xp, x, weights, masses, _array.ask_squares(xp, x))
+    return PendingBatch(xp, x, weights, host_weights, _array.squared_norms_async(xp, x))
 
 
 @dataclass(frozen=True)
-class Asked:
+class PendingBatch:
     """Rows of which the device has been asked the squared lengths."""
 
     xp: Namespace
     x: Array
     weights: Array | None
-    masses: HostArray | None
+    host_weights: HostArray | None
     squares: Callable[[], HostArray]
 
     @property
     def count(self) -> int:
         return int(self.x.shape[0])
 
-    def answered(self) -> Rows:
+    def result(self) -> Rows:
         """Wait for the lengths, which tell whether the rows are finite, and return the rows.
 
         Raises
@@ -57,8 +57,10 @@ class Asked:
             If they are not, or if their squares over- or underflow the dtype.
         """
         squares = self.squares()
-        masses = _array.host_ones(squares.size) if self.masses is None else self.masses
-        rows = Rows(self.x, self.weights, squares, masses)
+        host_weights = (
+            _array.host_ones(squares.size) if self.host_weights is None else self.host_weights
+        )
+        rows = Rows(self.x, self.weights, squares, host_weights)
         _check_range(self.xp, rows)
         return rows
 
@@ -107,15 +109,15 @@ def _flat(batch: Array, weights: Array, template: Array) -> Array:
 def _drop_absent(
     xp: Namespace, x: Array, weights: Array
 ) -> tuple[Array, Array | None, HostArray | None]:
-    masses = _array.on_host(weights)
-    if not ((masses >= 0).all() and math.isfinite(masses.sum())):
+    host_weights = _array.on_host(weights)
+    if not ((host_weights >= 0).all() and math.isfinite(host_weights.sum())):
         raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")
-    if not masses.all():
-        (places,) = masses.nonzero()
+    if not host_weights.all():
+        (places,) = host_weights.nonzero()
         index = _array.from_numpy(xp, places, _array.device(x), xp.int64)
         x, weights = xp.take(x, index, axis=0), xp.take(weights, index)
-        masses = masses[places]
-    return (x, None, None) if (masses == 1).all() else (x, weights, masses)
+        host_weights = host_weights[places]
+    return (x, None, None) if (host_weights == 1).all() else (x, weights, host_weights)
 
 
 def _check_range(xp: Namespace, rows: Rows) -> None:

@@ -9,11 +9,11 @@ from ipa_core._array import Array, Namespace
 from ipa_core._linalg import inverse_root, top_eigh
 from ipa_core.errors import SettingError
 from ipa_core.learners._row_blocks import Rows
-from ipa_core.learners._stochastic import SequentialRule
+from ipa_core.learners._stochastic import StochasticRule
 from ipa_core.learners.base import Guarantee
 
 
-class ReconstructionAutoencoder(SequentialRule):
+class ReconstructionAutoencoder(StochasticRule):
     r"""Encoder P and decoder Q = P^T, trained by gradient on the reconstruction error.
 
     The gradient of :math:`\|x - Q P x\|^2` at an encoder W of orthonormal rows is
@@ -57,8 +57,8 @@ class ReconstructionAutoencoder(SequentialRule):
     """
 
     guarantee = Guarantee("statistical", 0.1)
-    _settings: ClassVar[tuple[str, ...]] = (*SequentialRule._settings, "epochs")
-    _arrays: ClassVar[tuple[str, ...]] = (*SequentialRule._arrays, "_covariance")
+    _settings: ClassVar[tuple[str, ...]] = (*StochasticRule._settings, "epochs")
+    _arrays: ClassVar[tuple[str, ...]] = (*StochasticRule._arrays, "_covariance")
     _step_numerator: ClassVar[float] = 3.0
 
     def __init__(self, rank: int, *, epochs: int = 1, center: bool = False, seed: int = 0) -> None:
@@ -75,7 +75,7 @@ class ReconstructionAutoencoder(SequentialRule):
     def _step(self, xp: Namespace, rows: Rows, weight: float, size: float) -> None:
         encoder = self._directions
         seen = rows.x @ (encoder.T / self._unit)
-        weighed = rows.weigh(seen)
+        weighed = rows.apply_weights(seen)
         scatter = self._wide(xp, weighed.T @ seen) / weight
         old = scatter if self._covariance is None else self._covariance
         covariance = (1.0 - size) * old + size * scatter

@@ -20,8 +20,8 @@ from ipa_core.errors import (
     RankError,
     SettingError,
 )
-from ipa_core.learners._row_blocks import Rows, Run, join
-from ipa_core.learners._validation import Asked, accept, match, template_of
+from ipa_core.learners._row_blocks import RowChunks, Rows, join
+from ipa_core.learners._validation import PendingBatch, match, template_of, validate
 from ipa_core.projector import Projector
 
 
@@ -131,12 +131,12 @@ class Learner(ABC):
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         """Fold a block of rows into the summary, by rebinding attributes."""
 
-    def _absorb_run(self, xp: Namespace, run: Run) -> None:
+    def _absorb_chunks(self, xp: Namespace, chunks: RowChunks) -> None:
         """Fold whole blocks into the summary; one by one, in most learners."""
-        for start in range(0, run.count, self._block_rows):
-            self._absorb_block(xp, run.cut(start, start + self._block_rows).joined(xp))
+        for start in range(0, chunks.count, self._block_rows):
+            self._absorb_block(xp, chunks.cut(start, start + self._block_rows).joined(xp))
 
-    def _glance(self, xp: Namespace, parts: tuple[Array, ...]) -> Any:
+    def _begin_sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> Any:
         """Ask the device about rows that are not accepted yet; nothing, in most learners."""
         return None
 
@@ -224,12 +224,12 @@ class Learner(ABC):
         (0, 4)
         """
         template = self._template_for(batch)
-        with _array.silent():
-            asked = accept(batch, weights, template)
-            waiting = self._waiting(asked)
-            glance = self._glance(asked.xp, (*(part.x for part in waiting), asked.x))
+        with _array.ignore_overflow():
+            pending = validate(batch, weights, template)
+            waiting = self._pending_rows(pending)
+            sketch = self._begin_sketch(pending.xp, (*(part.x for part in waiting), pending.x))
         begun = self.samples, self._template
-        return partial(self._finish_update, begun, template, asked, waiting, glance)
+        return partial(self._finish_update, begun, template, pending, waiting, sketch)
 
     def merge(self, other: Self) -> Self:
         """Return a new learner that has seen the rows of both; neither operand changes.
@@ -284,7 +284,7 @@ class Learner(ABC):
             done.samples,
         )
 
-    def summary(self) -> Self:
+    def compact(self) -> Self:
         """Return a learner of the same rows in its smallest form: what is worth sending.
 
         Nothing is pending in it, and what it kept for the sake of speed is folded in; merging it
@@ -375,23 +375,23 @@ class Learner(ABC):
             )
         return template
 
-    def _waiting(self, asked: Asked) -> tuple[Rows, ...]:
+    def _pending_rows(self, pending: PendingBatch) -> tuple[Rows, ...]:
         """Return the rows that wait, in one piece if a block is full with those to come.
 
         A learner that was saved in between then goes on to the bit as one that was not.
         """
         parts = self._pending
-        if not parts or not self._whole(sum(part.count for part in parts) + asked.count):
+        if not parts or not self._whole_rows(sum(part.count for part in parts) + pending.count):
             return parts
-        return (join(asked.xp, parts),)
+        return (join(pending.xp, parts),)
 
     def _finish_update(
         self,
         begun: tuple[int, Array],
         template: Array,
-        asked: Asked,
+        pending: PendingBatch,
         waiting: tuple[Rows, ...],
-        glance: Any,
+        sketch: Any,
     ) -> Self:
         if self.samples != begun[0] or self._template is not begun[1]:
             raise IPAError(
@@ -400,26 +400,26 @@ class Learner(ABC):
             )
         before = self.__dict__.copy()
         try:
-            with _array.silent():
-                rows = asked.answered()
+            with _array.ignore_overflow():
+                rows = pending.result()
             self._template = template
-            self._take(asked.xp, Run((*waiting, rows), glance))
+            self._absorb_whole_blocks(pending.xp, RowChunks((*waiting, rows), sketch))
         except BaseException:
             self.__dict__ = before
             raise
         return self
 
-    def _take(self, xp: Namespace, run: Run) -> None:
+    def _absorb_whole_blocks(self, xp: Namespace, chunks: RowChunks) -> None:
         """Cut rows into blocks of the fixed size, whole ones as views; the rest waits."""
-        new = run.parts[-1]
+        new = chunks.parts[-1]
         self.samples += new.count
-        if whole := self._whole(run.count):
-            self._absorb_run(xp, run.cut(0, whole))
-            self._pending = tuple(rest.own(xp) for rest in run.cut(whole, run.count).parts)
+        if whole := self._whole_rows(chunks.count):
+            self._absorb_chunks(xp, chunks.cut(0, whole))
+            self._pending = tuple(rest.copy(xp) for rest in chunks.cut(whole, chunks.count).parts)
         elif new.count:
-            self._pending = (*run.parts[:-1], new.own(xp))
+            self._pending = (*chunks.parts[:-1], new.copy(xp))
 
-    def _whole(self, count: int) -> int:
+    def _whole_rows(self, count: int) -> int:
         """Return how many of so many rows are in whole blocks."""
         return count - count % self._block_rows
 
@@ -450,7 +450,7 @@ class Learner(ABC):
         # About its first row the block is small, whatever the mean: no digits cancel.
         pilot = rows.x[0, :]
         x = rows.x - pilot
-        offset = xp.sum(rows.weigh(x), axis=0) / weight
+        offset = xp.sum(rows.apply_weights(x), axis=0) / weight
         x = x - offset
         wide = _array.wide_dtype(xp, _array.device(x))
         mean = _array.cast(xp, pilot, wide) + _array.cast(xp, offset, wide)

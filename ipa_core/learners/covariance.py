@@ -54,7 +54,7 @@ class ExactCovariance(Learner):
         return max(0.0, float(xp.linalg.trace(moment) - kept)) / seen._weight
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        self._add(gram(xp, rows.scaled(xp).T))
+        self._add(gram(xp, rows.sqrt_weighted(xp).T))
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         self._add(other._moment)

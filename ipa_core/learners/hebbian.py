@@ -8,11 +8,11 @@ from ipa_core import _array
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import inverse_root
 from ipa_core.learners._row_blocks import Rows
-from ipa_core.learners._stochastic import SequentialRule
+from ipa_core.learners._stochastic import StochasticRule
 from ipa_core.learners.base import Guarantee
 
 
-class HebbianRule(SequentialRule):
+class HebbianRule(StochasticRule):
     r"""Sanger's rule, every direction carrying its eigenvalue as its length.
 
     With U the rows of V orthonormalised in order, and Z = X U^T for a micro-batch X of n rows,
@@ -58,7 +58,7 @@ class HebbianRule(SequentialRule):
     def _step(self, xp: Namespace, rows: Rows, weight: float, size: float) -> None:
         unit = self._normalized(xp)
         seen = rows.x @ (unit.T / self._unit)
-        weighed = rows.weigh(seen)
+        weighed = rows.apply_weights(seen)
         deflation = xp.tril(weighed.T @ seen, k=-1)
         target = (weighed.T @ rows.x / self._unit - deflation @ unit) / weight
         self._directions = (1.0 - size) * self._directions + size * target

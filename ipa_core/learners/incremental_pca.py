@@ -51,7 +51,7 @@ class IncrementalPCA(Learner):
         return max(64, 5 * self.rank)
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        self._stack(xp, rows.scaled(xp))
+        self._stack(xp, rows.sqrt_weighted(xp))
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         self._stack(xp, other._factor)

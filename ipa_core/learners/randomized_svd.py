@@ -19,7 +19,7 @@ from ipa_core._linalg import (
     truncate_rows,
 )
 from ipa_core.errors import SettingError
-from ipa_core.learners._row_blocks import Rows, Run, heads
+from ipa_core.learners._row_blocks import RowChunks, Rows, take_first
 from ipa_core.learners.base import Guarantee, Learner
 
 # Lengths of the segments, in sketch widths; the last one is that of all that follow. Short ones
@@ -36,13 +36,13 @@ _NOVEL = 2.0
 
 
 @dataclass(frozen=True)
-class Glance:
+class PendingSketch:
     """What a basis sees of rows, in their pieces; the squared lengths are on their way."""
 
     seen: tuple[Array, ...]
     squares: tuple[Callable[[], HostArray], ...]
 
-    def caught(self) -> HostArray:
+    def captured_energy(self) -> HostArray:
         """Wait for the squared lengths of what the basis sees."""
         return _array.host_concat([read() for read in self.squares])
 
@@ -102,9 +102,9 @@ class RandomizedSVD(Learner):
         "_segments",
         "_segment_rows",
         "_unit",
-        "_missed",
-        "_watched",
-        "_watched_weight",
+        "_residual_energy",
+        "_seen_energy",
+        "_seen_weight",
     )
     _arrays: ClassVar[tuple[str, ...]] = (
         *Learner._arrays,
@@ -132,9 +132,9 @@ class RandomizedSVD(Learner):
         self._unit = 1.0
         self._segments = 0
         self._segment_rows = 0
-        self._missed = 0.0
-        self._watched = 0.0
-        self._watched_weight = 0.0
+        self._residual_energy = 0.0
+        self._seen_energy = 0.0
+        self._seen_weight = 0.0
 
     @property
     def _width(self) -> int:
@@ -146,7 +146,7 @@ class RandomizedSVD(Learner):
         return int(self._template.shape[1]) <= 2 * self._width
 
     @property
-    def _spare(self) -> int:
+    def _factor_rows(self) -> int:
         """Rows of the factor: some more than a basis takes over."""
         return self._width + self._width // 4
 
@@ -160,92 +160,94 @@ class RandomizedSVD(Learner):
         return max(_BLOCK, 1 << (self._width - 1).bit_length())
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        self._absorb(xp, Run((rows,)))
+        self._absorb(xp, RowChunks((rows,)))
 
-    def _absorb_run(self, xp: Namespace, run: Run) -> None:
+    def _absorb_chunks(self, xp: Namespace, chunks: RowChunks) -> None:
         if self.center:  # each block is taken about its own mean
-            return super()._absorb_run(xp, run)
-        self._weight += float(run.masses.sum())
-        self._energy += float(run.energies().sum())
-        self._absorb(xp, run)
+            return super()._absorb_chunks(xp, chunks)
+        self._weight += float(chunks.host_weights.sum())
+        self._energy += float(chunks.energies().sum())
+        self._absorb(xp, chunks)
 
-    def _absorb(self, xp: Namespace, run: Run) -> None:
+    def _absorb(self, xp: Namespace, chunks: RowChunks) -> None:
         if self._whole_moment:
-            return self._add_moment(xp, run)
-        while (done := self._absorb_some(xp, run)) < run.count:
-            run = run.cut(done, run.count)
+            return self._add_moment(xp, chunks)
+        while (done := self._absorb_some(xp, chunks)) < chunks.count:
+            chunks = chunks.cut(done, chunks.count)
 
-    def _add_moment(self, xp: Namespace, run: Run) -> None:
-        for part in run.parts:
-            moment = gram(xp, part.scaled(xp).T)
+    def _add_moment(self, xp: Namespace, chunks: RowChunks) -> None:
+        for part in chunks.parts:
+            moment = gram(xp, part.sqrt_weighted(xp).T)
             self._moment = moment if self._moment is None else self._moment + moment
 
-    def _glance(self, xp: Namespace, parts: tuple[Array, ...]) -> Glance | None:
+    def _begin_sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> PendingSketch | None:
         """Look at what the open segment will take of the rows, if they turn out to be fit."""
         if self._basis is None or self.center:
             return None
-        count = self._whole(sum(part.shape[0] for part in parts))
-        return self._look(xp, heads(parts, min(count, self._space()))) if count else None
+        count = self._whole_rows(sum(part.shape[0] for part in parts))
+        return self._sketch(xp, take_first(parts, min(count, self._rows_left()))) if count else None
 
-    def _look(self, xp: Namespace, parts: tuple[Array, ...]) -> Glance:
-        with _array.silent():  # what overflows here is too large for this segment, see _familiar
+    def _sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> PendingSketch:
+        with (
+            _array.ignore_overflow()
+        ):  # what overflows here is too large for this segment, see _familiar
             seen = tuple(part @ self._basis for part in parts)
-            squares = tuple(_array.ask_squares(xp, part) for part in seen)
-        return Glance(seen, squares)
+            squares = tuple(_array.squared_norms_async(xp, part) for part in seen)
+        return PendingSketch(seen, squares)
 
-    def _absorb_some(self, xp: Namespace, run: Run) -> int:
+    def _absorb_some(self, xp: Namespace, chunks: RowChunks) -> int:
         """Absorb the first block exactly, or familiar ones in a segment; return how many rows."""
         if self._factor is None:
-            return self._decompose(xp, run)
+            return self._decompose(xp, chunks)
         opening = self._basis is None
         if opening:
-            self._open(xp, run.cut(0, self._ends(run)[0]).joined(xp))
-        ends = self._ends(run)[: self._space() // self._block_rows]
-        glance = run.glance
-        run = run.cut(0, ends[-1])
-        if glance is None:
-            glance = self._look(xp, tuple(part.x for part in run.parts))
-        known = self._familiar(xp, run, glance.caught(), ends, opening)
+            self._begin_segment(xp, chunks.cut(0, self._block_ends(chunks)[0]).joined(xp))
+        ends = self._block_ends(chunks)[: self._rows_left() // self._block_rows]
+        sketch = chunks.sketch
+        chunks = chunks.cut(0, ends[-1])
+        if sketch is None:
+            sketch = self._sketch(xp, tuple(part.x for part in chunks.parts))
+        known = self._count_explained_rows(xp, chunks, sketch.captured_energy(), ends, opening)
         if not known:
-            self._close(xp)
-            return self._decompose(xp, run)
-        for part, seen in zip(run.cut(0, known).parts, glance.seen, strict=False):
-            seen = part.weigh(seen[: part.count, :])
+            self._fold_segment(xp)
+            return self._decompose(xp, chunks)
+        for part, seen in zip(chunks.cut(0, known).parts, sketch.seen, strict=False):
+            seen = part.apply_weights(seen[: part.count, :])
             self._image = self._image + seen.T @ part.x
         self._segment_rows += known
         if self._segment_rows >= self._segment_limit():
-            self._close(xp)
+            self._fold_segment(xp)
         return known
 
-    def _space(self) -> int:
+    def _rows_left(self) -> int:
         """Return how many rows the open segment takes until it ends, in whole blocks."""
         rows = self._segment_limit() - self._segment_rows
         return math.ceil(rows / self._block_rows) * self._block_rows
 
-    def _ends(self, run: Run) -> list[int]:
+    def _block_ends(self, chunks: RowChunks) -> list[int]:
         """Return where the blocks of a run end; the last one takes what exceeds whole blocks."""
         size = self._block_rows
-        return [*range(size, run.count - size + 1, size), run.count]
+        return [*range(size, chunks.count - size + 1, size), chunks.count]
 
-    def _decompose(self, xp: Namespace, run: Run) -> int:
+    def _decompose(self, xp: Namespace, chunks: RowChunks) -> int:
         """Fold the first block into the factor as it is."""
-        block = run.cut(0, self._ends(run)[0])
-        self._stack(xp, block.joined(xp).scaled(xp))
+        block = chunks.cut(0, self._block_ends(chunks)[0])
+        self._stack(xp, block.joined(xp).sqrt_weighted(xp))
         return block.count
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
         if self._whole_moment:
             self._moment = self._moment + other._moment
             return
-        self._close(xp)
-        other._close(xp)
+        self._fold_segment(xp)
+        other._fold_segment(xp)
         self._stack(xp, other._factor)
-        self._missed += other._missed
-        self._watched += other._watched
-        self._watched_weight += other._watched_weight
+        self._residual_energy += other._residual_energy
+        self._seen_energy += other._seen_energy
+        self._seen_weight += other._seen_weight
 
     def _condense(self, xp: Namespace) -> None:
-        self._close(xp)
+        self._fold_segment(xp)
 
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
         if self._whole_moment:
@@ -259,13 +261,18 @@ class RandomizedSVD(Learner):
     def _segment_limit(self) -> int:
         return self._width * _SEGMENTS[min(self._segments, len(_SEGMENTS) - 1)]
 
-    def _familiar(
-        self, xp: Namespace, run: Run, caught: HostArray, ends: list[int], opening: bool
+    def _count_explained_rows(
+        self,
+        xp: Namespace,
+        chunks: RowChunks,
+        captured_energy: HostArray,
+        ends: list[int],
+        opening: bool,
     ) -> int:
         """Return where the leading blocks end of which the basis misses no more than usual."""
-        energies, masses = run.energies(), run.masses
-        missed_rows = energies - caught * masses * self._unit**2
-        sums = (_array.group_sums(values, ends) for values in (energies, missed_rows, masses))
+        energies, host_weights = chunks.energies(), chunks.host_weights
+        missed_rows = energies - captured_energy * host_weights * self._unit**2
+        sums = (_array.group_sums(values, ends) for values in (energies, missed_rows, host_weights))
         limits = xp.finfo(self._basis.dtype)
         rounding = 100 * float(limits.eps)
         # The image holds energies over the unit. Rows too large for that need another unit.
@@ -275,20 +282,20 @@ class RandomizedSVD(Learner):
             # The basis was chosen on its first block, which therefore says nothing about novelty.
             if begin or not opening:
                 missed = max(0.0, missed)
-                usual = self._missed / self._watched if self._watched else 1.0
+                usual = self._residual_energy / self._seen_energy if self._seen_energy else 1.0
                 # A few huge rows carry most of the energy of some layers. A block without them
                 # misses a large share of its own energy, but of nothing that matters.
-                mean = self._watched / self._watched_weight if self._watched_weight else 0.0
+                mean = self._seen_energy / self._seen_weight if self._seen_weight else 0.0
                 new = missed > (_NOVEL * usual + rounding) * max(energy, mean * weight)
                 if new or energy > most:
                     return begin
-                self._missed += missed
-                self._watched += energy
-                self._watched_weight += weight
+                self._residual_energy += missed
+                self._seen_energy += energy
+                self._seen_weight += weight
             begin = end
         return begin
 
-    def _open(self, xp: Namespace, rows: Rows) -> None:
+    def _begin_segment(self, xp: Namespace, rows: Rows) -> None:
         """Choose the basis: the leading rows of F, and probes of the block about to come."""
         count = min(self._factor.shape[0], self._width - self._probes)
         kept = self._factor[:count, :]
@@ -300,13 +307,13 @@ class RandomizedSVD(Learner):
             rows.x.dtype,
         )
         self._unit = rows.unit()
-        tests = orthonormal_columns(xp, (signs @ rows.weigh(rows.x)).T) / self._unit
-        probes = rows.x.T @ rows.weigh(rows.x @ tests)
+        tests = orthonormal_columns(xp, (signs @ rows.apply_weights(rows.x)).T) / self._unit
+        probes = rows.x.T @ rows.apply_weights(rows.x @ tests)
         self._basis = orthonormal_columns(xp, xp.concat([kept.T, probes], axis=1)) / self._unit
         self._image = xp.zeros_like(self._basis.T)
         self._segment_rows = 0
 
-    def _close(self, xp: Namespace) -> None:
+    def _fold_segment(self, xp: Namespace) -> None:
         """Fold the open segment, if any, into the factor."""
         if self._basis is None:
             return
@@ -317,4 +324,4 @@ class RandomizedSVD(Learner):
     def _stack(self, xp: Namespace, rows: Array) -> None:
         """Fold rows into the factor."""
         stacked = rows if self._factor is None else xp.concat([self._factor, rows])
-        self._factor = truncate_rows(xp, stacked, self._spare)
+        self._factor = truncate_rows(xp, stacked, self._factor_rows)

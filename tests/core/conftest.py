@@ -47,12 +47,12 @@ def xp(request):
 
 
 @pytest.fixture(scope="session", params=LEARNERS, ids=lambda cls: cls.__name__)
-def learner(request):
+def learner_class(request):
     """Every learner class."""
     return request.param
 
 
 @pytest.fixture(scope="session", params=[False, True], ids=["origin", "center"])
-def factory(request, learner):
+def factory(request, learner_class):
     """Every learner, about the origin and about the mean."""
-    return partial(learner, center=request.param)
+    return partial(learner_class, center=request.param)

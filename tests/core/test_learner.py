@@ -30,19 +30,19 @@ def rows(xp, *shape, seed=0):
 
 
 @pytest.fixture
-def pupil(xp, learner):
+def learner(xp, learner_class):
     """A learner in mid-stream."""
-    return learner(3).update(rows(xp, 50, 6))
+    return learner_class(3).update(rows(xp, 50, 6))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_not_finite_is_refused_and_nothing_lost(xp, pupil, bad):
+def test_not_finite_is_refused_and_nothing_lost(xp, learner, bad):
     batch = np.random.default_rng(1).standard_normal((40, 6))
     batch[3, 2] = bad
-    image = frozen(pupil)
+    image = frozen(learner)
     with pytest.raises(NonFiniteError, match="in 1 of 40 rows"):
-        pupil.update(xp.asarray(batch))
-    assert_frozen(pupil, image)
+        learner.update(xp.asarray(batch))
+    assert_frozen(learner, image)
 
 
 @pytest.mark.parametrize(
@@ -56,29 +56,29 @@ def test_not_finite_is_refused_and_nothing_lost(xp, pupil, bad):
         (np.float64(1.0) * np.ones(()), None, ShapeError, "features"),
     ],
 )
-def test_unfit_batches_are_refused(xp, pupil, batch, weights, error, words):
-    image = frozen(pupil)
+def test_unfit_batches_are_refused(xp, learner, batch, weights, error, words):
+    image = frozen(learner)
     with pytest.raises(error, match=words):
-        pupil.update(xp.asarray(batch), None if weights is None else xp.asarray(weights))
-    assert_frozen(pupil, image)
+        learner.update(xp.asarray(batch), None if weights is None else xp.asarray(weights))
+    assert_frozen(learner, image)
 
 
-def test_lists_and_other_libraries_are_refused(learner):
+def test_lists_and_other_libraries_are_refused(learner_class):
     torch = pytest.importorskip("torch")
     with pytest.raises(ArrayTypeError, match="got list"):
-        learner(1).update([[1.0, 2.0]])
-    pupil = learner(1).update(np.ones((2, 2)))
+        learner_class(1).update([[1.0, 2.0]])
+    learner = learner_class(1).update(np.ones((2, 2)))
     with pytest.raises(ArrayTypeError, match="numpy float64 on cpu, got torch"):
-        pupil.update(torch.ones(2, 2, dtype=torch.float64))
+        learner.update(torch.ones(2, 2, dtype=torch.float64))
 
 
-def test_ranks(learner):
+def test_ranks(learner_class):
     for rank in (0, -1, 2.0, True):
         with pytest.raises(RankError, match="positive integer"):
-            learner(rank)
+            learner_class(rank)
     with pytest.raises(RankError, match="at most 3, the number of features, got 4"):
-        learner(4).update(np.ones((2, 3)))
-    assert learner(3).update(np.eye(3)).finalize().components.shape == (3, 3)
+        learner_class(4).update(np.ones((2, 3)))
+    assert learner_class(3).update(np.eye(3)).finalize().components.shape == (3, 3)
 
 
 def test_settings():
@@ -88,42 +88,42 @@ def test_settings():
         ReconstructionAutoencoder(2, epochs=0)
 
 
-def test_nothing_seen(learner):
+def test_nothing_seen(learner_class):
     with pytest.raises(EmptyStreamError, match="at least one row"):
-        learner(2).finalize()
-    empty = learner(2).update(np.ones((0, 4))).update(np.ones((3, 4)), np.zeros(3))
+        learner_class(2).finalize()
+    empty = learner_class(2).update(np.ones((0, 4))).update(np.ones((3, 4)), np.zeros(3))
     with pytest.raises(EmptyStreamError):
         empty.finalize()
 
 
-def test_any_leading_shape(xp, learner):
+def test_any_leading_shape(xp, learner_class):
     x = rows(xp, 4, 5, 7, 6)
-    flat = learner(2).update(xp.reshape(x, (140, 6))).finalize()
-    deep = learner(2).update(x).finalize()
+    flat = learner_class(2).update(xp.reshape(x, (140, 6))).finalize()
+    deep = learner_class(2).update(x).finalize()
     assert np.array_equal(np.asarray(flat.components), np.asarray(deep.components))
-    assert learner(2).update(x[0, 0, 0, :]).samples == 1
+    assert learner_class(2).update(x[0, 0, 0, :]).samples == 1
 
 
-def test_non_contiguous_and_read_only(learner):
+def test_non_contiguous_and_read_only(learner_class):
     x = np.random.default_rng(0).standard_normal((6, 90))
     x.flags.writeable = False
-    one = learner(2).update(x.T).finalize()
-    other = learner(2).update(np.ascontiguousarray(x.T)).finalize()
+    one = learner_class(2).update(x.T).finalize()
+    other = learner_class(2).update(np.ascontiguousarray(x.T)).finalize()
     assert np.allclose(one.components, other.components)
 
 
-def test_a_batch_may_be_overwritten_afterwards(learner):
+def test_a_batch_may_be_overwritten_afterwards(learner_class):
     x = np.random.default_rng(0).standard_normal((100, 6))
     batch, weights = x.copy(), np.arange(1.0, 101)
-    pupil = learner(2).update(batch, weights)
+    learner = learner_class(2).update(batch, weights)
     batch[:], weights[:] = np.nan, np.nan
-    expected = learner(2).update(x, np.arange(1.0, 101)).finalize()
-    assert np.array_equal(pupil.finalize().components, expected.components)
+    expected = learner_class(2).update(x, np.arange(1.0, 101)).finalize()
+    assert np.array_equal(learner.finalize().components, expected.components)
 
 
-def test_a_whole_block_may_be_overwritten_afterwards(learner):
+def test_a_whole_block_may_be_overwritten_afterwards(learner_class):
     """As many rows as a block has at this rank: none of them waits in a copy."""
-    made = learner(64)
+    made = learner_class(64)
     x = np.random.default_rng(0).standard_normal((made.update(np.zeros((0, 400)))._block_rows, 400))
     made.update(x)
     before = made.finalize().components.copy()
@@ -131,10 +131,10 @@ def test_a_whole_block_may_be_overwritten_afterwards(learner):
     np.testing.assert_array_equal(made.finalize().components, before)
 
 
-def test_an_update_in_two_halves(xp, learner):
+def test_an_update_in_two_halves(xp, learner_class):
     x = np.random.default_rng(0).standard_normal((3000, 40)) / np.arange(1, 41)
     batches = [xp.asarray(part) for part in np.split(x, [1000, 1900, 2950])]
-    whole, halves = learner(3), learner(3)
+    whole, halves = learner_class(3), learner_class(3)
     for batch in batches:
         whole.update(batch)
         image = frozen(halves)
@@ -144,23 +144,23 @@ def test_an_update_in_two_halves(xp, learner):
     assert_frozen(halves, frozen(whole))
 
 
-def test_the_second_half_refuses_and_changes_nothing(xp, pupil):
-    image = frozen(pupil)
-    finish = pupil.begin_update(xp.asarray(np.full((3, 6), np.nan)))
+def test_the_second_half_refuses_and_changes_nothing(xp, learner):
+    image = frozen(learner)
+    finish = learner.begin_update(xp.asarray(np.full((3, 6), np.nan)))
     with pytest.raises(NonFiniteError, match="3 of 3 rows"):
         finish()
-    assert_frozen(pupil, image)
+    assert_frozen(learner, image)
 
 
-def test_halves_may_not_cross(learner):
+def test_halves_may_not_cross(learner_class):
     x = np.random.default_rng(0).standard_normal((600, 40))
-    for pupil in (learner(3), learner(3).update(x)):
-        finish = pupil.begin_update(x)
-        pupil.update(x[:, ::-1])
-        image = frozen(pupil)
+    for learner in (learner_class(3), learner_class(3).update(x)):
+        finish = learner.begin_update(x)
+        learner.update(x[:, ::-1])
+        image = frozen(learner)
         with pytest.raises(IPAError, match="call what begin_update returned first"):
             finish()
-        assert_frozen(pupil, image)
+        assert_frozen(learner, image)
 
 
 def test_an_update_of_its_own_is_refused():
@@ -171,53 +171,55 @@ def test_an_update_of_its_own_is_refused():
                 return self
 
 
-def test_merge_refuses_strangers(learner):
-    other = IncrementalPCA if learner is not IncrementalPCA else RandomizedSVD
+def test_merge_refuses_strangers(learner_class):
+    other = IncrementalPCA if learner_class is not IncrementalPCA else RandomizedSVD
     with pytest.raises(SettingError, match="to merge with"):
-        learner(2).merge(other(2))
+        learner_class(2).merge(other(2))
     with pytest.raises(SettingError, match="equal rank"):
-        learner(2).merge(learner(3))
+        learner_class(2).merge(learner_class(3))
     with pytest.raises(SettingError, match="equal center"):
-        learner(2).merge(learner(2, center=True))
-    one, two = learner(2).update(np.ones((3, 4))), learner(2).update(np.ones((3, 5)))
+        learner_class(2).merge(learner_class(2, center=True))
+    one, two = learner_class(2).update(np.ones((3, 4))), learner_class(2).update(np.ones((3, 5)))
     with pytest.raises(ShapeError):
         one.merge(two)
 
 
-def test_load_state_dict_refuses_strangers(learner):
-    state = learner(2).update(np.eye(4)).state_dict()
+def test_load_state_dict_refuses_strangers(learner_class):
+    state = learner_class(2).update(np.eye(4)).state_dict()
     with pytest.raises(SettingError, match="rank=3"):
-        learner(3).load_state_dict(state)
+        learner_class(3).load_state_dict(state)
     with pytest.raises(FileFormatError, match="state of a"):
-        learner(2).load_state_dict({**state, "learner": "Other"})
+        learner_class(2).load_state_dict({**state, "learner": "Other"})
     incomplete = {key: value for key, value in state.items() if key != "samples"}
     with pytest.raises(FileFormatError, match="samples"):
-        learner(2).load_state_dict(incomplete)
+        learner_class(2).load_state_dict(incomplete)
     bare = {key: value for key, value in state.items() if not hasattr(value, "shape")}
     with pytest.raises(FileFormatError, match="arrays"):
-        learner(2).load_state_dict(bare)
+        learner_class(2).load_state_dict(bare)
 
 
-def test_copies_and_pickles(learner):
-    pupil = learner(2).update(np.random.default_rng(0).standard_normal((900, 5)))
-    for twin in (copy.deepcopy(pupil), pickle.loads(pickle.dumps(pupil))):
-        assert np.array_equal(twin.finalize().components, pupil.finalize().components)
+def test_copies_and_pickles(learner_class):
+    learner = learner_class(2).update(np.random.default_rng(0).standard_normal((900, 5)))
+    for twin in (copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))):
+        assert np.array_equal(twin.finalize().components, learner.finalize().components)
 
 
-def test_gradients_are_left_behind(learner):
+def test_gradients_are_left_behind(learner_class):
     torch = pytest.importorskip("torch")
-    pupil = learner(2).update(torch.randn(700, 5, requires_grad=True))
-    assert not pupil.finalize().components.requires_grad
+    learner = learner_class(2).update(torch.randn(700, 5, requires_grad=True))
+    assert not learner.finalize().components.requires_grad
 
 
-def test_repr_tells_what_was_seen(learner):
-    assert repr(learner(2)).startswith(f"<{learner.__name__}(rank=2, center=False, seed=0")
-    assert repr(learner(2).update(np.eye(4))).endswith(": 4 rows of 4 features>")
+def test_repr_tells_what_was_seen(learner_class):
+    assert repr(learner_class(2)).startswith(
+        f"<{learner_class.__name__}(rank=2, center=False, seed=0"
+    )
+    assert repr(learner_class(2).update(np.eye(4))).endswith(": 4 rows of 4 features>")
 
 
-def test_guarantee_is_declared(learner):
-    assert learner.guarantee.kind in ("exact", "bounded", "statistical")
-    assert (learner.guarantee.excess == 0.0) == (learner is ExactCovariance)
+def test_guarantee_is_declared(learner_class):
+    assert learner_class.guarantee.kind in ("exact", "bounded", "statistical")
+    assert (learner_class.guarantee.excess == 0.0) == (learner_class is ExactCovariance)
 
 
 def test_all_is_exact():

@@ -16,15 +16,15 @@ def spectrum_rows(seed=0, rows=ROWS, decay=0.7):
     return (rng.standard_normal((rows, FEATURES)) * np.arange(1, FEATURES + 1) ** -decay) @ basis
 
 
-def allowed(learner):
-    return {"exact": 1e-5, "bounded": 0.01, "statistical": 0.1}[learner.guarantee.kind]
+def allowed(learner_class):
+    return {"exact": 1e-5, "bounded": 0.01, "statistical": 0.1}[learner_class.guarantee.kind]
 
 
-def fitted(xp, learner, x, dtype, **settings):
-    pupil = learner(RANK, **settings)
+def fitted(xp, learner_class, x, dtype, **settings):
+    learner = learner_class(RANK, **settings)
     for part in np.array_split(np.asarray(x, dtype=dtype), 7):
-        pupil.update(xp.asarray(part))
-    return pupil.finalize()
+        learner.update(xp.asarray(part))
+    return learner.finalize()
 
 
 def excess(x, projector, center=False):
@@ -35,84 +35,90 @@ def excess(x, projector, center=False):
     ("dtype", "scale"),
     [("float32", 1e-15), ("float32", 1e15), ("float64", 1e-100), ("float64", 1e100)],
 )
-def test_scales(xp, learner, dtype, scale):
+def test_scales(xp, learner_class, dtype, scale):
     x = spectrum_rows()
-    projector = fitted(xp, learner, scale * x, dtype)
-    assert excess(x, projector) < allowed(learner)
+    projector = fitted(xp, learner_class, scale * x, dtype)
+    assert excess(x, projector) < allowed(learner_class)
     energy = (x**2).sum(axis=1).mean()
     assert projector.total_energy / scale / scale == pytest.approx(energy, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
-def test_scales_out_of_range_are_refused(xp, learner, scale):
+def test_scales_out_of_range_are_refused(xp, learner_class, scale):
     with pytest.raises(NonFiniteError, match="float32 can hold"):
-        fitted(xp, learner, scale * spectrum_rows(), "float32")
+        fitted(xp, learner_class, scale * spectrum_rows(), "float32")
 
 
-def test_rows_whose_sums_leave_the_range(xp, learner):
+def test_rows_whose_sums_leave_the_range(xp, learner_class):
     x = spectrum_rows()
     x *= 5e18 / np.abs(x).max()
-    assert excess(x, fitted(xp, learner, x, "float32")) < allowed(learner)
+    assert excess(x, fitted(xp, learner_class, x, "float32")) < allowed(learner_class)
 
 
-@pytest.mark.parametrize("learner", ACCURATE)
-def test_rows_that_outgrow_the_first(xp, learner):
+@pytest.mark.parametrize("learner_class", ACCURATE)
+def test_rows_that_outgrow_the_first(xp, learner_class):
     x = spectrum_rows()
     x[1000:] *= 5e18 / np.abs(x).max()
-    assert excess(x, fitted(xp, learner, x, "float32")) < allowed(learner)
+    assert excess(x, fitted(xp, learner_class, x, "float32")) < allowed(learner_class)
 
 
-def test_outlier_coordinate(xp, learner):
+def test_outlier_coordinate(xp, learner_class):
     x = spectrum_rows()
     x[:, 7] *= 1000
-    assert excess(x.astype("float32"), fitted(xp, learner, x, "float32")) < allowed(learner)
+    assert excess(x.astype("float32"), fitted(xp, learner_class, x, "float32")) < allowed(
+        learner_class
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_mean_far_from_zero(xp, learner, dtype):
+def test_mean_far_from_zero(xp, learner_class, dtype):
     x = (spectrum_rows() + 1e4 * np.sin(np.arange(FEATURES))).astype(dtype)
-    projector = fitted(xp, learner, x, dtype, center=True)
-    assert excess(x.astype("float64"), projector, center=True) < allowed(learner)
+    projector = fitted(xp, learner_class, x, dtype, center=True)
+    assert excess(x.astype("float64"), projector, center=True) < allowed(learner_class)
     mean = x.astype("float64").mean(axis=0)
     assert np.abs(oracle.host(projector.mean) - mean).max() < 1e-6 * 1e4
 
 
-@pytest.mark.parametrize("learner", ACCURATE)
+@pytest.mark.parametrize("learner_class", ACCURATE)
 @pytest.mark.parametrize("features", [20, FEATURES])
-def test_mean_far_from_zero_about_the_origin(learner, features):
+def test_mean_far_from_zero_about_the_origin(learner_class, features):
     x = (spectrum_rows()[:, :features] + 1000).astype("float32")
-    assert excess(x.astype("float64"), fitted(np, learner, x, "float32")) < allowed(learner)
+    assert excess(x.astype("float64"), fitted(np, learner_class, x, "float32")) < allowed(
+        learner_class
+    )
 
 
-def test_weights_along_a_direction(learner):
+def test_weights_along_a_direction(learner_class):
     x = spectrum_rows(rows=20_000)
     weights = np.where(x[:, 5] > 0.2, 10.0, 0.1)
-    pupil = learner(RANK)
+    learner = learner_class(RANK)
     for rows, own in zip(np.split(x, 4), np.split(weights, 4), strict=True):
-        pupil.update(rows, own)
-    assert oracle.excess(oracle.moment(x, weights), pupil.finalize().components) < allowed(learner)
+        learner.update(rows, own)
+    assert oracle.excess(oracle.moment(x, weights), learner.finalize().components) < allowed(
+        learner_class
+    )
 
 
-@pytest.mark.parametrize("learner", ACCURATE)
-def test_a_subspace_that_appears_within_a_batch(learner):
+@pytest.mark.parametrize("learner_class", ACCURATE)
+def test_a_subspace_that_appears_within_a_batch(learner_class):
     x = spectrum_rows(rows=40_000)
     x[29_000:] = 3 * x[29_000:, ::-1]
-    pupil = learner(RANK).update(x[:16_384]).update(x[16_384:])
-    assert excess(x, pupil.finalize()) < allowed(learner)
+    learner = learner_class(RANK).update(x[:16_384]).update(x[16_384:])
+    assert excess(x, learner.finalize()) < allowed(learner_class)
 
 
-def test_equal_rows(xp, learner):
+def test_equal_rows(xp, learner_class):
     x = np.ones((500, 1)) * np.arange(1.0, FEATURES + 1)
-    projector = fitted(xp, learner, x, "float32")
+    projector = fitted(xp, learner_class, x, "float32")
     direction = x[:1] / np.linalg.norm(x[0])
     assert oracle.angle(direction, projector.components[:1, :]) < 1e-3
-    centered = fitted(xp, learner, x, "float32", center=True)
+    centered = fitted(xp, learner_class, x, "float32", center=True)
     assert centered.total_energy < 1e-8 * projector.total_energy
     assert_orthonormal(centered)
 
 
-def test_all_zeros(xp, learner):
-    projector = fitted(xp, learner, np.zeros((300, FEATURES)), "float32")
+def test_all_zeros(xp, learner_class):
+    projector = fitted(xp, learner_class, np.zeros((300, FEATURES)), "float32")
     assert projector.captured() == 1.0
     assert (oracle.host(projector.energies) == 0).all()
     assert_orthonormal(projector)
@@ -123,53 +129,53 @@ def assert_orthonormal(projector):
     assert np.abs(p @ p.T - np.eye(len(p))).max() < 1e-5
 
 
-def test_exactly_low_rank(xp, learner):
+def test_exactly_low_rank(xp, learner_class):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6000, 2)) @ rng.standard_normal((2, FEATURES))
     c = oracle.moment(x)
-    projector = fitted(xp, learner, x, "float64")
+    projector = fitted(xp, learner_class, x, "float64")
     assert oracle.residual(c, projector.components) < 1e-8 * np.trace(c)
     assert_orthonormal(projector)
 
 
-def test_fewer_rows_than_rank(xp, learner):
+def test_fewer_rows_than_rank(xp, learner_class):
     x = spectrum_rows(rows=2)
-    projector = fitted(xp, learner, x, "float64")
+    projector = fitted(xp, learner_class, x, "float64")
     assert projector.components.shape == (RANK, FEATURES)
     assert_orthonormal(projector)
-    if learner.guarantee.kind != "statistical":
+    if learner_class.guarantee.kind != "statistical":
         c = oracle.moment(x)
         assert oracle.residual(c, projector.components) < 1e-10 * np.trace(c)
 
 
-def test_half_precision_is_computed_in_float32(learner):
+def test_half_precision_is_computed_in_float32(learner_class):
     torch = pytest.importorskip("torch")
     # The squares of these leave float16's range.
     x = torch.as_tensor(300 * spectrum_rows())
     for dtype in (torch.float16, torch.bfloat16):
         half = x.to(dtype)
-        projector = learner(RANK).update(half).finalize()
+        projector = learner_class(RANK).update(half).finalize()
         assert projector.components.dtype == torch.float32
-        assert excess(half.double().numpy(), projector) < allowed(learner)
+        assert excess(half.double().numpy(), projector) < allowed(learner_class)
 
 
-def test_numpy_float16(learner):
-    projector = learner(RANK).update(spectrum_rows().astype("float16")).finalize()
+def test_numpy_float16(learner_class):
+    projector = learner_class(RANK).update(spectrum_rows().astype("float16")).finalize()
     assert projector.components.dtype == np.float32
 
 
 @pytest.mark.slow
-def test_ten_million_rows_do_not_drift(learner):
+def test_ten_million_rows_do_not_drift(learner_class):
     x = np.ascontiguousarray(spectrum_rows(rows=8192)[:, :36]).astype("float32")
-    once = learner(2).update(x).finalize()
-    pupil = learner(2)
+    once = learner_class(2).update(x).finalize()
+    learner = learner_class(2)
     for _ in range(1221):
-        pupil.update(x)
-    projector = pupil.finalize()
+        learner.update(x)
+    projector = learner.finalize()
     c = oracle.moment(x)
     assert projector.samples == 1221 * 8192 > 10**7
     assert projector.total_energy == pytest.approx(once.total_energy, rel=1e-6)
-    assert oracle.excess(c, projector.components) < allowed(learner) / 10
+    assert oracle.excess(c, projector.components) < allowed(learner_class) / 10
     captured = np.trace(c) - oracle.residual(c, projector.components)
     assert oracle.host(projector.energies).sum() == pytest.approx(captured, rel=0.01)
 
@@ -191,16 +197,16 @@ def test_without_float64(monkeypatch):
         assert excess(outlier, hard) < 0.05
 
 
-def test_accelerators_leave_small_decompositions_to_the_host(monkeypatch, learner):
+def test_accelerators_leave_small_decompositions_to_the_host(monkeypatch, learner_class):
     torch = pytest.importorskip("torch")
     from array_api_compat import torch as xp
 
     from ipa_core import _array
 
     x = spectrum_rows()
-    plain = fitted(xp, learner, x, "float32")
+    plain = fitted(xp, learner_class, x, "float32")
     monkeypatch.setattr(_array, "_on_accelerator", lambda array: True)
     monkeypatch.setattr(xp.linalg, "eigh", None)
-    projector = fitted(xp, learner, x, "float32")
+    projector = fitted(xp, learner_class, x, "float32")
     assert projector.components.dtype == torch.float32
     assert oracle.angle(plain.components, projector.components) < 1e-3

@@ -16,7 +16,7 @@ from ipa_core import (
     excess_error,
     fit_projector,
     principal_angles,
-    rank_for,
+    rank_for_energy,
 )
 from ipa_core._array import as_namespace
 from tests.core import oracle
@@ -133,12 +133,12 @@ def test_effective_rank_and_rank_for(xp):
     assert effective_rank(spread) == pytest.approx(energies.sum() ** 2 / (energies**2).sum())
     shares = energies.cumsum() / energies.sum()
     for share in (0.1, 0.5, 0.9, 0.99):
-        assert rank_for(spread, share) == int(np.searchsorted(shares, share)) + 1
+        assert rank_for_energy(spread, share) == int(np.searchsorted(shares, share)) + 1
     with pytest.raises(RankError, match="a projector of a larger rank"):
-        rank_for(fitted(xp, 2), 0.999)
+        rank_for_energy(fitted(xp, 2), 0.999)
     for share in (0.0, 1.1, -1.0):
         with pytest.raises(RankError, match="between 0 and 1"):
-            rank_for(spread, share)
+            rank_for_energy(spread, share)
 
 
 def test_allocate_ranks_is_optimal():

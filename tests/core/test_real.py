@@ -47,9 +47,11 @@ def judged(request, inputs):
     return batches, oracle
 
 
-@pytest.mark.parametrize("learner", BOUNDS, ids=lambda made: getattr(made, "__name__", "epochs"))
-def test_excess_error(judged, learner):
+@pytest.mark.parametrize(
+    "learner_class", BOUNDS, ids=lambda made: getattr(made, "__name__", "epochs")
+)
+def test_excess_error(judged, learner_class):
     batches, oracle = judged
     best = oracle.residual(oracle.finalize())
-    projector = fit_projector(batches, RANK, learner=learner)
-    assert oracle.residual(projector) / best - 1 < BOUNDS[learner]
+    projector = fit_projector(batches, RANK, learner=learner_class)
+    assert oracle.residual(projector) / best - 1 < BOUNDS[learner_class]

@@ -56,11 +56,11 @@ def test_mapping_round_trip_keeps_sharing(tmp_path, projector):
     assert size[0] - size[1] < 100
 
 
-def test_state_round_trip(xp, learner, tmp_path):
-    pupil = learner(3).update(xp.asarray(np.tile(X, (5, 1))))
-    save_state(pupil.state_dict(), tmp_path / "s.safetensors")
-    again = learner(3).load_state_dict(load_state(tmp_path / "s.safetensors", library=xp))
-    assert_frozen(again, frozen(pupil))
+def test_state_round_trip(xp, learner_class, tmp_path):
+    learner = learner_class(3).update(xp.asarray(np.tile(X, (5, 1))))
+    save_state(learner.state_dict(), tmp_path / "s.safetensors")
+    again = learner_class(3).load_state_dict(load_state(tmp_path / "s.safetensors", library=xp))
+    assert_frozen(again, frozen(learner))
     again.update(xp.asarray(X))
 
 
@@ -108,8 +108,8 @@ def test_damaged_files_never_load_wrong(tmp_path, kind, projector):
     """Flip, cut, insert or repeat bytes: an error, or what was saved; nothing between."""
     path = tmp_path / "x.safetensors"
     if kind == "state":
-        pupil = IncrementalPCA(3).update(X)
-        save_state(pupil.state_dict(), path)
+        learner = IncrementalPCA(3).update(X)
+        save_state(learner.state_dict(), path)
     else:
         save({"a": projector, "b": projector}, path)
     good = path.read_bytes()
@@ -119,7 +119,7 @@ def test_damaged_files_never_load_wrong(tmp_path, kind, projector):
         path.write_bytes(damaged(good, rng))
         try:
             if kind == "state":
-                assert_frozen(IncrementalPCA(3).load_state_dict(load_state(path)), frozen(pupil))
+                assert_frozen(IncrementalPCA(3).load_state_dict(load_state(path)), frozen(learner))
             else:
                 again = load(path)
                 assert list(again) == ["a", "b"]

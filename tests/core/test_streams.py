@@ -133,10 +133,10 @@ def test_bfloat16_without_torch(tmp_path, monkeypatch):
 
 
 def test_several_passes_need_a_stream_that_can_be_read_again():
-    learner = partial(ReconstructionAutoencoder, epochs=3)
+    learner_class = partial(ReconstructionAutoencoder, epochs=3)
     with pytest.raises(StreamError, match="can be read 3 times.*one-shot generator"):
-        fit_projector((x for x in [X]), 2, learner=learner)
-    assert fit_projector([X], 2, learner=learner).samples == len(X)
+        fit_projector((x for x in [X]), 2, learner=learner_class)
+    assert fit_projector([X], 2, learner=learner_class).samples == len(X)
 
 
 def test_a_bad_batch_is_named():
@@ -197,7 +197,7 @@ def test_the_disk_is_told_of_what_is_read_next(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     beginning = 3 << 20  # a batch and a half
-    monkeypatch.setattr(streams.expect, "__defaults__", (0, beginning))
+    monkeypatch.setattr(streams.prefetch, "__defaults__", (0, beginning))
     sizes = {file.name: file.stat().st_size for file in files}
     for number, (batch, _) in enumerate(streams.iterate(tmp_path)):
         assert told["0.npy"] >= min((number + 2) * batch.nbytes, sizes["0.npy"])

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 
 import ipa_hf
 from ipa_core.errors import IPAError
-from ipa_hf.lora_layers import adapted_layers, matrices, takes_projection
+from ipa_hf.lora_layers import adapted_layers, lora_A_and_B, takes_projection
 
 KEPT = ("save", "load", "merge", "mixed", "disable", "delete")
 HUB = {  # their models are on a hub
@@ -84,16 +84,16 @@ def prepare(model, adapter):
         if takes_projection(layer, adapter)
     }
     wanted = config.init_lora_weights
-    lifts = {name: matrices(layer, adapter)[1] for name, layer in layers.items()}
-    kept = {name: lift.detach().clone() for name, lift in lifts.items()}
+    lora_B = {name: lora_A_and_B(layer, adapter)[1] for name, layer in layers.items()}
+    kept = {name: lift.detach().clone() for name, lift in lora_B.items()}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if wanted is False:
                 config.init_lora_weights = True
-                for lift in lifts.values():
+                for lift in lora_B.values():
                     lift.zero_()
-            ipa_hf.initialize(
+            ipa_hf.initialize_lora_ipa_weights(
                 model,
                 batches(),
                 adapter_name=adapter,
@@ -108,7 +108,7 @@ def prepare(model, adapter):
     finally:
         model.peft_config[adapter].init_lora_weights = wanted
         with torch.no_grad():
-            for name, lift in lifts.items():
+            for name, lift in lora_B.items():
                 lift.copy_(kept[name])
 
 

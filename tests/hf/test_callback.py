@@ -67,8 +67,8 @@ def test_p_moves_with_the_optimizer_and_not_in_between(tmp_path):
     for old, within, new in zip((begun, *watch.after[:-1]), watch.within, watch.after, strict=True):
         assert torch.equal(within, old)
         assert not torch.equal(new, old)
-    assert len(callback.jumps) == 10
-    assert all(0 <= jump < 1 for jump in callback.jumps.values())
+    assert len(callback.lost_share) == 10
+    assert all(0 <= jump < 1 for jump in callback.lost_share.values())
 
 
 def test_only_the_adapter_is_changed(tmp_path):

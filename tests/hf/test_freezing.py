@@ -25,7 +25,7 @@ def flags(model, adapter="default"):
     return {part: values.pop() for part, values in found.items() if len(values) == 1}
 
 
-def matrices(model, part="A", adapter="default"):
+def lora_A_and_B(model, part="A", adapter="default"):
     return {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
@@ -45,16 +45,18 @@ class TestFlags:
         assert flags(model) == TRAINABLE
 
     def test_begun_again_as_trainable(self, frozen, batches):
-        ipa_hf.initialize(frozen, batches, trainable=True, progress=False)
+        ipa_hf.initialize_lora_ipa_weights(frozen, batches, trainable=True, progress=False)
         assert flags(frozen) == TRAINABLE
         frozen.set_adapter("default")
         assert flags(frozen) == TRAINABLE
 
     def test_training_moves_b_and_not_a(self, frozen, batches):
-        a, b = matrices(frozen), matrices(frozen, "B")
+        a, b = lora_A_and_B(frozen), lora_A_and_B(frozen, "B")
         train(frozen, batches)
-        assert all(torch.equal(a[name], value) for name, value in matrices(frozen).items())
-        assert not any(torch.equal(b[name], value) for name, value in matrices(frozen, "B").items())
+        assert all(torch.equal(a[name], value) for name, value in lora_A_and_B(frozen).items())
+        assert not any(
+            torch.equal(b[name], value) for name, value in lora_A_and_B(frozen, "B").items()
+        )
 
     def test_set_adapter(self, frozen):
         frozen.add_adapter("other", config())
@@ -94,7 +96,9 @@ class TestFlags:
 
     def test_one_frozen_and_one_trainable(self, frozen, batches):
         frozen.add_adapter("free", config())
-        ipa_hf.initialize(frozen, batches, adapter_name="free", trainable=True, progress=False)
+        ipa_hf.initialize_lora_ipa_weights(
+            frozen, batches, adapter_name="free", trainable=True, progress=False
+        )
         frozen.set_adapter("free")
         assert flags(frozen, "free") == TRAINABLE
         frozen.set_adapter("default")
@@ -102,10 +106,10 @@ class TestFlags:
 
     def test_a_disabled_pass_after_training_relearns_nothing(self, frozen, batches):
         train(frozen, batches)
-        a = matrices(frozen)
+        a = lora_A_and_B(frozen)
         with frozen.disable_adapter():
             outputs(frozen, batches[-1])
-        assert all(torch.equal(a[name], value) for name, value in matrices(frozen).items())
+        assert all(torch.equal(a[name], value) for name, value in lora_A_and_B(frozen).items())
 
     def test_copies_stay_frozen(self, frozen):
         other = copy.deepcopy(frozen)
@@ -148,15 +152,17 @@ class TestSaving:
     def test_resumed_by_a_trainer(self, frozen, batches, tmp_path):
         train(frozen, batches)
         frozen.save_pretrained(tmp_path)
-        b = matrices(frozen, "B")
+        b = lora_A_and_B(frozen, "B")
         train(frozen, batches)
         frozen.load_adapter(tmp_path, "default", is_trainable=True)
-        assert all(torch.equal(b[name], value) for name, value in matrices(frozen, "B").items())
+        assert all(torch.equal(b[name], value) for name, value in lora_A_and_B(frozen, "B").items())
         assert flags(frozen) == FROZEN
 
     def test_several_adapters(self, frozen, batches, tmp_path):
         frozen.add_adapter("free", config())
-        ipa_hf.initialize(frozen, batches, adapter_name="free", trainable=True, progress=False)
+        ipa_hf.initialize_lora_ipa_weights(
+            frozen, batches, adapter_name="free", trainable=True, progress=False
+        )
         frozen.save_pretrained(tmp_path)
         again = ipa_hf.load(make("llama"), tmp_path, is_trainable=True)
         assert (

@@ -70,7 +70,7 @@ class TestWhatIsWritten:
         state = torch.get_rng_state()
         model = get_peft_model(llama, config())
         after = torch.get_rng_state()
-        ipa_hf.initialize(model, batches, progress=False)
+        ipa_hf.initialize_lora_ipa_weights(model, batches, progress=False)
         assert torch.equal(torch.get_rng_state(), after)
         assert not torch.equal(state, after)
         assert all(module.training for module in model.modules())
@@ -238,24 +238,26 @@ class TestFreshAdaptersOnly:
         model = get_peft_model(llama, config())
         train(model, batches)
         with pytest.raises(SettingError, match="trained"):
-            ipa_hf.initialize(model, batches)
+            ipa_hf.initialize_lora_ipa_weights(model, batches)
 
     def test_merged(self, llama, batches):
         model = get_peft_model(llama, config())
         model.merge_adapter()
         with pytest.raises(SettingError, match="unmerge_adapter"):
-            ipa_hf.initialize(model, batches)
+            ipa_hf.initialize_lora_ipa_weights(model, batches)
 
     def test_unknown_adapter(self, llama, batches):
         with pytest.raises(SettingError, match="'other'"):
-            ipa_hf.initialize(get_peft_model(llama, config()), batches, adapter_name="other")
+            ipa_hf.initialize_lora_ipa_weights(
+                get_peft_model(llama, config()), batches, adapter_name="other"
+            )
 
     def test_second_adapter_learns_from_the_base_model(self, llama, batches):
         model = built("llama", batches, learner=ExactCovariance)
         train(model, batches, rate=0.1)
         first = {n: p.clone() for n, p in model.named_parameters() if "default" in n}
         model.add_adapter("second", config())
-        ipa_hf.initialize(
+        ipa_hf.initialize_lora_ipa_weights(
             model, batches, adapter_name="second", progress=False, learner=ExactCovariance
         )
         for layer in layers_of(model).values():
@@ -267,7 +269,7 @@ class TestFreshAdaptersOnly:
     def test_inference_mode_stays(self, llama, batches, tmp_path):
         get_peft_model(llama, config()).save_pretrained(tmp_path)
         model = PeftModel.from_pretrained(make("llama"), tmp_path)
-        ipa_hf.initialize(model, batches, trainable=True, progress=False)
+        ipa_hf.initialize_lora_ipa_weights(model, batches, trainable=True, progress=False)
         assert not any(p.requires_grad for p in model.parameters())
 
 

@@ -206,5 +206,5 @@ def test_peft_own_initialiser_takes_our_projections(llama, batches):
 def test_base_outputs_after_learning_twice(llama, batches):
     expected = outputs(make("llama"), batches[0])
     model = ipa_hf.get_ipa_model(llama, config(), batches, progress=False)
-    ipa_hf.initialize(model, batches, progress=False)
+    ipa_hf.initialize_lora_ipa_weights(model, batches, progress=False)
     torch.testing.assert_close(outputs(model, batches[0]), expected)

@@ -46,7 +46,7 @@ def prepared(model, **settings):
     return ipa_hf.get_ipa_model(model, config(**settings), text_batches(), progress=False)
 
 
-def matrices(model, part):
+def lora_A_and_B(model, part):
     return {n: p.detach().clone() for n, p in model.named_parameters() if f"lora_{part}" in n}
 
 
@@ -57,12 +57,12 @@ def test_offloaded_as_in_memory(load, how, tmp_path):
     before = outputs(whole, batch)
     expected, found = prepared(whole), prepared(offloaded)
     assert torch.equal(outputs(found, batch), before)
-    for name, a in matrices(expected, "A").items():
-        assert torch.equal(matrices(found, "A")[name], a)
+    for name, a in lora_A_and_B(expected, "A").items():
+        assert torch.equal(lora_A_and_B(found, "A")[name], a)
     for model in (expected, found):
         train(model, text_batches())
-    for name, b in matrices(expected, "B").items():
-        assert b.any() and torch.equal(matrices(found, "B")[name], b)
+    for name, b in lora_A_and_B(expected, "B").items():
+        assert b.any() and torch.equal(lora_A_and_B(found, "B")[name], b)
     with found.disable_adapter():
         assert torch.equal(outputs(found, batch), before)
     found.save_pretrained(tmp_path / "adapter")

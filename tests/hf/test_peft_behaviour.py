@@ -14,7 +14,9 @@ def model(llama, batches):
     model = ipa_hf.get_ipa_model(llama, config(), batches, progress=False)
     train(model, batches, rate=0.1)
     model.add_adapter("free", config(r=2))
-    ipa_hf.initialize(model, batches, adapter_name="free", trainable=True, progress=False)
+    ipa_hf.initialize_lora_ipa_weights(
+        model, batches, adapter_name="free", trainable=True, progress=False
+    )
     model.set_adapter("free")
     train(model, batches, rate=0.1)
     return model

@@ -41,16 +41,16 @@ def learned():
     return ipa_hf.get_ipa_model(make("llama"), config(), text_batches(), progress=False)
 
 
-def matrices(model, part):
+def lora_A_and_B(model, part):
     return {n: p.detach().clone() for n, p in model.named_parameters() if f"lora_{part}" in n}
 
 
 def test_only_b_is_trained(rows, tmp_path):
     model = learned()
-    a, b = matrices(model, "A"), matrices(model, "B")
+    a, b = lora_A_and_B(model, "A"), lora_A_and_B(model, "B")
     trainer(model, rows, tmp_path, 2).train()
-    assert all(torch.equal(a[name], value) for name, value in matrices(model, "A").items())
-    assert not any(torch.equal(b[name], value) for name, value in matrices(model, "B").items())
+    assert all(torch.equal(a[name], value) for name, value in lora_A_and_B(model, "A").items())
+    assert not any(torch.equal(b[name], value) for name, value in lora_A_and_B(model, "B").items())
 
 
 def test_checkpoints_are_adapters_with_their_record(rows, tmp_path):
@@ -68,7 +68,7 @@ def test_resumed_training_equals_training_at_one_go(rows, tmp_path):
     resumed = learned()
     trainer(resumed, rows, tmp_path, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for part in "AB":
-        expected = matrices(model, part)
-        for name, value in matrices(resumed, part).items():
+        expected = lora_A_and_B(model, part)
+        for name, value in lora_A_and_B(resumed, part).items():
             torch.testing.assert_close(value, expected[name])
     assert not any(p.requires_grad for n, p in resumed.named_parameters() if "lora_A" in n)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ipa_core import ExactCovariance
 from ipa_torch import (
-    Checkpoints,
+    CheckpointConfig,
     OnlineLearning,
     attach,
     fit_gradient_projectors,
@@ -100,7 +100,7 @@ def resumed(rank, size, folder):
             raise ValueError("killed")
         model(batch)
 
-    where = Checkpoints(folder / "checkpoints", batches=1)
+    where = CheckpointConfig(folder / "checkpoints", batches=1)
     first = outcome(lambda: learn(share(rank, size), checkpoint=where, forward=forward))
     passed = 10
     again = outcome(lambda: learn(share(rank, size), checkpoint=where, forward=forward))
@@ -159,7 +159,7 @@ def sharded_resumed(rank, size, folder):
     options = {
         "targets": "all-linear",
         "forward": run,
-        "checkpoint": Checkpoints(folder / "sharded", batches=1),
+        "checkpoint": CheckpointConfig(folder / "sharded", batches=1),
     }
     first = outcome(lambda: learn(broken(), split(size), **options))
     mine = folder / "sharded" / f"rank-{rank}-of-{size}"

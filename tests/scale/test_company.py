@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ipa_core import Projector, RandomizedSVD
-from ipa_torch import Projectors, fit_projectors
+from ipa_torch import LayerProjectors, fit_projectors
 from tests.scale import company_run, runs
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -195,7 +195,7 @@ def test_groups_and_processes_alone(outcomes):
 def test_accelerate(tmp_path, size):
     launch("tests.scale.accelerate_run", tmp_path, size)
     first, *others = (
-        Projectors.load(tmp_path / f"{rank}-of-{size}.safetensors") for rank in range(size)
+        LayerProjectors.load(tmp_path / f"{rank}-of-{size}.safetensors") for rank in range(size)
     )
     assert all(runs.same(first, other) for other in others)
     whole = fit_projectors(

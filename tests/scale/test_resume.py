@@ -7,8 +7,8 @@ import pytest
 
 from ipa_core import HebbianRule, RandomizedSVD
 from ipa_core.errors import FileFormatError, SettingError, StreamError
-from ipa_torch import Checkpoints, Projectors, fit_projectors
-from ipa_torch._fit.memory import held_bytes
+from ipa_torch import CheckpointConfig, LayerProjectors, fit_projectors
+from ipa_torch._fit.memory import measure_learner_bytes
 from tests.scale import learning_run, runs
 
 
@@ -27,7 +27,7 @@ def learn(batches, folder, stop_after=None, every=1, **options):
         passed += 1
         model(batch)
 
-    checkpoint = None if folder is None else Checkpoints(folder, batches=every)
+    checkpoint = None if folder is None else CheckpointConfig(folder, batches=every)
     projectors = fit_projectors(
         runs.model(),
         batches,
@@ -90,7 +90,7 @@ def test_layers_that_have_stopped_or_are_unfit_stay_so(tmp_path):
 
 def test_turns_have_checkpoints_of_their_own(tmp_path):
     batches = runs.batches(6)
-    options = {"max_bytes": held_bytes(RandomizedSVD, 4, 72, False)}  # the largest one's
+    options = {"max_bytes": measure_learner_bytes(RandomizedSVD, 4, 72, False)}  # the largest one's
     whole, _ = learn(batches, None, **options)
     assert whole.passes > 1
     with pytest.raises(Stop):
@@ -119,7 +119,7 @@ def test_another_run_is_refused(tmp_path):
     with pytest.raises(FileFormatError, match="HebbianRule"):
         learn(batches, tmp_path, learner=HebbianRule)
     with pytest.raises(SettingError, match="above 0"):
-        Checkpoints(tmp_path, batches=0)
+        CheckpointConfig(tmp_path, batches=0)
 
 
 def test_damaged_checkpoints_are_named_and_never_loaded(tmp_path):
@@ -168,4 +168,6 @@ def test_kill_at_any_moment(tmp_path):
     assert process.returncode == 0, errors
     (tmp_path / "whole").mkdir()
     learning_run.main(tmp_path / "whole", pause=0)
-    assert runs.same(Projectors.load(done), Projectors.load(tmp_path / "whole/done.safetensors"))
+    assert runs.same(
+        LayerProjectors.load(done), LayerProjectors.load(tmp_path / "whole/done.safetensors")
+    )

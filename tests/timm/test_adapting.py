@@ -13,8 +13,8 @@ timm = pytest.importorskip("timm", reason="needs timm on the path: make test-tim
 import ipa_timm
 from ipa_core.errors import SettingError
 from ipa_timm.classifier import head_parameters
-from ipa_torch import LayerError, disabled
-from ipa_torch._adapters.replace import wrapped
+from ipa_torch import LayerError, disable_adapter
+from ipa_torch._adapters.replace import adapter_layers
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}
 
@@ -68,10 +68,10 @@ def test_b_and_the_head_are_trained_and_p_if_asked_for(trainable):
     model = vit()
     adapt(model, trainable=trainable)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    lifts = {name for name in wanted if ".lifts." in name}
+    lora_B = {name for name in wanted if ".lora_B." in name}
     projections = {name for name in wanted if ".projections." in name}
-    assert (len(lifts), len(projections)) == (8, 8 * trainable)
-    assert wanted == lifts | projections | {"head.weight", "head.bias"}
+    assert (len(lora_B), len(projections)) == (8, 8 * trainable)
+    assert wanted == lora_B | projections | {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("make", [vit, beit, convnet])
@@ -119,7 +119,7 @@ def test_attention_that_reads_past_its_qkv_calls_it_while_adapted():
     projectors = adapt(model)
     assert "blocks.0.attn.qkv" in projectors and not projectors.missing
     assert all(attention.qkv_bias_separate for attention in switches)
-    ipa_timm.merge(model)
+    ipa_timm.merge_and_unload(model)
     assert not any(attention.qkv_bias_separate for attention in switches)
     assert not hasattr(model, "_ipa_timm_separated")
 
@@ -150,7 +150,7 @@ def test_attention_without_the_switch_is_refused_with_the_reason():
     with pytest.warns(UserWarning, match="'blocks.0.attn.qkv': its weight is used without calling"):
         projectors = adapt(model)
     assert len(projectors) == 7
-    assert "blocks.0.attn.qkv" not in dict(wrapped(model))
+    assert "blocks.0.attn.qkv" not in dict(adapter_layers(model))
     with pytest.raises(LayerError, match="'blocks.0.attn.qkv'"):
         ipa_timm.fit_projectors(model, loader(), 4, on_missing="raise", progress=False)
 
@@ -167,7 +167,7 @@ def test_standardised_weights_are_refused_with_the_reason():
     model = timm.create_model("nf_resnet26", num_classes=3)
     with pytest.raises(LayerError, match="and 25 more: .* got ScaledStdConv2d with a forward of"):
         ipa_timm.fit_projectors(model, loader(), 4, progress=False)
-    assert not wrapped(model)
+    assert not adapter_layers(model)
 
 
 def test_layers_of_one_input_share_one_projector():
@@ -204,9 +204,9 @@ def test_merged_model_is_plain():
     images = loader(1)[0][0]
     with torch.no_grad():
         adapted = model(images)
-        with disabled(model):
+        with disable_adapter(model):
             assert not torch.allclose(model(images), adapted, atol=1e-3)
-    ipa_timm.merge(model)
+    ipa_timm.merge_and_unload(model)
     stock = convnet().eval()
     stock.load_state_dict(model.state_dict())
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
@@ -219,7 +219,7 @@ def test_distilled_model_trains_both_heads():
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **SMALL)
     adapt(model)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.partition(".")[0] for name in names if "lifts" not in name} == {
+    assert {name.partition(".")[0] for name in names if "lora_B" not in name} == {
         "head",
         "head_dist",
     }
@@ -229,7 +229,7 @@ def test_model_without_a_head_trains_adapters_alone():
     model = vit()
     model.reset_classifier(0)
     adapt(model)
-    assert all("lifts" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert all("lora_B" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_adapters_come_once():
@@ -249,6 +249,6 @@ def test_adapted_model_can_be_copied(make, copied):
         torch.testing.assert_close(twin(images), model(images))
         twin.train()(images)
     trained(twin)
-    ipa_timm.merge(twin)
-    assert not wrapped(twin) and wrapped(model)
+    ipa_timm.merge_and_unload(twin)
+    assert not adapter_layers(twin) and adapter_layers(model)
     assert not any(m._forward_pre_hooks for m in twin.modules())

@@ -11,7 +11,7 @@ from benchmarks.evidence.images import VIT_PIXELS, ImageTask
 from benchmarks.evidence.methods import METHODS, Adapter
 from benchmarks.evidence.task import Settings, batches
 from benchmarks.evidence.training import train
-from ipa_timm import prepare
+from ipa_timm import preprocess
 
 SETTINGS = Settings(rank=2, steps=40, batch_size=16, learn_from=32)
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
@@ -48,7 +48,7 @@ def test_features_are_those_of_the_whole_model(task):
     vit = tiny().eval()
     images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in rows(140)]))
     with torch.no_grad():
-        every = vit(prepare(vit, images.permute(0, 3, 1, 2)))
+        every = vit(preprocess(vit, images.permute(0, 3, 1, 2)))
         distance, places = torch.cdist(own, every).min(1)
     torch.testing.assert_close(own, every[places], atol=1e-4, rtol=1e-4)
     labels = torch.tensor([label for _, label in rows(140)])

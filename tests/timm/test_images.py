@@ -9,7 +9,7 @@ from timm.data import ImageDataset, create_loader, resolve_model_data_config
 
 import ipa_timm
 from ipa_core.errors import ArrayTypeError, ShapeError
-from ipa_timm.preprocessing import images_of, prepare
+from ipa_timm.preprocessing import images_of, preprocess
 
 IMAGES = torch.randn(2, 3, 64, 64)
 
@@ -51,25 +51,25 @@ def test_bytes_are_normalised_by_the_data_config():
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     size = config["input_size"][-2:]
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
-    torch.testing.assert_close(prepare(model, images), (images / 255 - mean) / std)
+    torch.testing.assert_close(preprocess(model, images), (images / 255 - mean) / std)
     small = torch.full((2, 3, 20, 30), 51, dtype=torch.uint8)
-    torch.testing.assert_close(prepare(model, small), ((0.2 - mean) / std).expand(2, 3, *size))
+    torch.testing.assert_close(preprocess(model, small), ((0.2 - mean) / std).expand(2, 3, *size))
 
 
 def test_floating_images_are_taken_as_they_are_in_the_dtype_of_the_model():
     model = vit()
-    assert prepare(model, IMAGES) is IMAGES
-    assert prepare(model.bfloat16(), IMAGES).dtype == torch.bfloat16
+    assert preprocess(model, IMAGES) is IMAGES
+    assert preprocess(model.bfloat16(), IMAGES).dtype == torch.bfloat16
     projectors = ipa_timm.adapt(model, [(IMAGES, 0)], 2, progress=False)
     assert projectors["blocks.0.mlp.fc1"].components.dtype == torch.float32
-    assert model(prepare(model, IMAGES)).dtype == torch.bfloat16
+    assert model(preprocess(model, IMAGES)).dtype == torch.bfloat16
 
 
 def test_what_is_no_batch_of_images():
     with pytest.raises(ShapeError, match="expected images of shape .* got \\(3, 64, 64\\)"):
-        prepare(vit(), IMAGES[0])
+        preprocess(vit(), IMAGES[0])
     with pytest.raises(ArrayTypeError, match="floating or uint8, got torch.int64"):
-        prepare(vit(), IMAGES.long())
+        preprocess(vit(), IMAGES.long())
 
 
 # timm leaves files open.

@@ -11,8 +11,8 @@ timm = pytest.importorskip("timm", reason="needs timm on the path: make test-tim
 
 import ipa_timm
 from ipa_core import ExactCovariance
-from ipa_timm.same_padding import SamePatches
-from ipa_torch._layers.matmul_view import reading_of
+from ipa_timm.same_padding import SamePaddingView
+from ipa_torch._layers.matmul_view import view_of
 
 #: A model and options, a layer of it, and what that layer is like: kernel, stride, groups.
 RESNEXT = ("resnet18", {"block": timm.models.resnet.Bottleneck, "cardinality": 4, "base_width": 4})
@@ -107,12 +107,12 @@ def test_excess_of_every_layer_that_is_adapted(name):
 @pytest.mark.parametrize("kernel,stride,dilation", [(3, 2, 1), (5, 3, 1), (2, 1, 1), (3, 2, 2)])
 def test_same_padding_merges_exactly(size, kernel, stride, dilation):
     layer = timm.layers.Conv2dSame(4, 6, kernel, stride, dilation=dilation, groups=2)
-    reading = reading_of(layer)
-    assert isinstance(reading, SamePatches)
+    view = view_of(layer)
+    assert isinstance(view, SamePaddingView)
     x, features = torch.randn(2, 4, *size), layer.weight[0].numel()
     projection, lift = torch.randn(3, features), torch.randn(6, 3)
     with torch.no_grad():
-        beside = layer(x) + reading.lift(reading.project(x, projection), lift)
-        layer.weight += reading.weight(lift @ projection, layer.weight)
+        beside = layer(x) + view.expand(view.project(x, projection), lift)
+        layer.weight += view.delta_weight(lift @ projection, layer.weight)
         torch.testing.assert_close(layer(x), beside, rtol=1e-4, atol=1e-4)
-    assert reading.leading(x) == (2, *beside.shape[-2:])
+    assert view.row_shape(x) == (2, *beside.shape[-2:])

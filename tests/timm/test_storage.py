@@ -55,7 +55,7 @@ def test_loading_replaces_an_adapter(tmp_path):
     ipa_timm.save(model, tmp_path / "a")
     trained(model)
     ipa_timm.load(model, tmp_path / "a")
-    assert not any(p.any() for n, p in model.named_parameters() if ".lifts." in n)
+    assert not any(p.any() for n, p in model.named_parameters() if ".lora_B." in n)
 
 
 def test_nothing_to_save(tmp_path):

@@ -92,7 +92,7 @@ def test_what_is_frozen_is_computed_once_with_the_same_result(data):
     for backbone in (TINY, models.Backbone(tiny, 32, 0)):
         model = backbone.make(one).eval()
         with torch.no_grad():
-            whole = model(models.prepare(model, images))
+            whole = model(models.preprocess(model, images))
             parts = models.after(
                 model, models.before(model, images, backbone.first), backbone.first
             )
@@ -112,14 +112,14 @@ def test_cell(data, method):
     # Three colours are learned at once, if what was trained is what is tested.
     assert all(run["test"] > 0.9 and run["validation"] > 0.9 for run in result["runs"])
     head = 3 * 33
-    lifts, projections = 8 * (96 + 32 + 128 + 32), 8 * (32 + 32 + 32 + 128)
+    lora_B, projections = 8 * (96 + 32 + 128 + 32), 8 * (32 + 32 + 32 + 128)
     assert result["trainable"] == head + {
         "head only": 0,
-        "LoRA": lifts + projections,
-        "DoRA-style": lifts + projections + 96 + 32 + 128 + 32,
-        "random A, frozen": lifts,
-        "IPA, frozen": lifts,
-        "IPA, trainable": lifts + projections,
+        "LoRA": lora_B + projections,
+        "DoRA-style": lora_B + projections + 96 + 32 + 128 + 32,
+        "random A, frozen": lora_B,
+        "IPA, frozen": lora_B,
+        "IPA, trainable": lora_B + projections,
     }[method]  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def test_real_backbones(name, data):
     with torch.no_grad():
         x = models.before(model, images, backbone.first)
         outputs = models.after(model, x, backbone.first)
-        assert torch.equal(outputs, model(models.prepare(model, images)))
+        assert torch.equal(outputs, model(models.preprocess(model, images)))
 
 
 def test_cifar10_is_read_out_of_its_archive(tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ from ipa_core.errors import FileFormatError, SettingError, ShapeError
 from ipa_torch import (
     LayerError,
     adapter_state_dict,
-    adapters_of,
     attach,
     detach,
-    disabled,
+    disable_adapter,
     energy_scale,
     fit_projectors,
+    list_adapters,
     load_adapter_state_dict,
     merge,
     set_adapter,
@@ -71,7 +71,7 @@ class TestAttach:
         train(model)
         after = model.state_dict()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed == {name for name in before if ".lifts." in name}
+        assert changed == {name for name in before if ".lora_B." in name}
 
     def test_trainable_p_trains(self):
         model = adapted(trainable=True)
@@ -87,12 +87,12 @@ class TestAttach:
         assert not any("projections" in name for name, _ in model.named_parameters())
 
     def test_shared_projection_is_computed_once(self, monkeypatch):
-        from ipa_torch import Projection
+        from ipa_torch import SharedProjection
 
         computed = []
-        compute = Projection._compute
+        compute = SharedProjection._compute
         monkeypatch.setattr(
-            Projection, "_compute", lambda self, x: computed.append(1) or compute(self, x)
+            SharedProjection, "_compute", lambda self, x: computed.append(1) or compute(self, x)
         )
         model = adapted()
         model(batch())
@@ -168,7 +168,7 @@ class TestEvaluation:
         model = adapted(trainable=True)
         train(model)
         before, output = tensors(model), model(batch())
-        with disabled(model):
+        with disable_adapter(model):
             for seed in range(3):
                 model(batch(seed))
         model.eval()
@@ -182,10 +182,10 @@ class TestEvaluation:
         expected = model(batch())
         attach(model, fitted(model))
         train(model)
-        with disabled(model):
+        with disable_adapter(model):
             assert torch.equal(model(batch()), expected)
         merge(model)
-        with disabled(model):
+        with disable_adapter(model):
             assert torch.equal(model(batch()), expected)
         assert not torch.equal(model(batch()), expected)
 
@@ -236,7 +236,7 @@ class TestMerge:
         model = Tied()
         ids = torch.randint(0, 10, (4, 5))
         attach(model, fit_projectors(model, [ids], 2, progress=False))
-        model.head.lifts["default"].data.normal_()
+        model.head.lora_B["default"].data.normal_()
         embedding = model.embed.weight.clone()
         merge(model)
         assert torch.equal(model.embed.weight, embedding)
@@ -253,19 +253,19 @@ class TestNamed:
         first = model(batch())
         attach(model, projectors, adapter="b")
         assert model.up[0].projection("a") is model.up[0].projection("b")
-        assert adapters_of(model) == ["a", "b"]
+        assert list_adapters(model) == ["a", "b"]
         train(model, lr=0.1)
         second = model(batch())
         assert not torch.equal(first, second)
         set_adapter(model, "a")
         assert torch.equal(model(batch()), first)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
-        assert trained and all(n.endswith("lifts.a") for n in trained)
+        assert trained and all(n.endswith("lora_B.a") for n in trained)
         detach(model, "a")
         set_adapter(model, "b")
         assert torch.equal(model(batch()), second)
         set_adapter(model, None)
-        with disabled(model):
+        with disable_adapter(model):
             assert torch.equal(model(batch()), model(batch()))
 
     def test_each_has_its_own_mode(self):
@@ -321,7 +321,7 @@ class TestState:
         q, v = (getattr(plain.attention[0], name).projection("default") for name in "qv")
         assert q is v and q.trainable is trainable
         load_adapter_state_dict(plain, adapter_state_dict(model))
-        assert adapters_of(plain) == ["default"]
+        assert list_adapters(plain) == ["default"]
 
     def test_incomplete_state_is_refused(self):
         model = adapted()
@@ -359,7 +359,7 @@ class TestConventions:
         model = Transformer().bfloat16()
         attach(model, fitted(model))
         assert model.up[0].projection("default").weight.dtype == torch.bfloat16
-        assert model.up[0].lifts["default"].dtype == torch.float32
+        assert model.up[0].lora_B["default"].dtype == torch.float32
         train(model)
         assert model(batch()).dtype == torch.bfloat16
 
@@ -369,8 +369,8 @@ class TestConventions:
         model.zero_grad()
         half = copy.deepcopy(model).bfloat16()
         for layer in ("q", "k", "v"):
-            lifts = getattr(half.attention[0], layer).lifts
-            lifts["default"] = nn.Parameter(lifts["default"].float())  # as attach makes it
+            lora_B = getattr(half.attention[0], layer).lora_B
+            lora_B["default"] = nn.Parameter(lora_B["default"].float())  # as attach makes it
         x = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(0))
         saved = set()
 
@@ -385,8 +385,8 @@ class TestConventions:
         model.attention[0](x=x).square().mean().backward()
         assert [dtype for dtype, _ in saved].count(torch.bfloat16) == len(saved) == 2  # qkv, out
         for layer in ("q", "k", "v"):
-            rough = getattr(half.attention[0], layer).lifts["default"].grad
-            exact = getattr(model.attention[0], layer).lifts["default"].grad
+            rough = getattr(half.attention[0], layer).lora_B["default"].grad
+            exact = getattr(model.attention[0], layer).lora_B["default"].grad
             assert rough.dtype == torch.float32
             assert (rough - exact).norm() < 0.05 * exact.norm()
 
@@ -419,16 +419,16 @@ class TestConventions:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(batch()), model(batch()))
         compiled(batch()).square().mean().backward()
-        assert model.up[0].lifts["default"].grad is not None
+        assert model.up[0].lora_B["default"].grad is not None
 
     def test_attached_to_a_compiled_model(self):
         model = Transformer()
         compiled = torch.compile(model, backend="aot_eager")
         before = compiled(batch())
         attach(compiled, fitted(compiled))
-        assert list(adapters_of(model)) == ["default"]
+        assert list(list_adapters(model)) == ["default"]
         torch.testing.assert_close(compiled(batch()), before)
-        model.up[0].lifts["default"].data.normal_()
+        model.up[0].lora_B["default"].data.normal_()
         torch.testing.assert_close(compiled(batch()), model(batch()))
         assert not torch.allclose(compiled(batch()), before, atol=1e-3)
         detach(compiled)
@@ -439,7 +439,7 @@ class TestConventions:
         names = list(fitted(model))
         assert names == list(fitted(Transformer()))
         attach(model, fitted(model), adapter="again")
-        assert adapters_of(model) == ["default", "again"]
+        assert list_adapters(model) == ["default", "again"]
 
     def test_distributed_data_parallel(self, tmp_path):
         from torch import distributed
@@ -451,7 +451,7 @@ class TestConventions:
             model = adapted()
             parallel = nn.parallel.DistributedDataParallel(model)
             parallel(batch()).square().mean().backward()
-            assert model.up[0].lifts["default"].grad is not None
+            assert model.up[0].lora_B["default"].grad is not None
         finally:
             distributed.destroy_process_group()
 
@@ -473,7 +473,7 @@ class TestConventions:
             output = model(batch())
             torch.testing.assert_close(output.detach(), expected)
             output.square().mean().backward()
-            assert model.up[0].lifts["default"].grad is not None
+            assert model.up[0].lora_B["default"].grad is not None
         finally:
             distributed.destroy_process_group()
 

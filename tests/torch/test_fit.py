@@ -12,7 +12,7 @@ from ipa_core import (
     ReconstructionAutoencoder,
 )
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError, ShapeError
-from ipa_torch import LayerError, Projectors, fit_projectors
+from ipa_torch import LayerError, LayerProjectors, fit_projectors
 
 from .models import Transformer, angle, decaying, excess, mlp
 
@@ -394,8 +394,8 @@ class TestProjectors:
     def test_summary_and_groups(self):
         projectors = self.fitted()
         assert ("attention.0.q", "attention.0.k", "attention.0.v") in projectors.shared
-        assert "attention.0.{q, k, v}" in projectors.summary()
-        assert "the batches ended" in projectors.summary()
+        assert "attention.0.{q, k, v}" in projectors.table()
+        assert "the batches ended" in projectors.table()
         assert re.fullmatch(
             r"Projectors\(12 layers, 8 projectors, rank 3, captured 0\.\d{3} to \d\.\d{3}\)",
             repr(projectors),
@@ -404,7 +404,7 @@ class TestProjectors:
     def test_saved_and_loaded(self, tmp_path):
         projectors = self.fitted()
         projectors.save(tmp_path / "p.safetensors")
-        again = Projectors.load(tmp_path / "p.safetensors")
+        again = LayerProjectors.load(tmp_path / "p.safetensors")
         assert sorted(again) == sorted(projectors)
         assert set(map(frozenset, again.shared)) == set(map(frozenset, projectors.shared))
         for name in projectors:

@@ -135,7 +135,7 @@ def test_merges_and_needs_equal_seeds(kind):
     one.update(x[:25], g[:25])
     two.update(x[25:], g[25:])
     again = kind(3).load_state_dict(two.state_dict())
-    for both in (one.merge(two), one.merge(again).summary(), kind(3).merge(one).merge(two)):
+    for both in (one.merge(two), one.merge(again).compact(), kind(3).merge(one).merge(two)):
         assert both.samples == 60
         torch.testing.assert_close(
             torch.linalg.svdvals(both.finalize().components @ whole.finalize().components.T),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ipa_core import ExactCovariance, RandomizedSVD
-from ipa_torch import LayerError, attach, detach, disabled, fit_projectors, merge, unmerge
+from ipa_torch import LayerError, attach, detach, disable_adapter, fit_projectors, merge, unmerge
 
 from .models import (
     Bypassed,
@@ -160,7 +160,7 @@ def test_adapters_train_merge_and_go(kind):
         merged = tensor_of(call(model, batch)).detach()
         torch.testing.assert_close(merged, trained, rtol=1e-5, atol=1e-5)
         unmerge(model)
-    with disabled(model):
+    with disable_adapter(model):
         torch.testing.assert_close(tensor_of(call(model, batch)).detach(), before)
     detach(model)
     assert {name: p.shape for name, p in model.named_parameters()} == {
@@ -210,7 +210,7 @@ def test_encoder_layer_in_evaluation_does_not_read_past_the_adapters():
     attach(model, fit_projectors(model, [x], 2, on_missing="ignore", progress=False))
     with torch.no_grad():
         before = model(x)
-        model.linear1.lifts["default"].normal_()
+        model.linear1.lora_B["default"].normal_()
         assert not torch.allclose(model(x), before, atol=1e-3)
 
 
@@ -242,7 +242,7 @@ def test_mixed_precision():
         assert excess(projector, rows[name].float()) < 1e-5
     attach(model, projectors)
     forward(model, batches[0]).square().mean().backward()
-    assert model[0].lifts["default"].grad.dtype == torch.float32
+    assert model[0].lora_B["default"].grad.dtype == torch.float32
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")

@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipa_core import ExactCovariance, HebbianRule, IncrementalPCA
 from ipa_core.errors import SettingError
-from ipa_torch import OnlineLearning, attach, disabled, fit_projectors
+from ipa_torch import OnlineLearning, attach, disable_adapter, fit_projectors
 
 from .models import Transformer, decaying, mlp
 
@@ -45,7 +45,7 @@ def test_only_training_passes_with_gradients_record():
         model.eval()
         model(rows)
         model.train()
-        with disabled(model):
+        with disable_adapter(model):
             model(rows)
         with pytest.raises(SettingError, match="forward pass in training mode"):
             online.step()
@@ -58,11 +58,11 @@ def test_function_is_kept_where_the_span_is():
     old = torch.randn(200, 2) * torch.tensor([3.0, 1.0]) @ basis
     new = torch.randn(200, 2) * torch.tensor([1.0, 5.0]) @ basis
     model = adapted(mlp(12, 4), [old])
-    model[0].lifts["default"].data.normal_()
+    model[0].lora_B["default"].data.normal_()
     with OnlineLearning(model) as online:
         before = model(new)
-        jumps = online.step()
-    assert jumps["0"] < 1e-3
+        lost_share = online.step()
+    assert lost_share["0"] < 1e-3
     torch.testing.assert_close(model(new), before, rtol=1e-4, atol=1e-4)
 
 
@@ -72,11 +72,11 @@ def test_jump_is_the_part_outside_the_new_span():
     new[:, 1:3] = torch.randn(50, 2)
     model = adapted(nn.Sequential(nn.Linear(4, 3)), [old])
     layer = model[0]
-    layer.lifts["default"].data.normal_()
+    layer.lora_B["default"].data.normal_()
     projection = layer.projection("default")
 
     def full():
-        return layer.lifts["default"] @ projection.weight * projection.scale
+        return layer.lora_B["default"] @ projection.weight * projection.scale
 
     with OnlineLearning(model) as online:
         model(new)
@@ -93,7 +93,7 @@ def test_first_moment_turns_as_gradients_do():
     old = torch.randn(200, 2) * torch.tensor([3.0, 1.0]) @ basis
     new = torch.randn(200, 2) * torch.tensor([1.0, 5.0]) @ basis
     model = adapted(mlp(12, 4), [old])
-    lift = model[0].lifts["default"]
+    lift = model[0].lora_B["default"]
     lift.data.normal_()
     optimiser = torch.optim.AdamW([lift], lr=0.0, betas=(0.0, 0.9), weight_decay=0.0)
     with OnlineLearning(model) as online:
@@ -151,10 +151,10 @@ def test_training_goes_on(learner):
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            jumps = online.step(optimiser)
+            lost_share = online.step(optimiser)
             losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(0 <= jump <= 1 for jump in jumps.values())
+    assert all(0 <= jump <= 1 for jump in lost_share.values())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -9,44 +9,44 @@ import torch
 from torch import nn
 
 from ipa_core import Projector
-from ipa_torch._adapters.projection import Projection
+from ipa_torch._adapters.projection import SharedProjection
 
 
-def carry(
-    projection: Projection,
-    lifts: Mapping[str, nn.Parameter],
+def change_basis(
+    projection: SharedProjection,
+    lora_B: Mapping[str, nn.Parameter],
     learned: Projector,
     scale: float,
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, float]:
     """Put a learned P in place and carry B and its first moment along; return the jumps."""
     old = projection.weight.detach().double()
-    new = turned_towards(old, learned.components.to(old.device).double())
+    new = procrustes_align(old, learned.components.to(old.device).double())
     passage = old @ new.T
     ratio = float(projection.scale) / scale
-    jumps = {}
+    lost_share = {}
     with torch.no_grad():
-        for name, lift in lifts.items():
-            before = lift.double()
+        for name, parameter in lora_B.items():
+            before = parameter.double()
             after = before @ passage
-            jumps[name] = _lost(before, after)
-            lift.copy_(ratio * after)
-            moment = optimizer.state.get(lift, {}).get("exp_avg") if optimizer else None
+            lost_share[name] = _share_outside_span(before, after)
+            parameter.copy_(ratio * after)
+            moment = optimizer.state.get(parameter, {}).get("exp_avg") if optimizer else None
             if moment is not None:
                 # A gradient is a covector: it scales against its parameter, and turns with it.
                 moment.copy_(moment.double() @ passage / ratio)
         projection.weight.copy_(new)
         projection.scale.fill_(scale)
-    return jumps
+    return lost_share
 
 
-def turned_towards(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def procrustes_align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Return the basis of the row space of ``new`` that is nearest to ``old`` (Procrustes).
 
     Examples
     --------
     >>> old, new = torch.eye(2, 3), torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
-    >>> torch.allclose(turned_towards(old, new), old)
+    >>> torch.allclose(procrustes_align(old, new), old)
     True
     """
     left, _, right = torch.linalg.svd(old @ new.T)
@@ -54,7 +54,7 @@ def turned_towards(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return turned
 
 
-def _lost(before: torch.Tensor, after: torch.Tensor) -> float:
+def _share_outside_span(before: torch.Tensor, after: torch.Tensor) -> float:
     """Return the share of B P_old outside the new span, from B and B P_old P_new^T."""
     energy = float(before.square().sum())
     if energy == 0:

@@ -8,12 +8,12 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ipa_torch._adapters.projection import Projection
-from ipa_torch._layers.matmul_view import input_of, reading_of
+from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._layers.matmul_view import input_of, view_of
 from ipa_torch._layers.sizes import outputs_of
 
 
-class Adapted(nn.Module):
+class AdapterLayer(nn.Module):
     r"""A layer W and named adapters, one of them active: :math:`W x + B \, s P x`.
 
     Attributes of the layer (``weight``, ``in_features``) can be read as before.
@@ -36,9 +36,9 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base
-        self.reading = reading_of(base)
+        self.view = view_of(base)
         self.projections = nn.ModuleDict()
-        self.lifts = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
         self.dropouts: dict[str, float] = {}
         self.active: str | None = None
         self.merged: str | None = None
@@ -63,13 +63,13 @@ class Adapted(nn.Module):
         """Whether the layer has a floating weight of its own."""
         return self._own_weight() is not None
 
-    def projection(self, name: str) -> Projection:
+    def projection(self, name: str) -> SharedProjection:
         """Return the projection of an adapter."""
         projection = self.projections[name]
-        assert isinstance(projection, Projection)
+        assert isinstance(projection, SharedProjection)
         return projection
 
-    def equal_to(self, projection: Projection) -> Projection | None:
+    def find_equal_projection(self, projection: SharedProjection) -> SharedProjection | None:
         """Return a frozen projection of this layer that equals a new one, if there is one."""
         for other in map(self.projection, self.projections):
             if not (projection.trainable or other.trainable) and (
@@ -79,30 +79,30 @@ class Adapted(nn.Module):
                 return other
         return None
 
-    def add(self, name: str, projection: Projection, dropout: float) -> None:
+    def add(self, name: str, projection: SharedProjection, dropout: float) -> None:
         """Add an adapter with B = 0, in float32 at least."""
         projection.users += projection not in set(self.projections.values())
         self.projections[name] = projection
         dtype = torch.promote_types(self.dtype, torch.float32)
         shape = outputs_of(self.base_layer), projection.rank
-        self.lifts[name] = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.device))
         self.dropouts[name] = dropout
 
     def remove(self, name: str) -> None:
         """Remove an adapter; if it is merged and not the last one, the old weight returns."""
-        if self.merged == name and len(self.lifts) > 1:
+        if self.merged == name and len(self.lora_B) > 1:
             self.unmerge()
         projection = self.projection(name)
-        del self.projections[name], self.lifts[name], self.dropouts[name]
+        del self.projections[name], self.lora_B[name], self.dropouts[name]
         projection.users -= projection not in set(self.projections.values())
         if self.active == name:
             self.active = None
 
     def adapter_parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """Return the parameters of one adapter, or of all."""
-        names = list(self.lifts) if name is None else [name]
-        lifts = [self.lifts[one] for one in names]
-        return lifts + [p for one in names for p in self.projections[one].parameters()]
+        names = list(self.lora_B) if name is None else [name]
+        lora_B = [self.lora_B[one] for one in names]
+        return lora_B + [p for one in names for p in self.projections[one].parameters()]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output and that of the active adapter, added up."""
@@ -113,15 +113,15 @@ class Adapted(nn.Module):
         z = self.projections[self.active](x)
         if self.training and (rate := self.dropouts[self.active]):
             z = nn.functional.dropout(z, rate)
-        lift = self.lifts[self.active]
-        if self._is_plain(x, z, lift):
-            return self._added_in_place(x, z, lift.to(z.dtype))
+        lora_B = self.lora_B[self.active]
+        if self._is_plain(x, z, lora_B):
+            return self._added_in_place(x, z, lora_B.to(z.dtype))
         output = self.base_layer(*args, **kwargs)
         if not torch.is_autocast_enabled(output.device.type):
-            z = z.to(lift.dtype)
-        return output + self.reading.lift(z, lift).to(output.dtype)
+            z = z.to(lora_B.dtype)
+        return output + self.view.expand(z, lora_B).to(output.dtype)
 
-    def _is_plain(self, x: torch.Tensor, z: torch.Tensor, lift: torch.Tensor) -> bool:
+    def _is_plain(self, x: torch.Tensor, z: torch.Tensor, lora_B: torch.Tensor) -> bool:
         base = self.base_layer
         return (
             type(base) is nn.Linear
@@ -129,18 +129,20 @@ class Adapted(nn.Module):
             and not x.is_nested
             and x.dtype == z.dtype == base.weight.dtype
             # Float16 has too small a range for B and its gradient.
-            and z.dtype in (lift.dtype, torch.bfloat16)
+            and z.dtype in (lora_B.dtype, torch.bfloat16)
             and not torch.is_autocast_enabled(x.device.type)
         )
 
-    def _added_in_place(self, x: torch.Tensor, z: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+    def _added_in_place(
+        self, x: torch.Tensor, z: torch.Tensor, lora_B: torch.Tensor
+    ) -> torch.Tensor:
         """Add onto the output of a linear layer, which is fresh and saved for no gradient.
 
         That spares two passes over it. It is made with two axes, as autograd copies what is
         changed through a view.
         """
         output: torch.Tensor = self.base_layer(x.reshape(-1, x.shape[-1]))
-        output.addmm_(z.reshape(-1, z.shape[-1]), lift.T)
+        output.addmm_(z.reshape(-1, z.shape[-1]), lora_B.T)
         # Not a view for autograd, as F.linear does it: the caller may add onto it in place, too.
         shape = [*x.shape[:-1], output.shape[-1]]
         whole: torch.Tensor = torch.ops.aten._unsafe_view(output, shape)
@@ -154,8 +156,8 @@ class Adapted(nn.Module):
         projection = self.projection(name)
         with torch.no_grad():
             wide = torch.promote_types(weight.dtype, torch.float32)
-            lift = self.lifts[name].to(wide) * projection.scale.to(wide)
-            delta = self.reading.weight(lift @ projection.weight.to(wide), weight)
+            lora_B = self.lora_B[name].to(wide) * projection.scale.to(wide)
+            delta = self.view.delta_weight(lora_B @ projection.weight.to(wide), weight)
             merged = (weight.to(wide) + delta).to(weight.dtype)
         self._kept = (weight,)
         # A new parameter: what is tied to the old one (an embedding) must not change.
@@ -176,7 +178,7 @@ class Adapted(nn.Module):
     def extra_repr(self) -> str:
         """Name the adapters."""
         state = f"merged={self.merged!r}" if self.merged else f"active={self.active!r}"
-        return f"adapters={list(self.lifts)}, {state}"
+        return f"adapters={list(self.lora_B)}, {state}"
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -11,9 +11,9 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_torch._adapters.projection import Projection, scale_of
-from ipa_torch._adapters.replace import freeze, thaw, unwrap, wrap, wrapped
-from ipa_torch._layers.unwrap import check_fit, layer_of, plain
+from ipa_torch._adapters.projection import SharedProjection, scale_of
+from ipa_torch._adapters.replace import adapter_layers, freeze, unfreeze, unwrap, wrap
+from ipa_torch._layers.unwrap import check_fit, get_layer, unwrap_model
 from ipa_torch.errors import LayerError
 
 Scaling: TypeAlias = float | Literal["energy"]
@@ -37,7 +37,7 @@ def attach(
     Parameters
     ----------
     model : torch.nn.Module
-        Changed in place: each layer is replaced by an `Adapted` around it.
+        Changed in place: each layer is replaced by an `AdapterLayer` around it.
     projectors : mapping of str to Projector
         From layer names, as `fit_projectors` gives it.
     scaling : "energy" or float, default "energy"
@@ -77,9 +77,9 @@ def attach(
     >>> torch.equal(model(x), before)
     True
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
-    ['0.lifts.default', '2.lifts.default']
+    ['0.lora_B.default', '2.lora_B.default']
     """
-    model = plain(model)
+    model = unwrap_model(model)
     scales = {name: scale_of(projector, scaling) for name, projector in projectors.items()}
     if not 0 <= dropout < 1:
         raise SettingError(f"expected dropout of at least 0 and below 1, got {dropout!r}")
@@ -87,16 +87,16 @@ def attach(
         raise SettingError("expected projectors of at least one layer, got none")
     check_new(model, adapter)
     for name, projector in projectors.items():
-        check_fit(name, layer_of(model, name), projector.features)
+        check_fit(name, get_layer(model, name), projector.features)
     freeze(model)
-    made: dict[Hashable, Projection] = {}
+    made: dict[Hashable, SharedProjection] = {}
     for name, projector in projectors.items():
         layer = wrap(model, name)
-        key = (id(projector), layer.reading, layer.dtype, layer.device)
+        key = (id(projector), layer.view, layer.dtype, layer.device)
         if key not in made:
             weight = torch.as_tensor(projector.components).to(layer.device, layer.dtype)
-            fresh = Projection(weight.clone(), scales[name], layer.reading, trainable=trainable)
-            made[key] = layer.equal_to(fresh) or fresh
+            fresh = SharedProjection(weight.clone(), scales[name], layer.view, trainable=trainable)
+            made[key] = layer.find_equal_projection(fresh) or fresh
         layer.add(adapter, made[key], dropout)
     set_adapter(model, adapter)
 
@@ -109,7 +109,7 @@ def check_new(model: nn.Module, adapter: str) -> None:
     SettingError
         If it cannot be that of a new adapter.
     """
-    taken = adapters_of(model)
+    taken = list_adapters(model)
     if not adapter.isidentifier() or hasattr(nn.ModuleDict, adapter) or adapter in taken:
         raise SettingError(
             f"expected a new name for an adapter, an identifier, got {adapter!r}; taken are "
@@ -117,19 +117,19 @@ def check_new(model: nn.Module, adapter: str) -> None:
         )
 
 
-def adapters_of(model: nn.Module) -> list[str]:
+def list_adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters of a model.
 
     Examples
     --------
     >>> import torch
-    >>> from ipa_torch import adapters_of, attach, fit_projectors
+    >>> from ipa_torch import list_adapters, attach, fit_projectors
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
     >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
-    >>> adapters_of(model)
+    >>> list_adapters(model)
     ['default']
     """
-    return list(dict.fromkeys(name for _, layer in wrapped(model) for name in layer.lifts))
+    return list(dict.fromkeys(name for _, layer in adapter_layers(model) for name in layer.lora_B))
 
 
 def set_adapter(model: nn.Module, adapter: str | None) -> None:
@@ -152,29 +152,29 @@ def set_adapter(model: nn.Module, adapter: str | None) -> None:
     """
     if adapter is not None:
         _checked(model, adapter)
-    for _, layer in wrapped(model):
-        layer.active = adapter if adapter is not None and adapter in layer.lifts else None
+    for _, layer in adapter_layers(model):
+        layer.active = adapter if adapter is not None and adapter in layer.lora_B else None
         for parameter in layer.adapter_parameters():
             parameter.requires_grad_(False)
-    for _, layer in wrapped(model):
+    for _, layer in adapter_layers(model):
         if layer.active is not None:
             for parameter in layer.adapter_parameters(layer.active):
                 parameter.requires_grad_(True)
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Run the model without its adapters, merged ones too; nothing of them changes.
 
     Examples
     --------
     >>> import torch
-    >>> from ipa_torch import disabled
+    >>> from ipa_torch import disable_adapter
     >>> model = torch.nn.Linear(2, 2)
-    >>> with disabled(model):
+    >>> with disable_adapter(model):
     ...     y = model(torch.ones(1, 2))
     """
-    before = [(layer, layer.active, layer.merged) for _, layer in wrapped(model)]
+    before = [(layer, layer.active, layer.merged) for _, layer in adapter_layers(model)]
     try:
         for layer, _, _ in before:
             layer.active = None
@@ -214,10 +214,10 @@ def merge(model: nn.Module, adapter: str | None = None) -> None:
     >>> merge(model)
     >>> unmerge(model)
     """
-    named = [(name, layer, adapter or layer.active or "") for name, layer in wrapped(model)]
-    chosen = [(name, layer, one) for name, layer, one in named if one in layer.lifts]
+    named = [(name, layer, adapter or layer.active or "") for name, layer in adapter_layers(model)]
+    chosen = [(name, layer, one) for name, layer, one in named if one in layer.lora_B]
     if not chosen:
-        raise SettingError(f"expected an adapter among {adapters_of(model)}, got {adapter!r}")
+        raise SettingError(f"expected an adapter among {list_adapters(model)}, got {adapter!r}")
     for name, layer, _ in chosen:
         if not layer.mergeable:
             raise LayerError(
@@ -239,7 +239,7 @@ def unmerge(model: nn.Module) -> None:
     >>> from ipa_torch import unmerge
     >>> unmerge(torch.nn.Linear(2, 2))  # nothing is merged: nothing to do
     """
-    for _, layer in wrapped(model):
+    for _, layer in adapter_layers(model):
         layer.unmerge()
 
 
@@ -266,18 +266,18 @@ def detach(model: nn.Module, adapter: str | None = None) -> None:
       (0): Linear(in_features=16, out_features=4, bias=True)
     )
     """
-    for name in adapters_of(model) if adapter is None else [_checked(model, adapter)]:
-        for _, layer in wrapped(model):
-            if name in layer.lifts:
+    for name in list_adapters(model) if adapter is None else [_checked(model, adapter)]:
+        for _, layer in adapter_layers(model):
+            if name in layer.lora_B:
                 layer.remove(name)
-    for _, layer in wrapped(model):
-        if not layer.lifts:
-            unwrap(plain(model), layer)
-    if not wrapped(model):
-        thaw(plain(model))
+    for _, layer in adapter_layers(model):
+        if not layer.lora_B:
+            unwrap(unwrap_model(model), layer)
+    if not adapter_layers(model):
+        unfreeze(unwrap_model(model))
 
 
 def _checked(model: nn.Module, adapter: str) -> str:
-    if adapter not in (known := adapters_of(model)):
+    if adapter not in (known := list_adapters(model)):
         raise SettingError(f"expected an adapter among {known}, got {adapter!r}")
     return adapter

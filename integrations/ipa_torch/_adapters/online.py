@@ -12,15 +12,15 @@ from torch import nn
 
 from ipa_core import IncrementalPCA, Learner
 from ipa_core.errors import IPAError, SettingError, with_context
-from ipa_torch._adapters.basis_change import carry
-from ipa_torch._adapters.layer import Adapted
+from ipa_torch._adapters.basis_change import change_basis
+from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.model import Scaling
-from ipa_torch._adapters.projection import Projection, scale_of
-from ipa_torch._adapters.replace import wrapped
-from ipa_torch._capture.eval_mode import full_precision
-from ipa_torch._capture.row_weights import RowFilter, RowWeights, attention_mask
-from ipa_torch._capture.tensor_ids import Identities
-from ipa_torch._distributed.tree_reduce import agreed, world
+from ipa_torch._adapters.projection import SharedProjection, scale_of
+from ipa_torch._adapters.replace import adapter_layers
+from ipa_torch._capture.eval_mode import no_autocast
+from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_mask
+from ipa_torch._capture.tensor_ids import TensorIds
+from ipa_torch._distributed.tree_reduce import merge_across_ranks, world
 from ipa_torch._layers.matmul_view import input_of
 
 
@@ -77,8 +77,8 @@ class OnlineLearning:
     >>> with OnlineLearning(model) as online:
     ...     model(x).square().mean().backward()
     ...     optimiser.step()
-    ...     jumps = online.step(optimiser)
-    >>> sorted(jumps)
+    ...     lost_share = online.step(optimiser)
+    >>> sorted(lost_share)
     ['0']
     """
 
@@ -96,11 +96,11 @@ class OnlineLearning:
         self._adapter = adapter
         self._scaling = scaling
         self._max_patches = max_patches
-        self._filter = RowFilter(model, row_weights)
-        self._identities = Identities()
-        self._groups: dict[Projection, dict[str, Adapted]] = {}
-        for name, layer in wrapped(model):
-            if adapter in layer.lifts:
+        self._row_weighter = RowWeighter(model, row_weights)
+        self._tensor_ids = TensorIds()
+        self._groups: dict[SharedProjection, dict[str, AdapterLayer]] = {}
+        for name, layer in adapter_layers(model):
+            if adapter in layer.lora_B:
                 self._groups.setdefault(layer.projection(adapter), {})[name] = layer
         if not self._groups or any(projection.trainable for projection in self._groups):
             raise SettingError(
@@ -108,9 +108,9 @@ class OnlineLearning:
                 f"{'a trained one' if self._groups else 'none'}; attach it with trainable=False"
             )
         self._learners = {one: learner(one.rank) for one in self._groups}
-        self._recorded: set[tuple[Projection, int]] = set()
-        self._forward: set[Projection] = set()  # recorded outside of backward passes
-        self._fresh: set[Projection] = set()  # recorded since the last step
+        self._recorded: set[tuple[SharedProjection, int]] = set()
+        self._forward: set[SharedProjection] = set()  # recorded outside of backward passes
+        self._fresh: set[SharedProjection] = set()  # recorded since the last step
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __repr__(self) -> str:
@@ -119,7 +119,7 @@ class OnlineLearning:
         return f"OnlineLearning({layers} layers, {len(self._groups)} projectors, {rows:,} rows)"
 
     def __enter__(self) -> Self:
-        self._filter.open()
+        self._row_weighter.open()
         self._handles.append(
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         )
@@ -135,7 +135,7 @@ class OnlineLearning:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._filter.close()
+        self._row_weighter.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -165,17 +165,21 @@ class OnlineLearning:
                 "expected a forward pass in training mode with gradients since the last step, got "
                 "none that was seen; enter the context before it, and do not compile the model"
             )
-        jumps: dict[str, float] = {}
-        found = agreed({next(iter(g)): self._learners[p] for p, g in self._groups.items()}, world())
+        lost_share: dict[str, float] = {}
+        found = merge_across_ranks(
+            {next(iter(g)): self._learners[p] for p, g in self._groups.items()}, world()
+        )
         for (projection, layers), learned in zip(self._groups.items(), found.values(), strict=True):
             if learned is None or learned.samples < projection.rank:
-                jumps |= dict.fromkeys(layers, 0.0)
+                lost_share |= dict.fromkeys(layers, 0.0)
                 continue
-            lifts = {name: layer.lifts[self._adapter] for name, layer in layers.items()}
-            jumps |= carry(projection, lifts, learned, scale_of(learned, self._scaling), optimizer)
+            lora_B = {name: layer.lora_B[self._adapter] for name, layer in layers.items()}
+            lost_share |= change_basis(
+                projection, lora_B, learned, scale_of(learned, self._scaling), optimizer
+            )
         self._fresh.clear()
         self._forward.clear()
-        return jumps
+        return lost_share
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return the learners' states by their first layer, to be saved beside the optimiser's.
@@ -210,18 +214,18 @@ class OnlineLearning:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The same tensor may come again in another batch, and counts again.
         self._recorded.clear()
-        self._identities.clear()
-        self._filter.start(kwargs or (args[0] if len(args) == 1 else args))
+        self._tensor_ids.clear()
+        self._row_weighter.start(kwargs or (args[0] if len(args) == 1 else args))
 
     def _record(
         self,
         name: str,
-        projection: Projection,
+        projection: SharedProjection,
         layer: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        assert isinstance(layer, Adapted)
+        assert isinstance(layer, AdapterLayer)
         if not (layer.training and torch.is_grad_enabled() and layer.active == self._adapter):
             return
         if not self._is_first_run(projection):
@@ -231,7 +235,7 @@ class OnlineLearning:
         except IPAError as error:
             raise with_context(error, f"layer {name!r}") from error
 
-    def _is_first_run(self, projection: Projection) -> bool:
+    def _is_first_run(self, projection: SharedProjection) -> bool:
         """Tell a forward pass from its repetition, for a checkpoint, within the backward pass.
 
         A reentrant checkpoint runs first without gradients, which is not recorded: then the
@@ -242,14 +246,14 @@ class OnlineLearning:
             return True
         return projection not in self._forward
 
-    def _learn(self, projection: Projection, x: torch.Tensor) -> None:
-        event = projection, self._identities.number(x)
+    def _learn(self, projection: SharedProjection, x: torch.Tensor) -> None:
+        event = projection, self._tensor_ids.id_of(x)
         if event in self._recorded:
             return
         self._recorded.add(event)
         self._fresh.add(projection)
-        with full_precision(x.device):
-            reading = projection.reading
-            chosen = self._filter(x, reading.leading(x))
-            rows, weights = reading.rows(x.detach(), chosen, self._max_patches)
+        with no_autocast(x.device):
+            view = projection.view
+            chosen = self._row_weighter(x, view.row_shape(x))
+            rows, weights = view.im2row(x.detach(), chosen, self._max_patches)
             self._learners[projection].update(rows, weights)

@@ -11,14 +11,14 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_torch._layers.matmul_view import LastAxis, Patches
+from ipa_torch._layers.matmul_view import ConvView, LinearView
 
 #: What LoRA's random A keeps of the energy, times features / rank: its entries are uniform within
 #: +-1 / sqrt(features), with a variance of 1 / (3 features).
 LORA_SHARE = 1 / 3
 
 
-class Projection(nn.Module):
+class SharedProjection(nn.Module):
     """s P x for every row x of the input of the layers that share it.
 
     P is a buffer when frozen, which nothing can thaw by accident, and a parameter when trained.
@@ -30,7 +30,7 @@ class Projection(nn.Module):
         P.
     scale : float
         s.
-    reading : LastAxis or Patches
+    view : LinearView or ConvView
         How the layers read their input.
     trainable : bool
 
@@ -48,10 +48,10 @@ class Projection(nn.Module):
     scale: torch.Tensor
 
     def __init__(
-        self, weight: torch.Tensor, scale: float, reading: LastAxis | Patches, *, trainable: bool
+        self, weight: torch.Tensor, scale: float, view: LinearView | ConvView, *, trainable: bool
     ) -> None:
         super().__init__()
-        self.reading = reading
+        self.view = view
         if trainable:
             self.weight = nn.Parameter(weight)
         else:
@@ -112,7 +112,7 @@ class Projection(nn.Module):
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.weight.dtype)
-        return self.reading.project(x, self.weight) * self.scale
+        return self.view.project(x, self.weight) * self.scale
 
     def _forget(self, _: Any) -> None:
         self._recent = None

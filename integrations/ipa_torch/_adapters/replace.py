@@ -6,28 +6,30 @@ from typing import Any
 
 from torch import nn
 
-from ipa_torch._adapters.layer import Adapted
-from ipa_torch._layers.unwrap import plain
+from ipa_torch._adapters.layer import AdapterLayer
+from ipa_torch._layers.unwrap import unwrap_model
 
 _FROZEN = "_ipa_frozen"
 
 
-def wrapped(model: nn.Module) -> list[tuple[str, Adapted]]:
+def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
     """Return the adapted layers of a model by name."""
-    return [(name, m) for name, m in plain(model).named_modules() if isinstance(m, Adapted)]
+    return [
+        (name, m) for name, m in unwrap_model(model).named_modules() if isinstance(m, AdapterLayer)
+    ]
 
 
-def wrap(model: nn.Module, name: str) -> Adapted:
+def wrap(model: nn.Module, name: str) -> AdapterLayer:
     """Return the adapted layer of that name, made and put in place if there is none."""
     layer = model.get_submodule(name)
-    if isinstance(layer, Adapted):
+    if isinstance(layer, AdapterLayer):
         return layer
-    made = Adapted(layer)
+    made = AdapterLayer(layer)
     _replace(model, layer, made)
     return made
 
 
-def unwrap(model: nn.Module, layer: Adapted) -> None:
+def unwrap(model: nn.Module, layer: AdapterLayer) -> None:
     """Put the plain layer back."""
     layer.base_layer.train(layer.training)
     _replace(model, layer, layer.base_layer)
@@ -39,33 +41,33 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for key, child in parent._modules.items():
             if child is old:
                 parent._modules[key] = new
-        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, Adapted):
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, AdapterLayer):
             _keep_off_fast_path(new)
 
 
-def _keep_off_fast_path(layer: Adapted) -> None:
+def _keep_off_fast_path(layer: AdapterLayer) -> None:
     """Keep nn.TransformerEncoderLayer from reading weights past the layers that hold them.
 
     In evaluation mode it calls a fused kernel, unless one of its modules has a hook.
     """
     if not layer._forward_pre_hooks:
-        layer.register_forward_pre_hook(_nothing)
+        layer.register_forward_pre_hook(_noop_hook)
 
 
-def _nothing(module: nn.Module, args: Any) -> None:
+def _noop_hook(module: nn.Module, args: Any) -> None:
     return None
 
 
 def freeze(model: nn.Module) -> None:
     """Freeze all parameters, once, and remember which."""
-    if wrapped(model):
+    if adapter_layers(model):
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     model.__dict__[_FROZEN] = names
     model.requires_grad_(False)
 
 
-def thaw(model: nn.Module) -> None:
+def unfreeze(model: nn.Module) -> None:
     """Undo `freeze`."""
     frozen = set(model.__dict__.pop(_FROZEN, ()))
     for name, parameter in model.named_parameters():

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ipa_core.errors import FileFormatError, SettingError
-from ipa_torch._adapters.model import adapters_of, check_new, set_adapter
-from ipa_torch._adapters.projection import Projection
-from ipa_torch._adapters.replace import freeze, wrap, wrapped
-from ipa_torch._layers.unwrap import check_fit, layer_of, plain
+from ipa_torch._adapters.model import check_new, list_adapters, set_adapter
+from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._adapters.replace import adapter_layers, freeze, wrap
+from ipa_torch._layers.unwrap import check_fit, get_layer, unwrap_model
 
 _LAYER, _PROJECTION = "layers", "projections"
 
@@ -22,7 +22,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     Returns
     -------
     dict of str to torch.Tensor
-        ``layers.NAME.lift`` (outputs, rank), ``layers.NAME.projection`` (number of its P),
+        ``layers.NAME.expand`` (outputs, rank), ``layers.NAME.projection`` (number of its P),
         ``projections.NUMBER.weight`` (rank, features), ``.scale`` and ``.trainable``. Ready for
         ``safetensors.torch.save_file``; `load_adapter_state_dict` reads it.
 
@@ -40,16 +40,16 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     >>> sorted(adapter_state_dict(model))[:2]
     ['layers.0.lift', 'layers.0.projection']
     """
-    if adapter not in (known := adapters_of(model)):
+    if adapter not in (known := list_adapters(model)):
         raise SettingError(f"expected an adapter among {known}, got {adapter!r}")
-    numbers: dict[Projection, int] = {}
+    numbers: dict[SharedProjection, int] = {}
     state: dict[str, torch.Tensor] = {}
-    for name, layer in wrapped(model):
-        if adapter not in layer.lifts:
+    for name, layer in adapter_layers(model):
+        if adapter not in layer.lora_B:
             continue
         projection = layer.projection(adapter)
         number = numbers.setdefault(projection, len(numbers))
-        state[f"{_LAYER}.{name}.lift"] = layer.lifts[adapter].detach()
+        state[f"{_LAYER}.{name}.lift"] = layer.lora_B[adapter].detach()
         state[f"{_LAYER}.{name}.projection"] = torch.tensor(number)
     for projection, number in numbers.items():
         state[f"{_PROJECTION}.{number}.weight"] = projection.weight.detach()
@@ -94,37 +94,37 @@ def load_adapter_state_dict(
     >>> again = torch.nn.Sequential(torch.nn.Linear(16, 4))
     >>> load_adapter_state_dict(again, adapter_state_dict(model))
     """
-    model = plain(model)
+    model = unwrap_model(model)
     layers = _layers(state)
-    for name, (number, lift) in layers.items():
+    for name, (number, lora_B) in layers.items():
         weight = _entry(state, f"{_PROJECTION}.{number}.weight")
-        check_fit(name, layer_of(model, name), weight.shape[-1])
-        if lift.shape[-1] != weight.shape[0]:
+        check_fit(name, get_layer(model, name), weight.shape[-1])
+        if lora_B.shape[-1] != weight.shape[0]:
             raise FileFormatError(
-                f"layer {name!r}: expected a lift of rank {weight.shape[0]}, got {lift.shape[-1]}"
+                f"layer {name!r}: expected a lift of rank {weight.shape[0]}, got {lora_B.shape[-1]}"
             )
-    if adapter in adapters_of(model):
-        for _, layer in wrapped(model):
-            if adapter in layer.lifts:
+    if adapter in list_adapters(model):
+        for _, layer in adapter_layers(model):
+            if adapter in layer.lora_B:
                 layer.remove(adapter)
     check_new(model, adapter)
     freeze(model)
-    made: dict[object, Projection] = {}
-    for name, (number, lift) in layers.items():
+    made: dict[object, SharedProjection] = {}
+    for name, (number, lora_B) in layers.items():
         layer = wrap(model, name)
-        key = (number, layer.reading, layer.dtype, layer.device)
+        key = (number, layer.view, layer.dtype, layer.device)
         if key not in made:
-            made[key] = Projection(
+            made[key] = SharedProjection(
                 _entry(state, f"{_PROJECTION}.{number}.weight").to(
                     layer.device, layer.dtype, copy=True
                 ),
                 float(_entry(state, f"{_PROJECTION}.{number}.scale")),
-                layer.reading,
+                layer.view,
                 trainable=bool(_entry(state, f"{_PROJECTION}.{number}.trainable")),
             )
         layer.add(adapter, made[key], dropout)
         with torch.no_grad():
-            layer.lifts[adapter].copy_(lift)
+            layer.lora_B[adapter].copy_(lora_B)
     set_adapter(model, adapter)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
-class WeightWatch(TorchFunctionMode):
+class WeightUseTracer(TorchFunctionMode):
     """Notes the layers whose weight any torch function is given, by whomever.
 
     A layer of which this is so, and whose forward never runs, is bypassed:

@@ -11,7 +11,7 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, then leave all as it was.
 
     Training flags (module by module) and the random states of host and CUDA devices are restored
@@ -38,7 +38,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def no_autocast(device: torch.device) -> Iterator[None]:
     """Compute without gradients and outside the model's autocast.
 
     Products in half precision would lose the small core of a learner's decomposition.

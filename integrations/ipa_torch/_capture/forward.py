@@ -12,7 +12,7 @@ from torch import nn
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
 
 
-def feed(model: nn.Module, batch: Any) -> None:
+def default_forward(model: nn.Module, batch: Any) -> None:
     """Call a model: a mapping gives keywords, a tuple or list positions, all else one argument."""
     batch = on_device(batch, device_of(model))
     try:

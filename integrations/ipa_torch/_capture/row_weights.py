@@ -11,8 +11,8 @@ from torch import nn
 
 from ipa_core.errors import ShapeError
 from ipa_torch._capture.forward import on_device
-from ipa_torch._capture.tensor_ids import Key, storage_of
-from ipa_torch._layers.matmul_view import Chosen
+from ipa_torch._capture.tensor_ids import Key, storage_key
+from ipa_torch._layers.matmul_view import RowSubset
 
 Weights: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None"
 RowWeights: TypeAlias = Callable[[Any], Weights]
@@ -48,7 +48,7 @@ def _plain(mask: Any) -> torch.Tensor | None:
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
-class Selection:
+class RowSelection:
     """The rows that count in one batch: one index, found once, whatever the number of layers."""
 
     def __init__(self, weights: torch.Tensor) -> None:
@@ -61,20 +61,20 @@ class Selection:
         ones = bool((flat.to(torch.float32) == present).all())
         kept_weights = flat if self._index is None else flat.index_select(0, self._index)
         self._weights = None if ones else kept_weights
-        self._moved: dict[torch.device, Chosen] = {}
+        self._moved: dict[torch.device, RowSubset] = {}
 
-    def fits(self, leading: tuple[int, ...]) -> bool:
+    def fits(self, row_shape: tuple[int, ...]) -> bool:
         """Return whether an activation with these leading axes has the rows of the mask."""
-        return leading == self.shape or leading == (math.prod(self.shape),)
+        return row_shape == self.shape or row_shape == (math.prod(self.shape),)
 
-    def on(self, device: torch.device) -> Chosen:
+    def on(self, device: torch.device) -> RowSubset:
         """Return the places that count, None for all, and their weights, None for ones."""
         if device not in self._moved:
             self._moved[device] = on_device(self._index, device), on_device(self._weights, device)
         return self._moved[device]
 
 
-class RowFilter:
+class RowWeighter:
     """Finds the rows that count in each activation of the present batch.
 
     In an encoder-decoder model the encoder's weights hold until its output has been computed, and
@@ -87,8 +87,8 @@ class RowFilter:
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._done = False
         self._output: Key | None = None
-        self._first: Selection | None = None
-        self._second: Selection | None = None
+        self._first: RowSelection | None = None
+        self._second: RowSelection | None = None
 
     def start(self, batch: Any) -> int | None:
         """Begin a batch; return the number of its rows that count, if it has weights."""
@@ -108,20 +108,20 @@ class RowFilter:
         if self._handle is not None:
             self._handle.remove()
 
-    def __call__(self, activation: torch.Tensor, leading: tuple[int, ...]) -> Chosen:
+    def __call__(self, activation: torch.Tensor, row_shape: tuple[int, ...]) -> RowSubset:
         """Return the places of an activation that count, and their weights."""
         selection = self._second if self._is_decoders(activation) else self._first
-        if selection is None or not selection.fits(leading):
+        if selection is None or not selection.fits(row_shape):
             return None, None
         return selection.on(activation.device)
 
     def _is_decoders(self, activation: torch.Tensor) -> bool:
-        return self._done and storage_of(activation) != self._output
+        return self._done and storage_key(activation) != self._output
 
     def _encoder_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._done = True
         hidden = output if isinstance(output, torch.Tensor) else output[0]
-        self._output = storage_of(hidden)
+        self._output = storage_key(hidden)
 
 
 def _encoder_of(model: nn.Module) -> nn.Module | None:
@@ -131,7 +131,7 @@ def _encoder_of(model: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) else None
 
 
-def _selection(weights: Any) -> Selection | None:
+def _selection(weights: Any) -> RowSelection | None:
     if weights is None:
         return None
     if not isinstance(weights, torch.Tensor):
@@ -139,4 +139,4 @@ def _selection(weights: Any) -> Selection | None:
             f"expected row weights that are a tensor, got {type(weights).__name__}; "
             "let row_weights return a tensor of one weight for each row, or None"
         )
-    return Selection(weights)
+    return RowSelection(weights)

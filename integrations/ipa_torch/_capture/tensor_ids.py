@@ -10,15 +10,15 @@ import torch
 Key: TypeAlias = tuple[object, ...]
 
 
-def storage_of(tensor: torch.Tensor) -> Key:
+def storage_key(tensor: torch.Tensor) -> Key:
     """Return device and address of the memory that a tensor views."""
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
-def contents_of(tensor: torch.Tensor) -> Key:
+def tensor_key(tensor: torch.Tensor) -> Key:
     """Return what fixes a tensor's contents while it is alive: place, geometry and version."""
     return (
-        *storage_of(tensor),
+        *storage_key(tensor),
         tensor.storage_offset(),
         tensor.dtype,
         tuple(tensor.shape),
@@ -27,7 +27,7 @@ def contents_of(tensor: torch.Tensor) -> Key:
     )
 
 
-class Identities:
+class TensorIds:
     """Numbers the tensors of a batch, the same number for the same live, unchanged contents.
 
     Tensors are held weakly: nothing outlives the forward pass because it was seen here. An address
@@ -39,19 +39,19 @@ class Identities:
         self._seen: dict[Key, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._count = 0
 
-    def number(self, tensor: torch.Tensor) -> int:
+    def id_of(self, tensor: torch.Tensor) -> int:
         """Return the number of a tensor."""
         if tensor.is_inference():
             return self._next()
-        key = contents_of(tensor)
+        key = tensor_key(tensor)
         if key in self._seen:
-            reference, number = self._seen[key]
+            reference, id_of = self._seen[key]
             first = reference()
-            if first is not None and contents_of(first) == key:
-                return number
-        number = self._next()
-        self._seen[key] = (weakref.ref(tensor), number)
-        return number
+            if first is not None and tensor_key(first) == key:
+                return id_of
+        id_of = self._next()
+        self._seen[key] = (weakref.ref(tensor), id_of)
+        return id_of
 
     def clear(self) -> None:
         """Forget the tensors of the batch that has ended."""

@@ -10,7 +10,7 @@ from torch import distributed
 ProcessGroup: TypeAlias = "distributed.ProcessGroup"
 
 
-class Wire:
+class Communicator:
     """Sends bytes among the members of a process group, who are numbered from 0.
 
     Over gloo from the host's memory, over NCCL by way of the current GPU.
@@ -18,8 +18,8 @@ class Wire:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
-        self.me = distributed.get_rank(group)
-        self.size = distributed.get_world_size(group)
+        self.rank = distributed.get_rank(group)
+        self.world_size = distributed.get_world_size(group)
         backends = str(distributed.get_backend_config(group))
         gpu_only = "nccl" in backends and "gloo" not in backends
         self._device = torch.device("cuda" if gpu_only else "cpu")
@@ -50,7 +50,7 @@ class Wire:
 
     def gather(self, data: bytes) -> list[bytes]:
         """Return everywhere what all members have, in their order."""
-        sizes = [self._number(0) for _ in range(self.size)]
+        sizes = [self._number(0) for _ in range(self.world_size)]
         distributed.all_gather(sizes, self._number(len(data)), self._group)
         most = max(int(size) for size in sizes)
         parts = [self._empty(most) for _ in sizes]
@@ -58,7 +58,7 @@ class Wire:
         distributed.all_gather(parts, padded, self._group)
         return [_bytes(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
-    def least(self, value: int) -> int:
+    def all_reduce_min(self, value: int) -> int:
         """Return the least of all members' numbers."""
         number = self._number(value)
         distributed.all_reduce(number, distributed.ReduceOp.MIN, self._group)

@@ -11,25 +11,25 @@ from torch import distributed
 
 from ipa_core import Projector
 from ipa_core.io.serialization import pack_state, unpack_state
-from ipa_torch._capture.eval_mode import full_precision
-from ipa_torch._distributed.comm import ProcessGroup, Wire
+from ipa_torch._capture.eval_mode import no_autocast
+from ipa_torch._distributed.comm import Communicator, ProcessGroup
 from ipa_torch.errors import PeerError
 
 _FAILED = b"!"
-_WELL = b"."
+_OK = b"."
 
 # Roots move by the golden ratio: a model's wide layers recur every few learners, and with whole
 # steps it would be the same members who send them each time.
 _STEP = (5**0.5 - 1) / 2
 
 
-class Mergeable(Protocol):
+class MergeableLearner(Protocol):
     """What `ipa_core.Learner` is to others who learned the same; its state has a ``template``."""
 
     rank: int
     samples: int
 
-    def summary(self) -> Self:
+    def compact(self) -> Self:
         """Return the same in its smallest form."""
 
     def merge(self, other: Self) -> Self:
@@ -52,8 +52,8 @@ def world() -> ProcessGroup | None:
     return None
 
 
-def agreed(
-    learners: Mapping[str, Mergeable], group: ProcessGroup | None
+def merge_across_ranks(
+    learners: Mapping[str, MergeableLearner], group: ProcessGroup | None
 ) -> dict[str, Projector | None]:
     """Return for each learner the projector of all members' rows; None if nobody has rows.
 
@@ -71,89 +71,93 @@ def agreed(
     """
     if group is None:
         return {name: _finalized(one) if one.samples else None for name, one in learners.items()}
-    wire = Wire(group)
-    trees = _trees([learner.samples for learner in learners.values()], wire)
+    comm = Communicator(group)
+    trees = _trees([learner.samples for learner in learners.values()], comm)
     named = [(name, learners[name], tree) for name, tree in zip(learners, trees, strict=True)]
-    done = [_reduced(one, tree, wire) if wire.me in tree else None for _, one, tree in named]
+    done = [_tree_reduce(one, tree, comm) if comm.rank in tree else None for _, one, tree in named]
     return {
-        name: _told(name, mine, tree, wire) if tree else None
+        name: _broadcast_projector(name, mine, tree, comm) if tree else None
         for mine, (name, _, tree) in zip(done, named, strict=True)
     }
 
 
-def _trees(samples: list[int], wire: Wire) -> list[list[int]]:
+def _trees(samples: list[int], comm: Communicator) -> list[list[int]]:
     """Return for each learner the members that have rows, the root first."""
     mine = torch.tensor(samples, dtype=torch.int64).numpy().tobytes()
-    counts = [torch.frombuffer(bytearray(part), dtype=torch.int64) for part in wire.gather(mine)]
+    counts = [torch.frombuffer(bytearray(part), dtype=torch.int64) for part in comm.gather(mine)]
     trees = []
     for index in range(len(samples)):
-        having = [member for member in range(wire.size) if int(counts[member][index])]
+        having = [member for member in range(comm.world_size) if int(counts[member][index])]
         turn = int(index * _STEP % 1 * len(having))
         trees.append(having[turn:] + having[:turn])
     return trees
 
 
-def _reduced(learner: Mergeable, tree: list[int], wire: Wire) -> bytes | None:
+def _tree_reduce(learner: MergeableLearner, tree: list[int], comm: Communicator) -> bytes | None:
     """Pass summaries down the tree; return the packed projector at its root."""
-    place, step = tree.index(wire.me), 1
-    total = _attempt(learner.summary, learner)
+    place, step = tree.index(comm.rank), 1
+    total = _attempt(learner.compact, learner)
     while step < len(tree):
         if place % (2 * step):
-            wire.send(tree[place - step], _packed(total))
+            comm.send(tree[place - step], _packed(total))
             return None
         if place + step < len(tree):
-            total = _merged(total, wire.receive(tree[place + step]), learner)
+            total = _merged(total, comm.receive(tree[place + step]), learner)
         step *= 2
     if isinstance(total, str):
         return _FAILED + total.encode()
     projector = _attempt(total.finalize, learner)
     if isinstance(projector, str):
         return _FAILED + projector.encode()
-    return _WELL + pack_state(vars(projector))
+    return _OK + pack_state(vars(projector))
 
 
-def _merged(total: Mergeable | str, message: bytes, learner: Mergeable) -> Mergeable | str:
+def _merged(
+    total: MergeableLearner | str, message: bytes, learner: MergeableLearner
+) -> MergeableLearner | str:
     if isinstance(total, str):
         return total
     if message[:1] == _FAILED:
         return message[1:].decode()
 
-    def merge() -> Mergeable:
+    def merge() -> MergeableLearner:
         state = unpack_state(message[1:], library=torch, device=_device(learner))
         return total.merge(copy.copy(learner).load_state_dict(state))
 
-    merged: Mergeable | str = _attempt(merge, learner)
+    merged: MergeableLearner | str = _attempt(merge, learner)
     return merged
 
 
-def _device(learner: Mergeable) -> torch.device:
+def _device(learner: MergeableLearner) -> torch.device:
     device: torch.device = learner.state_dict()["template"].device
     return device
 
 
-def _finalized(learner: Mergeable) -> Projector:
-    with full_precision(_device(learner)):
+def _finalized(learner: MergeableLearner) -> Projector:
+    with no_autocast(_device(learner)):
         return learner.finalize()
 
 
-def _attempt(work: Any, learner: Mergeable) -> Any:
+def _attempt(work: Any, learner: MergeableLearner) -> Any:
     """Return what work gives, or in words what went wrong: others wait for an answer."""
     try:
-        with full_precision(_device(learner)):
+        with no_autocast(_device(learner)):
             return work()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
-def _packed(total: Mergeable | str) -> bytes:
+def _packed(total: MergeableLearner | str) -> bytes:
     if isinstance(total, str):
         return _FAILED + total.encode()
-    return _WELL + pack_state(total.state_dict())
+    return _OK + pack_state(total.state_dict())
 
 
-def _told(name: str, mine: bytes | None, tree: list[int], wire: Wire) -> Projector:
+def _broadcast_projector(
+    name: str, mine: bytes | None, tree: list[int], comm: Communicator
+) -> Projector:
     """Return the projector that the root sends round."""
-    message = wire.broadcast(tree[0], mine)
+    message = comm.broadcast(tree[0], mine)
     if message[:1] == _FAILED:
         raise PeerError(f"layer {name!r}: expected learners that merge, got {message[1:].decode()}")
     return Projector(**unpack_state(message[1:], library=torch))

@@ -19,16 +19,16 @@ from ipa_core import ActivationStore, Learner
 from ipa_core.errors import EmptyStreamError, NonFiniteError, SettingError
 from ipa_core.io.activation_store import INDEX, Index, Shard
 from ipa_core.io.serialization import replace_file
-from ipa_torch._capture.eval_mode import undisturbed
-from ipa_torch._capture.forward import Forward, feed
-from ipa_torch._capture.row_weights import RowFilter, RowWeights, attention_mask
+from ipa_torch._capture.eval_mode import eval_mode
+from ipa_torch._capture.forward import Forward, default_forward
+from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_mask
 from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.checkpoint import skip
-from ipa_torch._fit.collector import Listener
+from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import ENDED
-from ipa_torch._fit.shared_inputs import Histories
+from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
-from ipa_torch._layers.unwrap import plain
+from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError, check_choice
 
 Half: TypeAlias = Literal["float16", "bfloat16"]
@@ -105,37 +105,39 @@ def store_activations(
     [2, 4]
     """
     check_choice("dtype", dtype, Half)
-    model = plain(model)
+    model = unwrap_model(model)
     layers = select_layers(model, targets)
     half = torch.float16 if dtype == "float16" else torch.bfloat16
-    histories = Histories(dict.fromkeys(layers, 1), lambda _: cast(Learner, _Kept(half)), None)
-    listener = Listener(
+    inputs = SharedInputTree(
+        dict.fromkeys(layers, 1), lambda _: cast(Learner, _RowBuffer(half)), None
+    )
+    collector = ActivationCollector(
         layers,
-        histories,
-        RowFilter(model, row_weights),
+        inputs,
+        RowWeighter(model, row_weights),
         max_patches=max_patches,
         max_rows=None,
         keep_going=False,
     )
     settings = {"layers": [*layers], "max_patches": max_patches}
-    writer = _Writer(Path(folder), histories, dtype, settings, max_bytes, shard_bytes)
-    run = feed if forward is None else forward
+    writer = _Writer(Path(folder), inputs, dtype, settings, max_bytes, shard_bytes)
+    run = default_forward if forward is None else forward
     bar = tqdm(desc="storing", unit=" rows", unit_scale=True, disable=None if progress else True)
     if writer.index.ended is None:
-        with undisturbed(model), listener, bar:
-            for batch in writer.resumed(batches):
-                before = dict(histories.at)
-                with listener.batch(batch):
+        with eval_mode(model), collector, bar:
+            for batch in writer.skip_seen(batches):
+                before = dict(inputs.node_of)
+                with collector.batch(batch):
                     run(model, batch)
-                bar.update(listener.rows)
-                if not writer.note(batch, before):
+                bar.update(collector.rows)
+                if not writer.record_batch(batch, before):
                     break
         writer.end()
     _report(layers, writer.index)
     return ActivationStore(folder)
 
 
-class _Kept:
+class _RowBuffer:
     """Stands for a learner: keeps the rows, in half precision on the host, and learns nothing."""
 
     passes = 1
@@ -183,15 +185,15 @@ class _Writer:
     def __init__(
         self,
         folder: Path,
-        histories: Histories,
+        inputs: SharedInputTree,
         dtype: Half,
         settings: dict[str, Any],
         max_bytes: int | None,
         shard_bytes: int,
     ) -> None:
         self._folder = folder
-        self._histories = histories
-        self._fresh = dict(histories.at)
+        self._inputs = inputs
+        self._fresh = dict(inputs.node_of)
         self._settings = settings
         self._max_bytes = max_bytes
         self._shard_bytes = shard_bytes
@@ -213,7 +215,7 @@ class _Writer:
         shards = {shard.file: shard.bytes for own in self.index.layers.values() for shard in own}
         self._written = sum(shards.values())
 
-    def resumed(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def skip_seen(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Return the batches that the store does not hold yet."""
         left = iter(batches)
         for kind in (".index.json.*", ".*.safetensors.*"):
@@ -225,11 +227,11 @@ class _Writer:
             torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
         return left
 
-    def note(self, batch: Any, before: Mapping[str, Any]) -> bool:
+    def record_batch(self, batch: Any, before: Mapping[str, Any]) -> bool:
         """Count a batch; return whether there is room for more."""
-        pending = [cast(_Kept, node.learner).bytes + _HEADER for node in self._nodes()]
+        pending = [cast(_RowBuffer, node.learner).bytes + _HEADER for node in self._nodes()]
         if self._max_bytes is not None and self._written + sum(pending) > self._max_bytes:
-            self._histories.at.update(before)
+            self._inputs.node_of.update(before)
             self._reason = f"max_bytes of {self._max_bytes:,} reached"
             if not self._batches:
                 raise SettingError(
@@ -250,7 +252,7 @@ class _Writer:
         self._flush(self._reason)
 
     def _nodes(self) -> list[Any]:
-        nodes = {id(node): node for node in self._histories.at.values() if node.learner.samples}
+        nodes = {id(node): node for node in self._inputs.node_of.values() if node.learner.samples}
         return list(nodes.values())
 
     def _flush(self, ended: str | None) -> None:
@@ -265,7 +267,7 @@ class _Writer:
             made[id(node)] = Shard(file, node.learner.samples, len(data), digest)
             self._written += len(data)
             number += 1
-        for name, node in self._histories.at.items():
+        for name, node in self._inputs.node_of.items():
             if id(node) in made:
                 layers.setdefault(name, []).append(made[id(node)])
         order = [name for name in self._fresh if name in layers]
@@ -283,7 +285,7 @@ class _Writer:
             },
         )
         self.index.write(self._folder)
-        self._histories.at.update(self._fresh)
+        self._inputs.node_of.update(self._fresh)
 
 
 def _report(layers: Mapping[str, nn.Module], index: Index) -> None:

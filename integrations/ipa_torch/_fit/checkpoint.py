@@ -17,15 +17,15 @@ import torch
 from ipa_core import load_state, save_state
 from ipa_core.errors import FileFormatError, SettingError, StreamError, with_context
 from ipa_torch._fit.batch_digest import chained
-from ipa_torch._fit.collector import Listener, Standing
-from ipa_torch._fit.shared_inputs import Node
+from ipa_torch._fit.collector import ActivationCollector, CollectorState
+from ipa_torch._fit.shared_inputs import InputPrefix
 
 _INDEX = "index.safetensors"
 _KEPT = 2
 
 
 @dataclass(frozen=True)
-class Checkpoints:
+class CheckpointConfig:
     """Where and how often `fit_projectors` writes down where it stands.
 
     Parameters
@@ -40,8 +40,8 @@ class Checkpoints:
 
     Examples
     --------
-    >>> from ipa_torch import Checkpoints
-    >>> Checkpoints("learning", batches=100, seconds=None)
+    >>> from ipa_torch import CheckpointConfig
+    >>> CheckpointConfig("learning", batches=100, seconds=None)
     Checkpoints(folder='learning', batches=100, seconds=None)
     """
 
@@ -56,7 +56,7 @@ class Checkpoints:
                 raise SettingError(f"expected {name} above 0 or None, got {value!r}")
 
     @classmethod
-    def of(cls, given: Checkpoint) -> Self:
+    def of(cls, given: CheckpointLike) -> Self:
         """Return the checkpoints of what a caller gave: a folder alone has the usual ones."""
         return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
 
@@ -83,27 +83,27 @@ class Checkpoints:
         return self if name is None else self.under(name)
 
 
-Checkpoint: TypeAlias = "Checkpoints | str | os.PathLike[str]"
+CheckpointLike: TypeAlias = "CheckpointConfig | str | os.PathLike[str]"
 
 
 @dataclass
-class Journal:
+class CheckpointWriter:
     """Counts the batches of a run, and writes down where it stands when that is due.
 
-    Without ``checkpoints`` it only counts. ``least`` is a `Company`'s: members who go in step write
-    after the same batches, and go on after the same.
+    Without ``checkpoints`` it only counts. `all_reduce_min` keeps the ranks of a sharded model on
+    the same checkpoint.
     """
 
-    checkpoints: Checkpoints | None
-    listener: Listener
+    checkpoints: CheckpointConfig | None
+    collector: ActivationCollector
     settings: Mapping[str, Any]
-    least: Callable[[int], int]
+    all_reduce_min: Callable[[int], int]
     seen: int = 0
     _digest: str = ""
     _written: int = 0
     _last: float = field(default_factory=time.monotonic)
 
-    def resumed(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def skip_seen(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Return the batches that are left, the listener being put where it stood.
 
         Raises
@@ -123,18 +123,18 @@ class Journal:
         for unfinished in folder.glob(".writing-*"):
             shutil.rmtree(unfinished)
         steps = steps_in(folder)
-        common = self.least(1 + _seen(steps))
+        common = self.all_reduce_min(1 + _seen(steps))
         if not common:
             return iter(())
         steps = _up_to(common - 1, steps)
         if steps:
-            index = _load(steps, self.listener, self.settings)
+            index = _load(steps, self.collector, self.settings)
             self.seen = self._written = index["seen"]
             self._digest = skip(left, self.seen, index["digest"], steps[-1])
             torch.set_rng_state(index["random"])
         return left
 
-    def note(self, batch: Any) -> None:
+    def record_batch(self, batch: Any) -> None:
         """Count a batch that has been learned from; write if it is time."""
         self.seen += 1
         if self.checkpoints is None:
@@ -144,7 +144,7 @@ class Journal:
         due = (every is not None and self.seen - self._written >= every) or (
             seconds is not None and time.monotonic() - self._last >= seconds
         )
-        if self.least(1 if due else 2) == 1:
+        if self.all_reduce_min(1 if due else 2) == 1:
             self.write()
 
     def write(self) -> None:
@@ -160,7 +160,7 @@ class Journal:
             "settings": dict(self.settings),
             "random": torch.get_rng_state(),
         }
-        _save(scratch, self.listener.standing(), index)
+        _save(scratch, self.collector.snapshot(), index)
         os.replace(scratch, folder / f"step-{self.seen:010d}")
         for old in steps_in(folder)[:-_KEPT]:
             shutil.rmtree(old)
@@ -196,24 +196,26 @@ def _up_to(seen: int, steps: list[Path]) -> list[Path]:
     return kept
 
 
-def _save(folder: Path, standing: Standing, index: dict[str, Any]) -> None:
+def _save(folder: Path, state: CollectorState, index: dict[str, Any]) -> None:
     nodes = []
-    for number, (node, names) in enumerate(standing.groups()):
+    for number, (node, names) in enumerate(state.groups()):
         save_state(node.learner.state_dict(), folder / f"{number}.safetensors")
         nodes.append({"layers": names, "converging": node.convergence is not None})
         if node.convergence is not None:
             save_state(node.convergence.state_dict(), folder / f"{number}.convergence.safetensors")
     index |= {
         "nodes": nodes,
-        "ran": {name: str(device) for name, device in standing.ran.items()},
-        "stopped": dict(standing.stopped),
-        "unfit": dict(standing.unfit),
-        "bypassed": sorted(standing.bypassed),
+        "ran": {name: str(device) for name, device in state.ran.items()},
+        "stopped": dict(state.stopped),
+        "failed": dict(state.failed),
+        "bypassed": sorted(state.bypassed),
     }
     save_state(index, folder / _INDEX)
 
 
-def _load(steps: list[Path], listener: Listener, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _load(
+    steps: list[Path], collector: ActivationCollector, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Put a listener where the latest checkpoint stands; return the index."""
     folder = steps[-1]
     try:
@@ -223,25 +225,27 @@ def _load(steps: list[Path], listener: Listener, settings: Mapping[str, Any]) ->
                 f"{folder}: expected the checkpoint of a run with settings {dict(settings)}, got "
                 f"{index['settings']}; take another folder, or delete this one to start anew"
             )
-        standing = _standing(folder, index, listener.standing().at)
+        state = _read_state(folder, index, collector.snapshot().node_of)
     except (FileFormatError, FileNotFoundError) as error:
         rest = f"go on from {steps[-2].name}" if len(steps) > 1 else "start anew"
         raise FileFormatError(
             f"expected a whole checkpoint, got {error}; delete {folder} to {rest}: what was "
             "learned since is lost"
         ) from error
-    listener.resume(standing)
+    collector.resume(state)
     return index
 
 
-def _standing(folder: Path, index: dict[str, Any], fresh: Mapping[str, Node]) -> Standing:
+def _read_state(
+    folder: Path, index: dict[str, Any], fresh: Mapping[str, InputPrefix]
+) -> CollectorState:
     ran = {name: torch.device(device) for name, device in index["ran"].items()}
-    reached: dict[str, Node] = {}
+    reached: dict[str, InputPrefix] = {}
     for number, entry in enumerate(index["nodes"]):
         names = entry["layers"]
         devices = [ran[name] for name in names if name in ran]
         start = fresh[names[0]]
-        node = Node(copy.copy(start.learner), start.convergence)
+        node = InputPrefix(copy.copy(start.learner), start.convergence)
         device = devices[0] if devices else None
         path = folder / f"{number}.safetensors"
         try:
@@ -250,15 +254,15 @@ def _standing(folder: Path, index: dict[str, Any], fresh: Mapping[str, Node]) ->
             raise with_context(error, str(path)) from error
         if entry["converging"] and node.convergence is not None:
             path = folder / f"{number}.convergence.safetensors"
-            node.convergence = node.convergence.resumed(
+            node.convergence = node.convergence.with_state(
                 load_state(path, library=torch, device=device)
             )
         reached |= dict.fromkeys(names, node)
-    return Standing(
+    return CollectorState(
         {name: reached[name] for name in fresh},
         ran,
         index["stopped"],
-        index["unfit"],
+        index["failed"],
         frozenset(index["bypassed"]),
     )
 

@@ -101,7 +101,7 @@ class Convergence:
                 state[f"{key}.totals"] = torch.tensor(totals, dtype=torch.float64)
         return state if self._sums is None else state | {"sums": self._sums}
 
-    def resumed(self, state: Mapping[str, torch.Tensor]) -> Convergence:
+    def with_state(self, state: Mapping[str, torch.Tensor]) -> Convergence:
         """Return the estimate that `state_dict` gave, with this one's tolerance."""
         fresh = Convergence(self.tolerance)
         fresh.estimate, fresh._last, batches, checkpoint = state["numbers"].tolist()

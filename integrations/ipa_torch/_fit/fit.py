@@ -13,19 +13,20 @@ from tqdm.auto import tqdm
 
 from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import EmptyStreamError, StreamError
-from ipa_torch._capture.eval_mode import undisturbed
-from ipa_torch._capture.forward import Forward, feed
-from ipa_torch._capture.row_weights import RowFilter, RowWeights, attention_mask
-from ipa_torch._distributed.process_group import Company, Members
-from ipa_torch._fit.checkpoint import Checkpoint, Checkpoints, Journal
-from ipa_torch._fit.collector import Listener
+from ipa_torch._capture.eval_mode import eval_mode
+from ipa_torch._capture.forward import Forward, default_forward
+from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_mask
+from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
+from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, CheckpointWriter
+from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import ENDED, Budget, Convergence
-from ipa_torch._fit.memory import Turn, turns_within
-from ipa_torch._fit.shared_inputs import Histories
+from ipa_torch._fit.memory import MemoryPass, split_by_memory
+from ipa_torch._fit.merge_results import merge_results
+from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
-from ipa_torch._layers.unwrap import plain
+from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError, check_choice
-from ipa_torch.projectors import Projectors, joined, rank_for
+from ipa_torch.projectors import LayerProjectors, join_passes, resolve_rank
 
 OnMissing: TypeAlias = Literal["warn", "raise", "ignore"]
 OnError: TypeAlias = Literal["raise", "return"]
@@ -50,12 +51,12 @@ def fit_projectors(
     max_seconds: float | None = None,
     tolerance: float | None = None,
     max_bytes: int | None = None,
-    process_group: Members = "world",
-    checkpoint: Checkpoint | None = None,
+    process_group: ProcessGroupArg = "world",
+    checkpoint: CheckpointLike | None = None,
     on_missing: OnMissing = "warn",
     on_error: OnError = "raise",
     progress: bool = True,
-) -> Projectors:
+) -> LayerProjectors:
     r"""Learn, for layers of a model, the projections from which their inputs are best rebuilt.
 
     For each layer with inputs x, over all batches in one pass,
@@ -94,21 +95,21 @@ def fit_projectors(
     tolerance : float, optional
         A layer stops when the excess of its reconstruction error over the best possible one is
         estimated to be at most this, on rows not yet absorbed; 1e-2, say, for one per cent. Not
-        before 12 batches. When all have stopped, no more batches are run. `Projectors.stopped` says
-        why each layer did. By default all batches are used.
+        before 12 batches. When all have stopped, no more batches are run. `LayerProjectors.stopped`
+        says why each layer did. By default all batches are used.
     max_bytes : int, optional
         Budget of memory for learners. Layers whose learners do not fit together are learned in
         turns, each with a pass of its own over the batches, with the same result; other budgets
-        hold for each pass. `Projectors.passes` says how many there were. Counted is what learners
-        hold while a batch is read, not the passing workspace of the one that is learning.
+        hold for each pass. `LayerProjectors.passes` says how many there were. Counted is what
+        learners hold while a batch is read, not the passing workspace of the one that is learning.
     process_group : "world", torch.distributed.ProcessGroup or None, default "world"
         Where `torch.distributed` is initialised, each process learns from its own batches, however
         many, and all get the same projectors, of everybody's rows: all must make the call. "world":
         all processes; a group: its members; None: this process alone. Budgets and ``tolerance``
         hold in each process.
-    checkpoint : path-like or Checkpoints, optional
-        A folder in which to write down every five minutes (or as `Checkpoints` says) where learning
-        stands, and at its end. If one is there, learning goes on from it: the batches it has seen
+    checkpoint : path-like or CheckpointConfig, optional
+        A folder in which to write down every five minutes (or as `CheckpointConfig` says) where
+        learning stands, and at its end. If one is there, learning goes on from it: the batches it has seen
         are drawn, held against it and not run, and the result is that of an uninterrupted run.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
         What to do about layers whose forward never ran; the others are returned.
@@ -157,15 +158,15 @@ def fit_projectors(
     check_choice("on_missing", on_missing, OnMissing)
     check_choice("on_error", on_error, OnError)
     convergence = None if tolerance is None else Convergence(tolerance)
-    model = plain(model)
+    model = unwrap_model(model)
     layers = select_layers(model, targets)
-    ranks = {name: rank_for(name, rank) for name in layers}
-    run = feed if forward is None else forward
-    with Company(process_group) as company:
-        turns = [Turn(layers, 0)]
+    ranks = {name: resolve_rank(name, rank) for name in layers}
+    run = default_forward if forward is None else forward
+    with FitProcessGroup(process_group) as fit_group:
+        memory_passes = [MemoryPass(layers, 0)]
         if max_bytes is not None:
             batch = _first(batches)
-            turns = turns_within(
+            memory_passes = split_by_memory(
                 max_bytes,
                 model,
                 layers,
@@ -175,36 +176,42 @@ def fit_projectors(
                 run,
                 converging=tolerance is not None,
             )
-        learned: list[Projectors] = []
-        for turn in turns:
-            own = {name: ranks[name] for name in turn.layers}
+        learned: list[LayerProjectors] = []
+        for memory_pass in memory_passes:
+            own = {name: ranks[name] for name in memory_pass.layers}
             settings = {"ranks": own, "tolerance": tolerance, "max_patches": max_patches}
             budget = Budget(max_rows, max_batches, max_seconds)
-            listener = Listener(
-                turn.layers,
-                Histories(own, learner, convergence),
-                RowFilter(model, row_weights),
+            collector = ActivationCollector(
+                memory_pass.layers,
+                SharedInputTree(own, learner, convergence),
+                RowWeighter(model, row_weights),
                 max_patches=max_patches,
                 max_rows=max_rows,
                 keep_going=on_error == "return",
             )
-            company.begin(model)
-            where = _own(checkpoint, company, turns, turn)
-            journal = Journal(where, listener, settings, company.least)
+            fit_group.begin(model)
+            where = _own(checkpoint, fit_group, memory_passes, memory_pass)
+            checkpoints = CheckpointWriter(where, collector, settings, fit_group.all_reduce_min)
             interrupted = False
-            with undisturbed(model), listener, _bar(progress, turns, len(learned)) as bar:
+            with eval_mode(model), collector, _bar(progress, memory_passes, len(learned)) as bar:
                 try:
-                    reason = _listen(model, batches, run, listener, budget, bar, journal, company)
+                    reason = _listen(
+                        model, batches, run, collector, budget, bar, checkpoints, fit_group
+                    )
                 except (Exception, KeyboardInterrupt) as error:
-                    if on_error == "raise" or not (learned or listener.heard):
+                    if on_error == "raise" or not (learned or collector.has_samples):
                         raise
                     interrupted = True
                     reason = f"interrupted by {type(error).__name__}: {error}"
                     warnings.warn(f"learning ended early, {reason}", stacklevel=2)
-            learned.append(company.finish(listener, turn.layers, reason, journal.seen, interrupted))
-            if company.interrupted:
+            learned.append(
+                merge_results(
+                    fit_group, collector, memory_pass.layers, reason, checkpoints.seen, interrupted
+                )
+            )
+            if fit_group.interrupted:
                 break
-    projectors = joined(learned, layers)
+    projectors = join_passes(learned, layers)
     report(projectors, on_missing)
     return projectors
 
@@ -213,47 +220,51 @@ def _listen(
     model: nn.Module,
     batches: Iterable[Any],
     run: Forward,
-    listener: Listener,
+    collector: ActivationCollector,
     budget: Budget,
     bar: tqdm[Any],
-    journal: Journal,
-    company: Company,
+    checkpoints: CheckpointWriter,
+    fit_group: FitProcessGroup,
 ) -> str:
     """Run the model on the batches until one reason or another to stop; return it."""
-    left = company.in_step(journal.resumed(_passes(batches, listener.passes)))
-    while (reason := _enough(listener, budget, journal.seen)) is None:
+    left = fit_group.lockstep(checkpoints.skip_seen(_passes(batches, collector.passes)))
+    while (reason := _enough(collector, budget, checkpoints.seen)) is None:
         try:
             batch = next(left)
         except StopIteration:
             break
-        with listener.batch(batch):
+        with collector.batch(batch):
             run(model, batch)
-        bar.update(listener.rows)
-        journal.note(batch)
-    journal.write()
-    if not journal.seen and company.group is None:
+        bar.update(collector.rows)
+        checkpoints.record_batch(batch)
+    checkpoints.write()
+    if not checkpoints.seen and fit_group.group is None:
         raise EmptyStreamError(_NO_BATCH)
     return reason or ENDED
 
 
-def _enough(listener: Listener, budget: Budget, seen: int) -> str | None:
+def _enough(collector: ActivationCollector, budget: Budget, seen: int) -> str | None:
     """Return why learning ends after so many batches, if it does."""
-    if listener.done:
+    if collector.done:
         return ENDED
     return budget.spent(seen) if seen else None
 
 
 def _own(
-    checkpoint: Checkpoint | None,
-    company: Company,
-    turns: Sequence[Turn],
-    turn: Turn,
-) -> Checkpoints | None:
+    checkpoint: CheckpointLike | None,
+    fit_group: FitProcessGroup,
+    memory_passes: Sequence[MemoryPass],
+    memory_pass: MemoryPass,
+) -> CheckpointConfig | None:
     """Return where this process writes down where this turn stands."""
     if checkpoint is None:
         return None
-    own = Checkpoints.of(checkpoint).of_process(company.folder)
-    return own if len(turns) == 1 else own.under(f"pass-{turns.index(turn) + 1}-of-{len(turns)}")
+    own = CheckpointConfig.of(checkpoint).of_process(fit_group.folder)
+    return (
+        own
+        if len(memory_passes) == 1
+        else own.under(f"pass-{memory_passes.index(memory_pass) + 1}-of-{len(memory_passes)}")
+    )
 
 
 def _passes(batches: Iterable[Any], passes: int) -> Iterable[Any]:
@@ -278,20 +289,22 @@ def _first(batches: Iterable[Any]) -> Any:
     raise EmptyStreamError(_NO_BATCH)
 
 
-def _bar(progress: bool, turns: Sequence[Turn], done: int) -> tqdm[Any]:
+def _bar(progress: bool, memory_passes: Sequence[MemoryPass], done: int) -> tqdm[Any]:
     what = "learning"
-    if turns[done].bytes:
-        now, most = (f"{size / 1e6:,.0f}" for size in (turns[done].bytes, _total(turns)))
-        what = f"learning, pass {done + 1} of {len(turns)}, {now} of {most} MB"
+    if memory_passes[done].bytes:
+        now, most = (
+            f"{size / 1e6:,.0f}" for size in (memory_passes[done].bytes, _total(memory_passes))
+        )
+        what = f"learning, pass {done + 1} of {len(memory_passes)}, {now} of {most} MB"
     # None: only where someone is looking.
     return tqdm(desc=what, unit=" rows", unit_scale=True, disable=None if progress else True)
 
 
-def _total(turns: Sequence[Turn]) -> int:
-    return sum(turn.bytes for turn in turns)
+def _total(memory_passes: Sequence[MemoryPass]) -> int:
+    return sum(memory_pass.bytes for memory_pass in memory_passes)
 
 
-def report(projectors: Projectors, on_missing: OnMissing) -> None:
+def report(projectors: LayerProjectors, on_missing: OnMissing) -> None:
     """Say which layers were asked for and not learned, and why.
 
     Raises

@@ -12,30 +12,30 @@ from torch import nn
 
 from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import IPAError, SettingError, with_context
-from ipa_torch._capture.eval_mode import undisturbed
-from ipa_torch._capture.forward import Forward, feed
-from ipa_torch._capture.row_weights import RowFilter
-from ipa_torch._fit.collector import Listener
-from ipa_torch._fit.shared_inputs import Histories
+from ipa_torch._capture.eval_mode import eval_mode
+from ipa_torch._capture.forward import Forward, default_forward
+from ipa_torch._capture.row_weights import RowWeighter
+from ipa_torch._fit.collector import ActivationCollector
+from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.sizes import features_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
-from ipa_torch._layers.unwrap import plain
+from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
-from ipa_torch.projectors import rank_for
+from ipa_torch.projectors import resolve_rank
 
 #: Rows of an update when a learner is measured: no divisor of a block, so that some always wait.
 _STEP = 127
 
 
 @dataclass(frozen=True)
-class Turn:
+class MemoryPass:
     """Layers that are learned in one pass, and the bytes that their learners hold."""
 
     layers: Mapping[str, nn.Module]
     bytes: int
 
 
-class _Sizes:
+class _ShapeProbe:
     """Stands for a learner in a pass that only finds out who shares which input."""
 
     passes = 1
@@ -99,25 +99,25 @@ def learner_bytes(
     >>> list(sizes), sum(sizes.values()) < 1_000_000
     ([('0',), ('1',)], True)
     """
-    model = plain(model)
+    model = unwrap_model(model)
     layers = select_layers(model, targets)
-    ranks = {name: rank_for(name, rank) for name in layers}
-    run = feed if forward is None else forward
+    ranks = {name: resolve_rank(name, rank) for name in layers}
+    run = default_forward if forward is None else forward
     converging = tolerance is not None
     return bytes_by_input(model, layers, ranks, learner, batch, run, converging=converging)
 
 
-def turns_within(
+def split_by_memory(
     max_bytes: int,
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
-    learner: Callable[[int], Learner],
+    make_learner: Callable[[int], Learner],
     batch: Any,
     run: Forward,
     *,
     converging: bool,
-) -> list[Turn]:
+) -> list[MemoryPass]:
     """Divide layers, in order, into as few turns as keep their learners within the budget.
 
     Layers that share the inputs of this batch are kept together and counted once; layers that it
@@ -130,8 +130,8 @@ def turns_within(
     """
     if not max_bytes > 0:
         raise SettingError(f"expected max_bytes above 0 or None, got {max_bytes!r}")
-    turns: list[Turn] = []
-    sizes = bytes_by_input(model, layers, ranks, learner, batch, run, converging=converging)
+    memory_passes: list[MemoryPass] = []
+    sizes = bytes_by_input(model, layers, ranks, make_learner, batch, run, converging=converging)
     for names, size in sizes.items():
         group = {name: layers[name] for name in names}
         if size > max_bytes:
@@ -139,25 +139,29 @@ def turns_within(
                 f"layer {names[0]!r}: expected max_bytes of at least {size:,}, which its learner "
                 f"alone holds, got {max_bytes:,}; allow more, or learn a smaller rank"
             )
-        if turns and turns[-1].bytes + size <= max_bytes:
-            turns[-1] = Turn({**turns[-1].layers, **group}, turns[-1].bytes + size)
+        if memory_passes and memory_passes[-1].bytes + size <= max_bytes:
+            memory_passes[-1] = MemoryPass(
+                {**memory_passes[-1].layers, **group}, memory_passes[-1].bytes + size
+            )
         else:
-            turns.append(Turn(group, size))
-    return turns
+            memory_passes.append(MemoryPass(group, size))
+    return memory_passes
 
 
 def bytes_by_input(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
-    learner: Callable[[int], Learner],
+    make_learner: Callable[[int], Learner],
     batch: Any,
     run: Forward,
     *,
     converging: bool,
 ) -> dict[tuple[str, ...], int]:
-    """Return the bytes of each learner, by the names of the layers that share it."""
-    measured = cache(lambda rank, features: held_bytes(learner, rank, features, converging))
+    """Return the bytes of each make_learner, by the names of the layers that share it."""
+    measured = cache(
+        lambda rank, features: measure_learner_bytes(make_learner, rank, features, converging)
+    )
     sizes = {}
     for names, features in _sharing(model, layers, ranks, batch, run):
         try:
@@ -167,8 +171,8 @@ def bytes_by_input(
     return sizes
 
 
-def held_bytes(
-    learner: Callable[[int], Learner], rank: int, features: int, converging: bool
+def measure_learner_bytes(
+    make_learner: Callable[[int], Learner], rank: int, features: int, converging: bool
 ) -> int:
     """Return the bytes that a learner of float32 rows holds while a batch is read: two states.
 
@@ -177,10 +181,10 @@ def held_bytes(
     Examples
     --------
     >>> from ipa_core import ExactCovariance
-    >>> held_bytes(ExactCovariance, 2, 100, False) > 2 * 4 * 100 * 100
+    >>> measure_learner_bytes(ExactCovariance, 2, 100, False) > 2 * 4 * 100 * 100
     True
     """
-    probe, most = learner(rank), 0
+    probe, most = make_learner(rank), 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(0, max(4200, 10 * rank), _STEP):  # two of the largest blocks
         probe.update(torch.randn(_STEP, features, generator=generator))
@@ -198,15 +202,15 @@ def _sharing(
     run: Forward,
 ) -> list[tuple[list[str], int]]:
     """Return groups of layers that share their inputs, with the features of these."""
-    histories = Histories(ranks, lambda rank: cast(Learner, _Sizes()), None)
-    listener = Listener(
-        layers, histories, RowFilter(model, None), max_patches=1, max_rows=None, keep_going=True
+    inputs = SharedInputTree(ranks, lambda rank: cast(Learner, _ShapeProbe()), None)
+    collector = ActivationCollector(
+        layers, inputs, RowWeighter(model, None), max_patches=1, max_rows=None, keep_going=True
     )
-    with undisturbed(model), listener, listener.batch(batch):
+    with eval_mode(model), collector, collector.batch(batch):
         run(model, batch)
     groups: dict[int, tuple[list[str], int]] = {}
     for number, (name, layer) in enumerate(layers.items()):
-        node = histories.at[name]
+        node = inputs.node_of[name]
         if node.learner.features is None:
             groups[-1 - number] = [name], _features(name, layer)
         else:

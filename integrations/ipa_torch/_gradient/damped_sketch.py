@@ -46,10 +46,10 @@ class DampedGradientSketch(GradientSketch):
     >>> sizes = torch.tensor([10.0, 1.0, 1.0, 1.0])
     >>> x = sizes * torch.randn(1000, 1, 4, generator=torch.Generator().manual_seed(0))
     >>> g = x[:, :, :1] + 60 * x[:, :, 1:2]  # the gradient is larger along the first direction
-    >>> plain, damped = GradientSketch(rank=1), DampedGradientSketch(rank=1)
-    >>> plain.update(x, g), damped.update(x, g)
+    >>> unwrap_model, damped = GradientSketch(rank=1), DampedGradientSketch(rank=1)
+    >>> unwrap_model.update(x, g), damped.update(x, g)
     (None, None)
-    >>> [int(one.finalize().components.abs().argmax()) for one in (plain, damped)]
+    >>> [int(one.finalize().components.abs().argmax()) for one in (unwrap_model, damped)]
     [0, 1]
     """
 
@@ -92,10 +92,10 @@ class DampedGradientSketch(GradientSketch):
             merged._inputs = self._inputs.merge(other._inputs)
         return merged
 
-    def summary(self) -> Self:
+    def compact(self) -> Self:
         """Return the same in its smallest form."""
         small = copy.copy(self)
-        small._inputs = None if self._inputs is None else self._inputs.summary()
+        small._inputs = None if self._inputs is None else self._inputs.compact()
         return small
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class DampedGradientSketch(GradientSketch):
         along = image @ rows.T
         step = (image - along @ rows) / (rest + mean) + (along / (energies + mean)) @ rows
         held = rows[: self.held]
-        leading = super()._directions(step - (step @ held.T) @ held)
+        row_shape = super()._directions(step - (step @ held.T) @ held)
         # Where the step has few directions, what follows is any: it may lean on the held ones.
-        columns: torch.Tensor = torch.linalg.qr(torch.cat([held, leading]).T).Q
+        columns: torch.Tensor = torch.linalg.qr(torch.cat([held, row_shape]).T).Q
         return columns.T[: self.rank]

@@ -12,16 +12,16 @@ from torch import nn
 
 from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import EmptyStreamError, IPAError, with_context
-from ipa_torch._capture.eval_mode import full_precision, undisturbed
+from ipa_torch._capture.eval_mode import eval_mode, no_autocast
 from ipa_torch._capture.forward import device_of, on_device
-from ipa_torch._distributed.process_group import Company, Members
+from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
 from ipa_torch._gradient.damped_sketch import DampedGradientSketch
-from ipa_torch._gradient.sketch import GradientPupil, GradientSketch, WeightedInputs
-from ipa_torch._layers.matmul_view import input_of, reading_of
+from ipa_torch._gradient.sketch import GradientLearner, GradientSketch, WeightedInputs
+from ipa_torch._layers.matmul_view import input_of, view_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
-from ipa_torch._layers.unwrap import plain
+from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError, check_choice
-from ipa_torch.projectors import Projectors, rank_for
+from ipa_torch.projectors import LayerProjectors, resolve_rank
 
 Source: TypeAlias = Literal["gradient", "damped gradient", "mixed", "inputs"]
 Loss: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
@@ -37,8 +37,8 @@ def fit_gradient_projectors(
     learner: Callable[[int], Learner] = RandomizedSVD,
     loss: Loss | None = None,
     max_patches: int | None = 8192,
-    process_group: Members = "world",
-) -> Projectors:
+    process_group: ProcessGroupArg = "world",
+) -> LayerProjectors:
     r"""Learn projections by the loss; what is known of them was measured on small models.
 
     With ``source="gradient"`` P spans the leading row space of the weight's gradient
@@ -70,7 +70,7 @@ def fit_gradient_projectors(
     Raises
     ------
     LayerError
-        If no layer gets a gradient. Single layers without one are in `Projectors.missing`.
+        If no layer gets a gradient. Single layers without one are in `LayerProjectors.missing`.
     EmptyStreamError
         If there is no batch.
     PeerError
@@ -95,26 +95,26 @@ def fit_gradient_projectors(
     ['0', '2']
     """
     check_choice("source", source, Source)
-    model = plain(model)
+    model = unwrap_model(model)
     layers = select_layers(model, targets)
-    pupils: dict[str, GradientPupil] = {}
+    learners: dict[str, GradientLearner] = {}
     for name in layers:
-        own = rank_for(name, rank)
-        pupils[name] = _pupil(source, own, learner)
+        own = resolve_rank(name, rank)
+        learners[name] = _make_learner(source, own, learner)
     seen = 0
-    with Company(process_group) as company:
-        company.begin(model)
-        with undisturbed(model), _no_parameter_gradients(model), torch.enable_grad():
-            with _listening(layers, pupils, max_patches):
-                for batch in company.in_step(iter(batches)):
+    with FitProcessGroup(process_group) as fit_group:
+        fit_group.begin(model)
+        with eval_mode(model), _no_parameter_gradients(model), torch.enable_grad():
+            with _listening(layers, learners, max_patches):
+                for batch in fit_group.lockstep(iter(batches)):
                     batch = on_device(batch, device_of(model))
                     value = (_own_loss if loss is None else loss)(model, batch)
                     if value.requires_grad:
                         value.backward()
                     seen += 1
-        if not seen and company.group is None:
+        if not seen and fit_group.group is None:
             raise EmptyStreamError("expected at least one batch, got none")
-        found = company.merged({name: pupil.learner for name, pupil in pupils.items()}, seen)
+        found = fit_group.merge({name: learner.learner for name, learner in learners.items()}, seen)
     learned = {
         name: projector.to(torch, device=device_of(layers[name]))
         for name, projector in found.items()
@@ -125,10 +125,10 @@ def fit_gradient_projectors(
             "expected a gradient for at least one layer, got none; let the loss depend on them"
         )
     missing = {name: "no gradient reached its output" for name in found if name not in learned}
-    return Projectors(learned, missing=missing)
+    return LayerProjectors(learned, missing=missing)
 
 
-def _pupil(source: Source, rank: int, learner: Callable[[int], Learner]) -> GradientPupil:
+def _make_learner(source: Source, rank: int, learner: Callable[[int], Learner]) -> GradientLearner:
     if source == "gradient":
         return GradientSketch(rank)
     if source in ("damped gradient", "mixed"):
@@ -160,12 +160,12 @@ def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _listening(
-    layers: Mapping[str, nn.Module], pupils: Mapping[str, GradientPupil], limit: int | None
+    layers: Mapping[str, nn.Module], learners: Mapping[str, GradientLearner], limit: int | None
 ) -> Iterator[None]:
     handles = []
     try:
         for name, module in layers.items():
-            hook = partial(_hear, name, pupils[name], limit)
+            hook = partial(_forward_hook, name, learners[name], limit)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -173,9 +173,9 @@ def _listening(
             handle.remove()
 
 
-def _hear(
+def _forward_hook(
     name: str,
-    pupil: GradientPupil,
+    learner: GradientLearner,
     limit: int | None,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -191,8 +191,8 @@ def _hear(
 
     def arrived(g: torch.Tensor) -> None:
         try:
-            with full_precision(x.device):
-                pupil.update(*reading_of(module).pairs(x, g, limit))
+            with no_autocast(x.device):
+                learner.update(*view_of(module).rows_and_grads(x, g, limit))
         except IPAError as error:
             raise with_context(error, f"layer {name!r}") from error
 

@@ -10,17 +10,17 @@ import torch
 
 from ipa_core import Learner, Projector
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
-from ipa_torch._distributed.tree_reduce import Mergeable
+from ipa_torch._distributed.tree_reduce import MergeableLearner
 
 #: Rows of each batch that are kept to measure what P captures of the inputs.
 _KEPT_ROWS = 128
 
 
-class GradientPupil(Protocol):
+class GradientLearner(Protocol):
     """Learns from rows x of a layer's input and the gradients g of the rows of its output."""
 
     @property
-    def learner(self) -> Mergeable:
+    def learner(self) -> MergeableLearner:
         """What has learned, for merging with others."""
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -135,7 +135,7 @@ class GradientSketch:
             self.samples,
         )
 
-    def summary(self) -> Self:
+    def compact(self) -> Self:
         """Return the sketch: it is small."""
         return self
 

@@ -16,29 +16,31 @@ from torch.nn import functional as F
 from ipa_core.errors import ArrayTypeError
 from ipa_torch.errors import LayerError
 
-Chosen: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
-Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+RowSubset: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
+WeightedRows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _STOCK = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Reading(Protocol):
+class MatmulView(Protocol):
     """The view of a layer as y = M x for every row x of its input, with M of (outputs, features).
 
     Equal readings of one tensor give equal rows; a reading can be hashed.
     """
 
-    def leading(self, activation: torch.Tensor) -> tuple[int, ...]:
+    def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
         """Return the axes that number the places of an activation."""
 
-    def rows(self, activation: torch.Tensor, chosen: Chosen, limit: int | None) -> Rows:
+    def im2row(
+        self, activation: torch.Tensor, subset: RowSubset, limit: int | None
+    ) -> WeightedRows:
         """Return the rows (n, features) at the chosen places, or everywhere, and their weights.
 
         At most ``limit`` patches are taken.
         """
 
-    def pairs(
+    def rows_and_grads(
         self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows (n, groups, features) and their outputs' gradients (n, groups, outputs)."""
@@ -46,30 +48,32 @@ class Reading(Protocol):
     def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
         """Apply a matrix (rank, features) to every row, in the layout of the layer's output."""
 
-    def lift(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def expand(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Apply a matrix (outputs, rank) to what `project` gave, to the layer's output."""
 
-    def weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def delta_weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return a matrix (outputs, features) in the layout of the layer's weight ``like``."""
 
 
 @dataclass(frozen=True)
-class LastAxis:
+class LinearView:
     """Rows along the last axis, of ``nn.Linear`` and everything that is like it."""
 
     transposed: bool = False
 
-    def leading(self, activation: torch.Tensor) -> tuple[int, ...]:
+    def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
         """Return the axes that number the places."""
         return tuple(activation.shape[:-1])
 
-    def rows(self, activation: torch.Tensor, chosen: Chosen, limit: int | None) -> Rows:
-        """Return rows and weights, as for every `Reading`."""
-        places, weights = chosen
+    def im2row(
+        self, activation: torch.Tensor, subset: RowSubset, limit: int | None
+    ) -> WeightedRows:
+        """Return rows and weights, as for every `MatmulView`."""
+        places, weights = subset
         rows = activation.reshape(-1, activation.shape[-1])
         return (rows if places is None else rows.index_select(0, places)), weights
 
-    def pairs(
+    def rows_and_grads(
         self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows and gradients, in one group."""
@@ -80,17 +84,17 @@ class LastAxis:
         """Apply a matrix (rank, features) to every row."""
         return F.linear(activation, projection)
 
-    def lift(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def expand(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Apply a matrix (outputs, rank) to every place."""
         return F.linear(projected, matrix)
 
-    def weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def delta_weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return the matrix in the layout of the weight."""
         return matrix.T if self.transposed else matrix
 
 
 @dataclass(frozen=True)
-class Patches:
+class ConvView:
     """Patches of a convolution; each group's part of one is a row: P is common to all groups."""
 
     kernel: tuple[int, ...]
@@ -100,26 +104,30 @@ class Patches:
     padding: tuple[int, ...]
     mode: str
 
-    def leading(self, activation: torch.Tensor) -> tuple[int, ...]:
+    def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
         """Return the axes that number the places."""
         batch = activation.shape[:1] if activation.ndim == len(self.kernel) + 2 else (1,)
         padding = self.padding_of(activation)
-        pairs = zip(padding[-2::-2], padding[::-2], strict=True)
-        sizes = zip(activation.shape[-len(self.kernel) :], pairs, self._steps(), strict=True)
+        rows_and_grads = zip(padding[-2::-2], padding[::-2], strict=True)
+        sizes = zip(
+            activation.shape[-len(self.kernel) :], rows_and_grads, self._steps(), strict=True
+        )
         return (*batch, *((n + sum(p) - extent) // step + 1 for n, p, (extent, step) in sizes))
 
-    def rows(self, activation: torch.Tensor, chosen: Chosen, limit: int | None) -> Rows:
-        """Return rows and weights, as for every `Reading`."""
-        leading, axes = self.leading(activation), len(self.kernel)
-        places, weights = chosen
+    def im2row(
+        self, activation: torch.Tensor, subset: RowSubset, limit: int | None
+    ) -> WeightedRows:
+        """Return rows and weights, as for every `MatmulView`."""
+        row_shape, axes = self.row_shape(activation), len(self.kernel)
+        places, weights = subset
         if places is None:
-            places = torch.arange(math.prod(leading), device=activation.device)
-        drawn = spread(places.shape[0], limit, activation.device)
+            places = torch.arange(math.prod(row_shape), device=activation.device)
+        drawn = stratified_indices(places.shape[0], limit, activation.device)
         if drawn is not None:
             places = places.index_select(0, drawn)
             weights = None if weights is None else weights.index_select(0, drawn)
         windows = self._windows(activation if activation.ndim == axes + 2 else activation[None])
-        rows = windows[torch.unravel_index(places, leading)].flatten(2).flatten(0, 1)
+        rows = windows[torch.unravel_index(places, row_shape)].flatten(2).flatten(0, 1)
         return rows, None if weights is None else weights.repeat_interleave(self.groups)
 
     def _windows(self, activation: torch.Tensor) -> torch.Tensor:
@@ -131,14 +139,14 @@ class Patches:
         windows = windows.movedim(1, 1 + axes)
         return torch.unflatten(windows, 1 + axes, (self.groups, -1))
 
-    def pairs(
+    def rows_and_grads(
         self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows and gradients at the same places, by groups."""
         axes = len(self.kernel)
         batched = gradient if gradient.ndim == axes + 2 else gradient[None]
-        places = spread(math.prod(self.leading(activation)), limit, activation.device)
-        rows, _ = self.rows(activation, (places, None), None)
+        places = stratified_indices(math.prod(self.row_shape(activation)), limit, activation.device)
+        rows, _ = self.im2row(activation, (places, None), None)
         own = batched.movedim(1, -1).reshape(-1, self.groups, batched.shape[1] // self.groups)
         own = own if places is None else own.index_select(0, places)
         return rows.unflatten(0, (-1, self.groups)), own
@@ -155,12 +163,12 @@ class Patches:
             groups=self.groups,
         )
 
-    def lift(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def expand(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Apply a matrix (outputs, rank) to every place."""
         points = matrix.reshape(*matrix.shape, *(1 for _ in self.kernel))
         return _CONVOLVE[len(self.kernel)](projected, points, groups=self.groups)
 
-    def weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def delta_weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return the matrix in the layout of the weight."""
         return matrix.reshape(like.shape)
 
@@ -178,11 +186,11 @@ class Patches:
 
 
 @singledispatch
-def reading_of(module: nn.Module) -> LastAxis | Patches:
+def view_of(module: nn.Module) -> LinearView | ConvView:
     """Return how a layer reads its input.
 
     A bridge that knows a class of convolutions with a forward of their own registers its reading:
-    ``reading_of.register(cls)(function)``.
+    ``view_of.register(cls)(function)``.
 
     Raises
     ------
@@ -190,19 +198,19 @@ def reading_of(module: nn.Module) -> LastAxis | Patches:
         If the layer is no matrix acting on rows, or a convolution that does more than convolve.
     """
     if isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        return reading_of(base)
+        return view_of(base)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise LayerError(
             f"expected a layer that multiplies rows of its input, got {type(module).__name__}; "
             "leave it out of the targets"
         )
-    return LastAxis(transposed=type(module).__name__ == "Conv1D")
+    return LinearView(transposed=type(module).__name__ == "Conv1D")
 
 
-@reading_of.register(nn.Conv1d)
-@reading_of.register(nn.Conv2d)
-@reading_of.register(nn.Conv3d)
-def patches_of(module: Convolution) -> Patches:
+@view_of.register(nn.Conv1d)
+@view_of.register(nn.Conv2d)
+@view_of.register(nn.Conv3d)
+def conv_view_of(module: Convolution) -> ConvView:
     """Return the patches of a convolution as torch computes it.
 
     Raises
@@ -217,7 +225,7 @@ def patches_of(module: Convolution) -> Patches:
             "with a forward of its own; leave it out of the targets"
         )
     padding: Any = module._reversed_padding_repeated_twice
-    return Patches(
+    return ConvView(
         kernel=tuple(module.kernel_size),
         stride=tuple(module.stride),
         dilation=tuple(module.dilation),
@@ -227,7 +235,7 @@ def patches_of(module: Convolution) -> Patches:
     )
 
 
-def spread(count: int, limit: int | None, device: torch.device) -> torch.Tensor | None:
+def stratified_indices(count: int, limit: int | None, device: torch.device) -> torch.Tensor | None:
     """Return ``limit`` of ``count`` numbers, one drawn from each of as many equal stretches.
 
     Every number is expected equally often, so means over them are unbiased; where two stretches

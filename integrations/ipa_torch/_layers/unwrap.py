@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from ipa_core.errors import ShapeError, with_context
-from ipa_torch._layers.matmul_view import reading_of
+from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.sizes import features_of
 from ipa_torch.errors import LayerError
 
 
-def plain(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the model that `torch.compile` or DDP may have wrapped.
 
     In each forward pass DDP sends buffers round, in evaluation too: workers with unequal numbers of
@@ -25,7 +25,7 @@ def plain(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def layer_of(model: nn.Module, name: str) -> nn.Module:
+def get_layer(model: nn.Module, name: str) -> nn.Module:
     """Return a layer by name.
 
     Raises
@@ -61,7 +61,7 @@ def check_fit(name: str, layer: nn.Module, features: int) -> None:
         If the layer is no matrix.
     """
     try:
-        reading_of(layer)
+        view_of(layer)
         own = features_of(layer)
     except LayerError as error:
         raise with_context(error, f"layer {name!r}") from error

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ipa_torch import LayerError
-from ipa_torch._layers.matmul_view import patches_of, reading_of, spread
+from ipa_torch._layers.matmul_view import conv_view_of, stratified_indices, view_of
 
 # Of torch itself, on an even kernel with padding="same".
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -46,8 +46,8 @@ def flat_output(layer, y):
 @given(convolutions())
 def test_rows_times_the_weight_are_the_output(case):
     layer, x = case
-    reading = reading_of(layer)
-    rows, _ = reading.rows(x, (None, None), None)
+    view = view_of(layer)
+    rows, _ = view.im2row(x, (None, None), None)
     weight = layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1))
     with torch.no_grad():
         y = layer(x)
@@ -55,18 +55,18 @@ def test_rows_times_the_weight_are_the_output(case):
     torch.testing.assert_close(got, flat_output(layer, y))
     axes = len(layer.kernel_size)
     batch = x.shape[0] if x.ndim == axes + 2 else 1
-    assert reading.leading(x) == (batch, *y.shape[-axes:])
+    assert view.row_shape(x) == (batch, *y.shape[-axes:])
 
 
 @given(convolutions())
 def test_lifted_projection_is_the_merged_weight(case):
     layer, x = case
-    reading = reading_of(layer)
+    view = view_of(layer)
     rank, outputs, features = 2, layer.out_channels, layer.weight[0].numel()
     p, b = torch.randn(rank, features).double(), torch.randn(outputs, rank).double()
-    got = reading.lift(reading.project(x, p), b)
+    got = view.expand(view.project(x, p), b)
     with torch.no_grad():
-        layer.weight.copy_(reading.weight(b @ p, layer.weight))
+        layer.weight.copy_(view.delta_weight(b @ p, layer.weight))
         torch.testing.assert_close(got, layer(x))
 
 
@@ -75,14 +75,14 @@ def test_pairs_are_at_the_same_places(case, limit):
     layer, x = case
     with torch.no_grad():
         y = layer(x)
-    rows, own = reading_of(layer).pairs(x, y, limit)
+    rows, own = view_of(layer).rows_and_grads(x, y, limit)
     weight = layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1))
     torch.testing.assert_close(torch.einsum("ngd,god->ngo", rows, weight), own)
 
 
 @given(st.integers(1, 500), st.integers(1, 60))
 def test_spread_draws_from_all_over(count, limit):
-    drawn = spread(count, limit, torch.device("cpu"))
+    drawn = stratified_indices(count, limit, torch.device("cpu"))
     if drawn is None:
         assert count <= limit
         return
@@ -94,7 +94,7 @@ def test_spread_draws_from_all_over(count, limit):
 
 
 def test_spread_is_unbiased():
-    drawn = torch.cat([spread(10, 4, torch.device("cpu")) for _ in range(4000)])
+    drawn = torch.cat([stratified_indices(10, 4, torch.device("cpu")) for _ in range(4000)])
     hits = torch.bincount(drawn, minlength=10)
     assert float((hits / 1600 - 1).abs().max()) < 0.1
 
@@ -102,9 +102,9 @@ def test_spread_is_unbiased():
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
 def test_linear_layer(shape):
     layer, x = nn.Linear(5, 4, bias=False), torch.randn(shape)
-    reading = reading_of(layer)
-    rows, _ = reading.rows(x, (None, None), None)
-    assert reading.leading(x) == shape[:-1]
+    view = view_of(layer)
+    rows, _ = view.im2row(x, (None, None), None)
+    assert view.row_shape(x) == shape[:-1]
     torch.testing.assert_close(rows @ layer.weight.T, layer(x).reshape(-1, 4))
 
 
@@ -119,7 +119,7 @@ class Named(nn.Conv2d):
 
 def test_convolution_with_a_forward_of_its_own_is_refused_until_its_reading_is_known():
     with pytest.raises(LayerError, match="got Standardised with a forward of its own"):
-        reading_of(Standardised(2, 2, 3))
-    assert reading_of(Named(2, 2, 3)) == reading_of(nn.Conv2d(2, 2, 3))
-    known = reading_of.register(Standardised)(lambda module: patches_of(nn.Conv2d(2, 2, 3)))
-    assert reading_of(Standardised(2, 2, 3)) == known(None)
+        view_of(Standardised(2, 2, 3))
+    assert view_of(Named(2, 2, 3)) == view_of(nn.Conv2d(2, 2, 3))
+    known = view_of.register(Standardised)(lambda module: conv_view_of(nn.Conv2d(2, 2, 3)))
+    assert view_of(Standardised(2, 2, 3)) == known(None)

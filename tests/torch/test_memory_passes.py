@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from ipa_core import ExactCovariance, IncrementalPCA, RandomizedSVD
 from ipa_core.errors import EmptyStreamError, RankError, SettingError, StreamError
 from ipa_torch import fit_projectors, learner_bytes
-from ipa_torch._fit.memory import held_bytes
+from ipa_torch._fit.memory import measure_learner_bytes
 
 from .models import Transformer, decaying
 
@@ -27,7 +27,7 @@ def learned(model, batches, **options):
 
 
 def one(learner, features):
-    return held_bytes(learner, 2, features, False)
+    return measure_learner_bytes(learner, 2, features, False)
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -61,7 +61,7 @@ def test_measured_bytes_bound_what_is_held(learner):
         probe.update(batch)
         arrays = probe.state_dict().values()
         held = sum(x.nbytes for x in arrays if isinstance(x, torch.Tensor))
-        assert 2 * held <= 1.05 * held_bytes(learner, 4, 40, False)
+        assert 2 * held <= 1.05 * measure_learner_bytes(learner, 4, 40, False)
 
 
 def test_said_before_the_run_and_held_to():
@@ -103,7 +103,7 @@ def test_shuffled_loaders_give_every_pass_the_same_order():
 def test_with_a_tolerance_each_layer_stops_as_it_would():
     model, batches = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)), decaying(9000, 12).split(300)
     whole = learned(model, batches, tolerance=0.1)
-    budget = held_bytes(RandomizedSVD, 2, 12, True)
+    budget = measure_learner_bytes(RandomizedSVD, 2, 12, True)
     turns = learned(model, batches, tolerance=0.1, max_bytes=budget)
     assert turns.passes == 2
     assert turns.stopped == whole.stopped

@@ -1,0 +1,96 @@
+"""Results of a fit, merged over the ranks of a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipa_core import Projector
+from ipa_torch._capture.forward import device_of
+from ipa_torch._distributed.process_group import FitProcessGroup
+from ipa_torch._fit.collector import NEVER_RAN, ActivationCollector, CollectorState
+from ipa_torch.projectors import LayerProjectors
+
+
+def merge_results(
+    fit_group: FitProcessGroup,
+    collector: ActivationCollector,
+    layers: Mapping[str, nn.Module],
+    reason: str,
+    seen: int,
+    interrupted: bool,
+) -> LayerProjectors:
+    """Return the projectors of the rows of all ranks, the same on every rank.
+
+    Raises
+    ------
+    PeerError
+        If another rank failed.
+    EmptyStreamError
+        If no rank had a batch.
+    """
+    fit_group.interrupted = interrupted
+    if fit_group.group is None:
+        return collector.finish(reason)
+    state = collector.snapshot()
+    own = _report(state, reason, seen) | {"interrupted": interrupted}
+    reports = fit_group.exchange(own)
+    fit_group.interrupted = any(report["interrupted"] for report in reports)
+    failed = {name: why for report in reports for name, why in report["failed_layers"].items()}
+    groups = _common(state, reports, failed)
+    learners = {names[0]: state.node_of[names[0]].learner for names in groups}
+    found = fit_group.merge_learners(learners)
+    learned: dict[str, Projector] = {}
+    for names in groups:
+        projector = found[names[0]]
+        if projector is not None:
+            device = state.ran.get(names[0]) or device_of(layers[names[0]])
+            learned |= dict.fromkeys(names, projector.to(torch, device=device))
+    ordered = {name: learned[name] for name in state.node_of if name in learned}
+    missing = {
+        name: failed.get(name) or _joined(reports, "missing", name, NEVER_RAN)
+        for name in state.node_of
+        if name not in learned
+    }
+    stopped = {name: _joined(reports, "stopped", name, reason) for name in ordered}
+    return LayerProjectors(ordered, missing=missing, stopped=stopped)
+
+
+def _report(state: CollectorState, reason: str, seen: int) -> dict[str, Any]:
+    missing = {name: why for name in state.node_of if (why := state.missing(name)) is not None}
+    groups = [names for _, names in state.groups()]
+    stops = {name: state.stopped.get(name, reason) for name in state.node_of}
+    return {
+        "seen": seen,
+        "layers": {name: node.learner.rank for name, node in state.node_of.items()},
+        "groups": groups,
+        "failed_layers": dict(state.failed),
+        # A member without batches has no say in why there is no projector, or why learning ended.
+        "missing": missing if seen else {},
+        "stopped": {name: why for name, why in stops.items() if name not in missing},
+    }
+
+
+def _common(
+    state: CollectorState, reports: list[dict[str, Any]], failed: Mapping[str, str]
+) -> list[list[str]]:
+    """Return groups of layers that shared their inputs in every member."""
+    keys: dict[str, list[int]] = {name: [] for name in state.node_of if name not in failed}
+    for report in reports:
+        for number, names in enumerate(report["groups"]):
+            for name in names:
+                if name in keys:
+                    keys[name].append(number)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(tuple(key), []).append(name)
+    return list(groups.values())
+
+
+def _joined(reports: list[dict[str, Any]], kind: str, name: str, default: str) -> str:
+    """Return why, once for all members who say the same."""
+    reasons = dict.fromkeys(report[kind][name] for report in reports if name in report[kind])
+    return " / ".join(reasons) or default
