@@ -21,21 +21,21 @@ def rounding(dtype):
 
 def learn(xp, factory, rank, batches, dtype="float64", weights=None):
     """Return a learner that has seen the batches."""
-    learner_class = factory(rank)
+    learner = factory(rank)
     for number, batch in enumerate(batches):
         w = None if weights is None else xp.asarray(np.array(weights[number], dtype=dtype))
-        learner_class.update(xp.asarray(np.array(batch, dtype=dtype)), w)
-    return learner_class
+        learner.update(xp.asarray(np.array(batch, dtype=dtype)), w)
+    return learner
 
 
 class Judge:
     """Holds projectors to the guarantee of a learner on one stream of rows."""
 
     def __init__(self, factory, rank, x, dtype, weights=None):
-        learner_class = factory(rank)
-        self.guarantee, self.rank, self.dtype = learner_class.guarantee, rank, dtype
+        learner = factory(rank)
+        self.guarantee, self.rank, self.dtype = learner.guarantee, rank, dtype
         x = np.array(x, dtype=dtype)
-        self.c = oracle.moment(x, weights, learner_class.center)
+        self.c = oracle.moment(x, weights, learner.center)
         self.total = np.trace(oracle.moment(x, weights))
         self.noise = rounding(dtype) * self.total
         self.best = oracle.optimum(self.c, rank)
@@ -80,8 +80,8 @@ class Judge:
 
 def law_optimality(xp, factory, stream, dtype):
     """The residual is the Eckart-Young one, within the guarantee."""
-    learner_class = learn(xp, factory, stream.rank, stream.cut(stream.x), dtype)
-    Judge(factory, stream.rank, stream.x, dtype).keeps_guarantee(learner_class.finalize())
+    learner = learn(xp, factory, stream.rank, stream.cut(stream.x), dtype)
+    Judge(factory, stream.rank, stream.x, dtype).keeps_guarantee(learner.finalize())
 
 
 def law_partition(xp, factory, stream, dtype):
@@ -109,39 +109,39 @@ def law_merge(xp, factory, stream, dtype):
 
 def law_neutral(xp, factory, stream, dtype):
     """Merging with a learner that has seen nothing changes nothing."""
-    learner_class = learn(xp, factory, stream.rank, stream.cut(stream.x), dtype)
+    learner = learn(xp, factory, stream.rank, stream.cut(stream.x), dtype)
     judge = Judge(factory, stream.rank, stream.x, dtype)
     for merged in (
-        learner_class.merge(factory(stream.rank)),
-        factory(stream.rank).merge(learner_class),
+        learner.merge(factory(stream.rank)),
+        factory(stream.rank).merge(learner),
     ):
-        judge.same(merged.finalize(), learner_class.finalize())
+        judge.same(merged.finalize(), learner.finalize())
 
 
 def law_purity(xp, factory, stream, dtype):
     """No batch, no operand and no snapshot is changed by what follows."""
     x = xp.asarray(np.array(stream.x, dtype=dtype))
     before = oracle.host(x).copy()
-    learner_class = factory(stream.rank).update(x)
-    snapshot, image = copy.copy(learner_class), frozen(learner_class)
-    learner_class.finalize()
-    learner_class.merge(learn(xp, factory, stream.rank, [3 * stream.x], dtype))
-    assert_frozen(learner_class, image)
-    learner_class.update(2 * x)
+    learner = factory(stream.rank).update(x)
+    snapshot, image = copy.copy(learner), frozen(learner)
+    learner.finalize()
+    learner.merge(learn(xp, factory, stream.rank, [3 * stream.x], dtype))
+    assert_frozen(learner, image)
+    learner.update(2 * x)
     assert_frozen(snapshot, image)
     assert np.array_equal(oracle.host(x), before)
 
 
-def frozen(learner_class):
+def frozen(learner):
     """Return a deep image of a learner's state."""
     return {
         key: oracle.host(value).copy() if hasattr(value, "shape") else value
-        for key, value in learner_class.state_dict().items()
+        for key, value in learner.state_dict().items()
     }
 
 
-def assert_frozen(learner_class, image):
-    now = frozen(learner_class)
+def assert_frozen(learner, image):
+    now = frozen(learner)
     assert now.keys() == image.keys()
     for key, value in image.items():
         assert np.array_equal(now[key], value), key
@@ -233,8 +233,8 @@ def law_statistical(xp, factory, stream, dtype):
         for i in range(4)
     ]
     merged = parts[0].merge(parts[1]).merge(parts[2].merge(parts[3]))
-    for learner_class in (learn(xp, factory, stream.rank, [x], dtype), merged):
-        projector = learner_class.finalize()
+    for learner in (learn(xp, factory, stream.rank, [x], dtype), merged):
+        projector = learner.finalize()
         judge.valid(projector)
         assert oracle.residual(judge.c, projector.components) <= bound
 
