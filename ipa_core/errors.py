@@ -81,7 +81,7 @@ class FileFormatError(IPAError, ValueError):
 class MissingDependencyError(IPAError, ModuleNotFoundError):
     """An optional package is missing; the message names the extra that installs it."""
 
-    page = "docs/index.md#begin"
+    page = "docs/index.md#install"
 
 
 def with_context(error: IPAError, context: str) -> IPAError:
