@@ -103,5 +103,35 @@ def test_no_row_of_the_readme_is_left_out():
     assert len(rows) == quoted + len(ACCURACIES)
 
 
+#: Columns of the verdict in docs/evidence.md, as results name their tasks.
+TASKS = ["headlines", "reviews", "adjectives", "cifar10", "SmolLM2-135M adjectives 150 steps"]
+
+
+def compared():
+    """Return for (difference, task) its points with interval, from the tables of results."""
+    lines = [
+        line
+        for name in ("claims", "own")
+        for line in (EVIDENCE / f"{name}.md").read_text("utf-8").splitlines()
+    ]
+    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    return {(difference, task): points for _, difference, task, points, *_ in cells}
+
+
+def test_verdict_of_the_evidence_is_of_the_results():
+    page = (ROOT / "docs" / "evidence.md").read_text("utf-8")
+    table = page.partition("| difference of | headlines |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) == 7
+    found = compared()
+    for difference, *cells in rows:
+        for task, cell in zip(TASKS, cells, strict=True):
+            points = found[difference, task]
+            value, _, width = points.partition(" ± ")
+            bold = cell.startswith("**")
+            assert cell.strip("*") == points, (difference, task)
+            assert not bold or abs(float(value)) >= float(width), (difference, task)
+
+
 def test_summary_is_of_the_results():
     assert summary.summary(quick=False) == (FOLDER / "summary.md").read_text("utf-8")
