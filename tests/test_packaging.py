@@ -15,12 +15,14 @@ PACKAGES = {
     "ipa_torch": ROOT / "integrations" / "ipa_torch",
     "ipa_timm": ROOT / "integrations" / "ipa_timm",
     "ipa_hf": ROOT / "integrations" / "ipa_hf",
+    "ipa_sklearn": ROOT / "integrations" / "ipa_sklearn",
 }
 MAY_IMPORT = {
     "ipa_core": {"ipa_core"},
     "ipa_torch": {"ipa_core", "ipa_torch"},
     "ipa_timm": {"ipa_core", "ipa_torch", "ipa_timm"},
     "ipa_hf": {"ipa_core", "ipa_torch", "ipa_hf"},
+    "ipa_sklearn": {"ipa_core", "ipa_sklearn"},
 }
 
 
@@ -40,7 +42,7 @@ def installed(tmp_path_factory):
     return target
 
 
-def test_wheel_holds_exactly_the_four_packages(installed):
+def test_wheel_holds_exactly_the_packages(installed):
     names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
     assert names == set(PACKAGES)
     assert all((installed / name / "py.typed").is_file() for name in names)
