@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import sklearn.decomposition
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
