@@ -11,7 +11,7 @@ VISION := PYTHONPATH=.venv/vision
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantised test-timm \
+.PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantized test-timm \
 	test-families clean
 
 help:  ## list the targets
@@ -47,8 +47,8 @@ test-search: .venv/.installed-test  ## search longer, from a fresh seed, for cou
 test-jax: .venv/.installed-jax  ## the core tests with JAX among the array libraries
 	$(PYTEST) --hypothesis-profile=jax tests/core -k jax
 
-test-quantised: .venv/.installed-quantised  ## PEFT on bases in 4 and 8 bits
-	$(PYTEST) tests/hf/test_quantised.py
+test-quantized: .venv/.installed-quantized  ## PEFT on bases in 4 and 8 bits
+	$(PYTEST) tests/hf/test_quantized.py
 
 test-timm: .venv/.installed-vision  ## the tests that need timm, in a process of their own
 	$(VISION) $(PYTEST) --doctest-modules tests/timm integrations/ipa_timm
@@ -80,8 +80,8 @@ clean:  ## remove what the other targets made
 	$(INSTALL) --editable '.[jax]'
 	touch $@
 
-.venv/.installed-quantised: .venv/.installed-test
-	$(INSTALL) --group quantised
+.venv/.installed-quantized: .venv/.installed-test
+	$(INSTALL) --group quantized
 	touch $@
 
 .venv/.installed-vision: .venv/.installed-test

@@ -18,7 +18,7 @@ from torch import nn
 
 import ipa_timm
 from benchmarks import record
-from ipa_timm.classifier import head_parameters
+from ipa_timm.classifier import classifier_parameters
 from ipa_torch import LayerError, LayerProjectors
 from ipa_torch._adapters.replace import adapter_layers
 
@@ -160,7 +160,7 @@ def _randomise(model: nn.Module) -> None:
         )
         with torch.no_grad():
             lift.copy_(scale * torch.randn(lift.shape, generator=generator))
-    for parameter in head_parameters(model).values():
+    for parameter in classifier_parameters(model).values():
         with torch.no_grad():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 

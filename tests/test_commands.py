@@ -43,7 +43,7 @@ EXCEPTIONS = {
     "make evidence-quick": "three minutes, and downloads",
     "make test-families": "all families of timm, half an hour",
     "make test-jax": "JAX compiles every operation for every shape; not run to its end",
-    "make test-quantised": "needs packages that PEFT would import in every other test",
+    "make test-quantized": "needs packages that PEFT would import in every other test",
     "make test-search": "searches for minutes, from a fresh seed",
     "make .venv/.installed-bench": INSTALL,
     "pip install .": INSTALL,

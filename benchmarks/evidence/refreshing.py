@@ -13,7 +13,7 @@ from benchmarks.evidence.projections import (
     of_rows,
     second_moments,
 )
-from ipa_hf.lora_layers import adapted_layers, lora_A_and_B
+from ipa_hf.lora_layers import lora_A_and_B, lora_layers
 from ipa_torch import energy_scale
 
 
@@ -57,7 +57,7 @@ class Turn:
             found = KINDS[self.refresh.projection].choose(sample)
         moments = second_moments(sample)
         stay = round(self.refresh.kept * sample.rank)
-        for name, layer in adapted_layers(adapted.body, "default").items():
+        for name, layer in lora_layers(adapted.body, "default").items():
             a, b = lora_A_and_B(layer, "default")
             update = b.double() @ a.double()
             rows = joined(leading(update, stay), found[name].components.double(), sample.rank)

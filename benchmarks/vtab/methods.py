@@ -8,7 +8,7 @@ from torch import nn
 
 import ipa_timm
 from ipa_core import Projector
-from ipa_timm.classifier import head_parameters
+from ipa_timm.classifier import classifier_parameters
 
 RANK = 8
 
@@ -18,7 +18,7 @@ Projections = Mapping[str, Projector]
 def head_only(model: nn.Module, projections: Projections) -> None:
     """Train the head beside the frozen model."""
     model.requires_grad_(False)
-    for parameter in head_parameters(model).values():
+    for parameter in classifier_parameters(model).values():
         parameter.requires_grad_(True)
 
 
@@ -65,5 +65,5 @@ def _inject(model: nn.Module, projections: Projections, *, use_dora: bool = Fals
         r=RANK, lora_alpha=RANK, target_modules=list(projections), use_dora=use_dora
     )
     peft.inject_adapter_in_model(config, model)
-    for parameter in head_parameters(model).values():
+    for parameter in classifier_parameters(model).values():
         parameter.requires_grad_(True)

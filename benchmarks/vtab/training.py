@@ -12,7 +12,7 @@ from benchmarks.vtab.methods import METHODS, RANK, Projections
 from benchmarks.vtab.models import Backbone, after, before
 from benchmarks.vtab.sets import Split, VtabSet
 from ipa_timm import default_targets, fit_projectors
-from ipa_timm.classifier import heads_of
+from ipa_timm.classifier import classifier_modules
 
 State = dict[str, torch.Tensor]
 
@@ -83,7 +83,7 @@ class Cell:
     def _model(self, method: str, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = copy.deepcopy(self.model)
-        for module in heads_of(model)[0].modules():
+        for module in classifier_modules(model)[0].modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
         METHODS[method](model, self.projections)

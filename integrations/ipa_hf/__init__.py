@@ -1,4 +1,4 @@
-"""Learned projections for users of transformers and PEFT: ordinary LoRA adapters, better begun."""
+"""LoRA adapters of PEFT, initialized from the activations of a transformers model."""
 
 from ipa_core.errors import MissingDependencyError
 
@@ -16,7 +16,7 @@ from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
 from ipa_hf.initialize import get_ipa_model, initialize_lora_ipa_weights
 from ipa_hf.label_mask import causal_label_mask
-from ipa_hf.load import load
+from ipa_hf.load import load_adapter
 from ipa_hf.rank_pattern import match_ranks
 from ipa_hf.targets import default_targets
 
@@ -28,6 +28,6 @@ __all__ = [
     "freeze_projections",
     "get_ipa_model",
     "initialize_lora_ipa_weights",
-    "load",
+    "load_adapter",
     "match_ranks",
 ]

@@ -1,4 +1,4 @@
-"""What PEFT's files do not say about an adapter: a side file, written wherever PEFT saves it."""
+"""Metadata of an initialized adapter, in a JSON file beside PEFT's files."""
 
 from __future__ import annotations
 
@@ -13,96 +13,103 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 
 from ipa_core.errors import FileFormatError
+from ipa_core.io.serialization import replace_file
 from ipa_hf.scaling import Scaling
 
 FILE_NAME = "ipa_adapter.json"
-_FORMAT, _VERSION = "ipa-adapter", 1
+_FORMAT, _VERSION = "ipa-adapter", 2
 
 
 @dataclass(frozen=True)
-class LayerRecord:
-    """How one layer's A began: s P, with the share of its input's energy that P captured."""
+class LayerMetadata:
+    """Initialization of one layer: A = scale * P, where P captured a share of the energy."""
 
     rank: int
-    factor: float
+    scale: float
     captured: float
     samples: int
 
 
 @dataclass(frozen=True)
-class AdapterRecord:
-    """Where an adapter's projections come from, and whether they are held fixed.
+class AdapterMetadata:
+    """Initialization of an adapter, layer by layer.
 
     Parameters
     ----------
     frozen : bool
-        Whether A stays as it was learned.
+        Whether A is excluded from training.
     scaling : "energy" or float
-        The rule of the factors.
-    layers : mapping of str to LayerRecord
+        The setting that the scales follow from.
+    layers : mapping of str to LayerMetadata
         By the layers' names in the base model.
     """
 
     frozen: bool
     scaling: Scaling
-    layers: Mapping[str, LayerRecord]
+    layers: Mapping[str, LayerMetadata]
 
     def write(self, directory: str | os.PathLike[str]) -> None:
-        """Write the side file into an adapter directory."""
+        """Write the metadata file into an adapter directory, atomically."""
         content = {"format": _FORMAT, "format_version": _VERSION, **asdict(self)}
-        text = json.dumps(content, indent=2)
-        (Path(directory) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2) + "\n"
+        replace_file(Path(directory) / FILE_NAME, text.encode())
 
     @classmethod
-    def read(cls, directory: str | os.PathLike[str]) -> AdapterRecord:
-        """Read the side file of an adapter directory.
+    def read(cls, directory: str | os.PathLike[str]) -> AdapterMetadata:
+        """Read the metadata file of an adapter directory.
 
         Raises
         ------
         FileFormatError
-            If there is none, or it is damaged or of a newer version.
+            If the file is missing, damaged or of another format version.
         """
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             raise FileFormatError(
-                f"expected {FILE_NAME} in {directory}, got no such file; an adapter that was not "
-                "saved with its record loads with peft.PeftModel.from_pretrained, and "
-                "ipa_hf.freeze_projections holds its A fixed"
+                f"expected {FILE_NAME} in {directory}, got no such file; load an adapter without "
+                "it with peft.PeftModel.from_pretrained, and freeze its A with "
+                "ipa_hf.freeze_projections"
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if (content["format"], content["format_version"]) != (_FORMAT, _VERSION):
-                raise FileFormatError(
-                    f"{path}: expected format {_FORMAT!r} version {_VERSION}, got "
-                    f"{content['format']!r} version {content['format_version']!r}; "
-                    "update ipa-projectors"
-                )
-            layers = {name: LayerRecord(**layer) for name, layer in content["layers"].items()}
+            _check_version(path, content["format"], content["format_version"])
+            layers = {name: LayerMetadata(**layer) for name, layer in content["layers"].items()}
             return cls(bool(content["frozen"]), content["scaling"], layers)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, FileFormatError):
                 raise
-            raise FileFormatError(f"{path}: expected an adapter's record, got {error}") from error
+            raise FileFormatError(f"{path}: expected adapter metadata, got {error}") from error
 
 
-class RecordingLoraConfig(LoraConfig):
-    """A `LoraConfig` that leaves the record beside every file that PEFT writes of it.
+def _check_version(path: Path, name: Any, version: Any) -> None:
+    if (name, version) == (_FORMAT, _VERSION):
+        return
+    newer = isinstance(version, int) and version > _VERSION
+    cure = "update ipa-projectors" if newer else "initialize the adapter again"
+    raise FileFormatError(
+        f"{path}: expected format {_FORMAT!r} version {_VERSION}, got {name!r} version "
+        f"{version!r}; {cure}"
+    )
 
-    It has no field of its own, so that ``adapter_config.json`` is the plain one.
+
+class MetadataLoraConfig(LoraConfig):
+    """A `LoraConfig` that writes the adapter's metadata into each directory that PEFT saves to.
+
+    The metadata is no dataclass field, so ``adapter_config.json`` stays a plain LoRA configuration.
     """
 
-    record: Any = None
+    ipa_metadata: Any = None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration as PEFT does, and the record into the same directory."""
+        """Save the configuration as PEFT does, and the metadata into the same directory."""
         super().save_pretrained(save_directory, **kwargs)
-        self.record.write(save_directory)
+        self.ipa_metadata.write(save_directory)
 
 
-def attach_metadata(peft_model: PeftModel, adapter_name: str, record: AdapterRecord) -> None:
-    """Let `save_pretrained` of the model write the adapter's record too."""
-    config = RecordingLoraConfig.__new__(RecordingLoraConfig)
-    # Not rebuilt from its fields: PEFT keeps more in a configuration than they hold.
+def attach_metadata(peft_model: PeftModel, adapter_name: str, metadata: AdapterMetadata) -> None:
+    """Make the model's `save_pretrained` write the adapter's metadata too."""
+    config = MetadataLoraConfig.__new__(MetadataLoraConfig)
+    # Copied, not rebuilt from the fields: PEFT stores attributes beside the dataclass fields.
     config.__dict__ = copy.copy(peft_model.peft_config[adapter_name].__dict__)
-    config.record = record
+    config.ipa_metadata = metadata
     peft_model.peft_config[adapter_name] = config

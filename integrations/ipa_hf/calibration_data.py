@@ -1,4 +1,4 @@
-"""Texts, conversations and images from files, as batches for a model of transformers."""
+"""Calibration data: texts, conversations and images from files, as batches of model inputs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
 class CalibrationData:
-    """A sample of a data set, as batches; can be read again.
+    """A random sample of a data set, as batches; can be iterated several times.
 
     Parameters
     ----------
     source : path
-        A text file with one text in each line; a ``.jsonl`` file whose objects have ``text`` (a
-        string) or ``messages`` (what a chat template takes); or a folder of images.
+        A text file with one text per line; a ``.jsonl`` file whose objects have ``text`` (a
+        string) or ``messages`` (for the chat template); or a folder of images.
     model : str
         Name or folder of the model, for its tokenizer or image processor.
     count : int
-        How many samples to draw, at random without repetition; all if there are fewer.
+        Number of samples, drawn at random without replacement; all if there are fewer.
     batch_size, max_length, seed : int
-        Samples in a batch, tokens of a text that are kept, and the seed of the draw.
+        Samples per batch, tokens kept of each text, and the seed of the random choice.
     trust_remote_code : bool
         Whether code that comes with the model may run.
 
     Raises
     ------
     StreamError
-        If the source is none of these, or a line is not as it should be.
+        If the source is an empty folder, or a line of a ``.jsonl`` file has neither field.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class CalibrationData:
         if source.is_dir():
             self._processor = AutoImageProcessor.from_pretrained(model, **options)
             self._encode = self._images
-            self._samples: Sequence[Any] = _drawn(_image_files(source), count, seed)
+            self._samples: Sequence[Any] = _draw(_image_files(source), count, seed)
             return
         self._processor = AutoTokenizer.from_pretrained(model, **options)
         if self._processor.pad_token is None:
             self._processor.pad_token = self._processor.eos_token
         self._encode = self._tokens
-        texts = _drawn(list(_lines(source)), count, seed)
-        # Texts of about equal length together: no time is lost on padding.
+        texts = _draw(list(_lines(source)), count, seed)
+        # Sorted by length, so that batches contain little padding.
         self._samples = sorted((self._text(source, *line) for line in texts), key=len)
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class CalibrationData:
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not empty, with their numbers."""
+    """Yield the non-empty lines with their line numbers."""
     with source.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -112,5 +112,5 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _drawn(samples: list[Any], count: int, seed: int) -> list[Any]:
+def _draw(samples: list[Any], count: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(samples, min(count, len(samples)))

@@ -1,4 +1,4 @@
-"""Online learning within transformers' Trainer."""
+"""Trainer callback for online learning of P."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from ipa_torch import OnlineLearning
 
 
 class OnlineCallback(TrainerCallback):
-    """Calls `ipa_torch.OnlineLearning.step` after each step of the trainer's optimizer.
+    """Trainer callback that runs `ipa_torch.OnlineLearning.step` after each optimizer step.
 
-    For the online modes only, whose P goes on learning: a P that is learned before training needs
-    no callback. The model's layers are adapted by `ipa_torch.attach`. Under gradient accumulation
-    P is learned from every small batch, and changes once, after the optimizer.
+    Only online learning needs it; a P that was fitted before training does not change. Attach the
+    adapters with `ipa_torch.attach`. Under gradient accumulation P is learned from every
+    micro-batch and updated once, after the optimizer step.
 
     Parameters
     ----------
     online : OnlineLearning
-        Entered around ``train()``, with ``save_strategy="no"``: transformers does not write models
-        whose layers share a tensor, as these share P. Save `ipa_torch.adapter_state_dict`.
+        Its context must enclose ``train()``. Use ``save_strategy="no"``: transformers refuses to
+        save models whose layers share a tensor, here P. Save `ipa_torch.adapter_state_dict`.
 
     Attributes
     ----------
     lost_share : mapping of str to float
-        What `OnlineLearning.step` last returned.
+        Result of the last `OnlineLearning.step`.
 
     Raises
     ------
     SettingError
-        In training, if the model ran without being seen; see `OnlineLearning.step`.
+        During training, if the hooks saw no forward pass; see `OnlineLearning.step`.
 
     Examples
     --------
@@ -54,5 +54,5 @@ class OnlineCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Let P follow what was recorded, and carry B and its first moment along."""
+        """Update P from the recorded activations; transform B and its first moment accordingly."""
         self.lost_share = self._online.step(kwargs["optimizer"])

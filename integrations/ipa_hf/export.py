@@ -1,4 +1,4 @@
-"""The portable form of an adapter, which every server of LoRA adapters reads alike."""
+"""Export of an adapter with one rank and one alpha, for inference servers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from ipa_core.errors import SettingError
-from ipa_hf.lora_layers import adapted_layers, lora_A_and_B, lora_config, takes_projection
+from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class _Common:
-    """What the portable form has once for the whole model."""
+class _UniformSize:
+    """Rank and alpha of all layers of the exported adapter."""
 
     rank: int
     alpha: int
@@ -37,33 +37,34 @@ def export_lora(
     *,
     adapter_name: str = "default",
 ) -> None:
-    r"""Write an adapter in the one form of LoRA that all servers compute alike.
+    r"""Write an adapter in the subset of PEFT's format that all inference servers support.
 
-    Servers differ in what they ignore: patterns of ranks and alphas, rsLoRA, prefixes of targets.
-    Here every layer has one rank (A is padded with rows and B with columns of zeros, which changes
-    nothing) and one whole alpha (what a layer's own scaling has more or less goes into B, so that
-    layers that share P keep equal A); targets are bare names. PEFT loads it, too.
+    Servers ignore different parts of a LoRA configuration: ``rank_pattern``, ``alpha_pattern``,
+    rsLoRA, prefixes of target names. The exported adapter needs none of them. All layers have the
+    same rank (A is padded with zero rows, B with zero columns), the same integer alpha (any other
+    scaling of a layer is multiplied into its B, so that layers that share P keep equal A), and
+    targets are the last components of layer names. PEFT loads the exported adapter too.
 
     Parameters
     ----------
     peft_model : PeftModel
-        Not changed.
+        Left unchanged.
     directory : path-like
-        Made if it is not there. Gets ``adapter_model.safetensors``, ``adapter_config.json`` and,
-        where the model has one, the record of how the adapter began.
+        Created if missing. Receives ``adapter_model.safetensors``, ``adapter_config.json`` and, if
+        the adapter has metadata, ``ipa_adapter.json``.
     adapter_name : str, default "default"
-        The adapter; always written as the only one.
+        The adapter to export.
 
     Raises
     ------
     SettingError
-        If there is something that servers cannot load: DoRA, trained biases, whole modules,
-        adapters of other layers than linear ones. The message says what to do.
+        If the adapter has parts that servers cannot load: DoRA, trained biases, whole modules,
+        layers that are not linear.
 
     Notes
     -----
-    Memory and disk: (d_in + d_out) times the largest rank for each layer, and as much again for
-    layers that have a target's name without being adapted: they are written as zeros.
+    Memory and disk: (d_in + d_out) times the largest rank for each layer, including layers that
+    have a target's name but no adapter, which are written as zeros.
 
     Examples
     --------
@@ -81,75 +82,76 @@ def export_lora(
     (4, {}, ['q_proj', 'v_proj'])
     """
     config = lora_config(peft_model, adapter_name)
-    layers = adapted_layers(peft_model, adapter_name)
+    layers = lora_layers(peft_model, adapter_name)
     _check_servable(config, layers, adapter_name)
-    common = _common(layers, adapter_name)
+    size = _uniform_size(layers, adapter_name)
     tensors = {
         f"base_model.model.{name}.lora_{part}.weight": tensor
-        for name, pair in _pairs(peft_model, layers, common, adapter_name).items()
+        for name, pair in _exported_weights(peft_model, layers, size, adapter_name).items()
         for part, tensor in zip("AB", pair, strict=True)
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _portable(peft_model, config, layers, common).save_pretrained(str(folder))
-    if record := getattr(config, "record", None):
-        record.write(folder)
+    _export_config(peft_model, config, layers, size).save_pretrained(str(folder))
+    if metadata := getattr(config, "ipa_metadata", None):
+        metadata.write(folder)
 
 
 def _check_servable(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    unwanted = {
+    unsupported = {
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
         "bias": config.bias != "none",
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
     }
-    if held := sorted(name for name, value in unwanted.items() if value):
+    if used := sorted(name for name, value in unsupported.items() if value):
         raise SettingError(
-            f"expected an adapter of matrices A and B only, which servers can load, got {held}; "
+            f"expected an adapter with matrices A and B only, got {used}; servers cannot load it; "
             "serve the model of merge_and_unload() instead, or train without them"
         )
     for name, layer in layers.items():
         if not takes_projection(layer, adapter_name):
             raise SettingError(
-                f"layer {name!r}: expected a linear layer, which servers can adapt, got "
-                f"{type(layer.get_base_layer()).__name__}; serve the model of merge_and_unload()"
+                f"layer {name!r}: expected a linear layer, got "
+                f"{type(layer.get_base_layer()).__name__}; servers cannot "
+                "load its adapter; serve the model of merge_and_unload()"
             )
 
 
-def _common(layers: Mapping[str, LoraLayer], adapter_name: str) -> _Common:
+def _uniform_size(layers: Mapping[str, LoraLayer], adapter_name: str) -> _UniformSize:
     rank = max(layer.r[adapter_name] for layer in layers.values())
-    counted = Counter(layer.scaling[adapter_name] for layer in layers.values())
-    usual, _ = counted.most_common(1)[0]
-    # Whole: some servers declare it an integer.
-    return _Common(rank, max(1, round(usual * rank)))
+    scalings = Counter(layer.scaling[adapter_name] for layer in layers.values())
+    most_common, _ = scalings.most_common(1)[0]
+    # Some servers declare alpha as an integer.
+    return _UniformSize(rank, max(1, round(most_common * rank)))
 
 
-def _pairs(
-    peft_model: PeftModel, layers: Mapping[str, LoraLayer], common: _Common, adapter_name: str
+def _exported_weights(
+    peft_model: PeftModel, layers: Mapping[str, LoraLayer], size: _UniformSize, adapter_name: str
 ) -> dict[str, _Pair]:
-    """Return A and B by layer, for all layers that loading by bare names will find."""
-    found = {}
-    bare = {_bare(name) for name in layers}
+    """Return A and B of all layers whose last name component is a target."""
+    pairs = {}
+    targets = {_last_component(name) for name in layers}
     for name, module in peft_model.get_base_model().named_modules():
         if name in layers:
-            found[name] = _padded(layers[name], common, adapter_name)
-        elif _bare(name) in bare and ".base_layer" not in name:
-            found[name] = _zeros(name, module, common)
-    return found
+            pairs[name] = _pad(layers[name], size, adapter_name)
+        elif _last_component(name) in targets and ".base_layer" not in name:
+            pairs[name] = _zeros(name, module, size)
+    return pairs
 
 
-def _padded(layer: LoraLayer, common: _Common, adapter_name: str) -> _Pair:
+def _pad(layer: LoraLayer, size: _UniformSize, adapter_name: str) -> _Pair:
     a, b = (matrix.detach() for matrix in lora_A_and_B(layer, adapter_name))
-    missing = common.rank - a.shape[0]
+    missing = size.rank - a.shape[0]
     a = torch.nn.functional.pad(a, (0, 0, 0, missing))
     b = torch.nn.functional.pad(b, (0, missing))
-    ratio = layer.scaling[adapter_name] / common.scaling
+    ratio = layer.scaling[adapter_name] / size.scaling
     return a.contiguous(), (b if ratio == 1 else ratio * b).contiguous()
 
 
-def _zeros(name: str, module: torch.nn.Module, common: _Common) -> _Pair:
+def _zeros(name: str, module: torch.nn.Module, size: _UniformSize) -> _Pair:
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if isinstance(base, torch.nn.Linear):
         features, out = base.in_features, base.out_features
@@ -157,14 +159,14 @@ def _zeros(name: str, module: torch.nn.Module, common: _Common) -> _Pair:
         features, out = base.get_parameter("weight").shape
     else:
         raise SettingError(
-            f"layer {name!r}: expected every layer of a target's bare name to be linear, got "
+            f"layer {name!r}: expected a linear layer, as its last name component is a target, got "
             f"{type(base).__name__}; serve the model of merge_and_unload()"
         )
-    return torch.zeros(common.rank, features), torch.zeros(out, common.rank)
+    return torch.zeros(size.rank, features), torch.zeros(out, size.rank)
 
 
-def _portable(
-    peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, LoraLayer], common: _Common
+def _export_config(
+    peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, LoraLayer], size: _UniformSize
 ) -> LoraConfig:
     base = peft_model.get_base_model()
     return LoraConfig(
@@ -172,13 +174,13 @@ def _portable(
         base_model_name_or_path=config.base_model_name_or_path
         or getattr(base, "name_or_path", None)
         or None,
-        r=common.rank,
-        lora_alpha=common.alpha,
-        target_modules=sorted({_bare(name) for name in layers}),
+        r=size.rank,
+        lora_alpha=size.alpha,
+        target_modules=sorted({_last_component(name) for name in layers}),
         fan_in_fan_out=config.fan_in_fan_out,
         inference_mode=True,
     )
 
 
-def _bare(name: str) -> str:
+def _last_component(name: str) -> str:
     return name.rpartition(".")[2]

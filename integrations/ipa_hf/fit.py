@@ -1,4 +1,4 @@
-"""Learning from the inputs that the adapted layers of a PEFT model see without their adapters."""
+"""Fit projectors of LoRA layers to the base model's activations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FitOptions(TypedDict, total=False):
 
 @contextmanager
 def _without_cache(model: torch.nn.Module) -> Iterator[None]:
-    """Let models keep no keys and values: with a cache, packed sequences would see each other."""
+    """Disable the key-value cache; with it, packed sequences would attend to each other."""
     configs = [config for module in model.modules() if (config := getattr(module, "config", None))]
     caching = [config for config in configs if getattr(config, "use_cache", False)]
     try:
@@ -45,11 +45,11 @@ def _without_cache(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _as_stored(model: torch.nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes from rounding 4-bit weights anew.
+def _without_repacking(model: torch.nn.Module) -> Iterator[None]:
+    """Prevent bitsandbytes from repacking 4-bit weights.
 
     On CPUs with bfloat16 instructions its layers repack their weights in the first evaluation, with
-    scales of less precision, and keep them so.
+    less precise scales, permanently.
     """
     flag = "support_avx512bf16_for_cpu"
     repacking = [module for module in model.modules() if getattr(module, flag, False)]
@@ -62,11 +62,11 @@ def _as_stored(model: torch.nn.Module) -> Iterator[None]:
             setattr(module, flag, True)
 
 
-def learn(
+def fit_lora_projectors(
     peft_model: PeftModel, ranks: Mapping[str, int], batches: Iterable[Any], options: FitOptions
 ) -> LayerProjectors:
-    """Return projectors of the adapted layers with these names in the base model."""
-    with base_model_only(peft_model), _without_cache(peft_model), _as_stored(peft_model):
+    """Return projectors of these ranks for layers, by their names in the base model."""
+    with base_model_only(peft_model), _without_cache(peft_model), _without_repacking(peft_model):
         return fit_projectors(
             peft_model.get_base_model(),
             batches,

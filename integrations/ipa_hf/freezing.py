@@ -1,4 +1,4 @@
-"""Holding learned projections fixed, through everything PEFT does to trainable flags."""
+"""Freezing of lora_A that survives PEFT's changes of ``requires_grad``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
-from ipa_hf.lora_layers import adapted_layers, lora_A_and_B, lora_config, takes_projection
+from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 
 
 def freeze_projections(
@@ -17,21 +17,21 @@ def freeze_projections(
     *,
     layers: Collection[str] | None = None,
 ) -> PeftModel:
-    """Hold the A of a LoRA adapter fixed, so that only B is trained.
+    """Freeze the A of a LoRA adapter, so that only B is trained.
 
-    The flags survive ``set_adapter``, ``disable_adapter``, ``delete_adapter`` of others and
-    ``load_adapter``; PEFT does not save them. `ipa_hf.load` restores them; after PEFT's own
-    ``from_pretrained(..., is_trainable=True)`` call this function. Call it before the optimizer is
-    made.
+    A stays frozen through ``set_adapter``, ``disable_adapter``, ``load_adapter`` and
+    ``delete_adapter`` of another adapter. PEFT does not save the flags: `ipa_hf.load_adapter`
+    restores them; after ``PeftModel.from_pretrained(..., is_trainable=True)`` call this function.
+    Call it before the optimizer is created.
 
     Parameters
     ----------
     peft_model : PeftModel
-        Changed in place.
+        Modified in place.
     adapter_name : str, default "default"
         The adapter.
     layers : collection of str, optional
-        Names of layers in the base model; all adapted linear layers by default.
+        Names of layers in the base model; by default all linear layers with the adapter.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def freeze_projections(
     Raises
     ------
     SettingError
-        If there is no such LoRA adapter, or it has no such layer.
+        If the model has no such LoRA adapter, or the adapter no such layer.
 
     Examples
     --------
@@ -54,29 +54,28 @@ def freeze_projections(
     ['query.lora_B.default.weight']
     """
     lora_config(peft_model, adapter_name)
-    found = {
+    linear = {
         name: layer
-        for name, layer in adapted_layers(peft_model, adapter_name).items()
+        for name, layer in lora_layers(peft_model, adapter_name).items()
         if takes_projection(layer, adapter_name)
     }
-    wanted = found if layers is None else layers
-    for name in wanted:
-        if name not in found:
+    for name in linear if layers is None else layers:
+        if name not in linear:
             raise SettingError(
-                f"layer {name!r}: expected a linear layer with the adapter {adapter_name!r}, "
-                "got none of this name"
+                f"layer {name!r}: expected a linear layer with adapter {adapter_name!r}, got none; "
+                f"choose among {sorted(linear)}"
             )
-        set_lora_A_frozen(found[name], adapter_name, True)
+        set_lora_A_frozen(linear[name], adapter_name, True)
     return peft_model
 
 
-def set_lora_A_frozen(layer: LoraLayer, adapter_name: str, held: bool) -> None:
-    """Hold the A of a layer fixed, or let it be as trainable as its B."""
+def set_lora_A_frozen(layer: LoraLayer, adapter_name: str, frozen: bool) -> None:
+    """Freeze the A of a layer, or make it as trainable as its B."""
     a, b = lora_A_and_B(layer, adapter_name)
-    a.requires_grad_(b.requires_grad and not held)
-    # PEFT's own list of weights that no switch of adapters makes trainable again. Rebound, as the
-    # empty default belongs to the class.
+    a.requires_grad_(b.requires_grad and not frozen)
+    # PEFT keeps the weights listed here frozen when it switches adapters. The attribute is
+    # replaced, not mutated, as its empty default belongs to the class.
     names = {*layer.frozen_peft_weight_names.get(adapter_name, ())} - {"lora_A"}
     layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {
-        adapter_name: (*sorted(names), "lora_A") if held else tuple(sorted(names))
+        adapter_name: (*sorted(names), "lora_A") if frozen else tuple(sorted(names))
     }

@@ -1,4 +1,4 @@
-"""Putting learned projections into the LoRA adapters of a PEFT model."""
+"""Initialize LoRA adapters of a PEFT model from projections of layer inputs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_hf.adapter_metadata import AdapterRecord, attach_metadata
-from ipa_hf.fit import FitOptions, learn
+from ipa_hf.adapter_metadata import AdapterMetadata, attach_metadata
+from ipa_hf.fit import FitOptions, fit_lora_projectors
 from ipa_hf.freezing import set_lora_A_frozen
 from ipa_hf.lora_init import check_fresh, truncate_to_layer, write_lora_A
 from ipa_hf.lora_layers import (
-    adapted_layers,
     layer_kind,
     lora_config,
-    materialise,
+    lora_layers,
+    materialize,
     takes_projection,
 )
 from ipa_hf.scaling import Scaling, check_scaling
 from ipa_hf.targets import default_targets
 from ipa_torch import LayerError
+from ipa_torch.errors import check_choice
 
-OnMissing = Literal["raise", "warn"]
+OnMissing = Literal["warn", "raise", "ignore"]
 
 
 def get_ipa_model(
@@ -38,38 +39,38 @@ def get_ipa_model(
     adapter_name: str = "default",
     trainable: bool = False,
     scaling: Scaling = "energy",
-    on_missing: OnMissing = "raise",
+    on_missing: OnMissing = "warn",
     **options: Unpack[FitOptions],
 ) -> PeftModel:
-    r"""Return a PEFT model whose LoRA adapters start from projections of the layers' inputs.
+    r"""Return a PEFT model with LoRA adapters initialized from projections of the layers' inputs.
 
-    Each adapted layer computes :math:`z = W x + \tfrac{\alpha}{r} B (s P) x` with P learned from
-    its inputs x, B = 0 at first, and a scalar s, all of it in an ordinary LoRA adapter. Call it
-    before the optimizer is made.
+    Each layer with an adapter computes :math:`z = W x + \tfrac{\alpha}{r} B (s P) x`, where P is
+    fitted to its inputs x, B = 0 initially, and s is a scalar. The adapter is an ordinary LoRA
+    adapter with A = s P. Call this function before the optimizer is created.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A transformers model, or any module that `peft.get_peft_model` takes. As there, adapters
-        are injected in place; no weight of the model changes.
+        A transformers model, or any other module that `peft.get_peft_model` takes. Adapters are
+        injected in place, as PEFT does; no weight of the model changes.
     config : LoraConfig
-        Any form of ``target_modules``, ``rank_pattern``, ``modules_to_save``, ``use_rslora``,
-        ``use_dora`` ... Without ``target_modules``, `default_targets` are meant. Not changed.
+        Copied. Without ``target_modules``, `default_targets` are used. ``rank_pattern``,
+        ``modules_to_save``, ``use_rslora``, ``use_dora`` and so on work as in PEFT.
     data : iterable of batches, or mapping of str to Projector
-        What the model is run on, a ``DataLoader`` for example; or projectors by the layers' names
-        in ``model``, as `ipa_torch.fit_projectors` returns them.
+        Calibration batches, a ``DataLoader`` for example; or fitted projectors by the layers'
+        names in ``model``, as `ipa_torch.fit_projectors` returns them.
     adapter_name, trainable, scaling, on_missing, **options
         As for `initialize_lora_ipa_weights`.
 
     Returns
     -------
     PeftModel
-        An ordinary one: ``save_pretrained``, trainers and ``merge_and_unload`` work as ever.
+        ``save_pretrained``, ``merge_and_unload`` and trainers work as for any LoRA adapter.
 
     Raises
     ------
     IPAError
-        As `initialize_lora_ipa_weights` does; the model is then as it was before.
+        As for `initialize_lora_ipa_weights`; the model is left without adapters then.
 
     Examples
     --------
@@ -113,35 +114,35 @@ def initialize_lora_ipa_weights(
     adapter_name: str = "default",
     trainable: bool = False,
     scaling: Scaling = "energy",
-    on_missing: OnMissing = "raise",
+    on_missing: OnMissing = "warn",
     **options: Unpack[FitOptions],
 ) -> PeftModel:
-    r"""Set ``lora_A`` to a multiple of P and ``lora_B`` to zero in a fresh LoRA adapter.
+    r"""Set ``lora_A`` of a fresh LoRA adapter to a scaled P; ``lora_B`` stays zero.
 
     Parameters
     ----------
     peft_model : PeftModel
-        With a LoRA adapter that has not been trained; other adapters may have been. Changed in
+        With an untrained LoRA adapter of this name; other adapters may be trained. Modified in
         place.
     data : iterable of batches, or mapping of str to Projector
-        What the model is run on, with all adapters switched off; or projectors by the layers'
-        names in the base model. One of larger rank than its layer is truncated.
+        Calibration batches, on which the base model is run without adapters; or fitted projectors
+        by the layers' names in the base model. A projector of larger rank than its layer is
+        truncated.
     adapter_name : str, default "default"
         The adapter.
     trainable : bool, default False
-        Train A along with B. Otherwise A is held fixed through whatever PEFT does, half of the
-        parameters.
+        Train A as well as B. By default A stays frozen, also when PEFT switches adapters.
     scaling : "energy" or float, default "energy"
-        ``"energy"``: A = s P with the energy that LoRA's random A would have on these inputs, so
-        that alpha means what it means for LoRA. A number: the layer computes
-        :math:`W x + \lambda B P x` with exactly that lambda.
-    on_missing : {"raise", "warn"}, default "raise"
-        What to do about adapted layers without a projection: those that never ran, and those that
-        are not linear. ``"warn"`` leaves them as LoRA began them.
+        ``"energy"``: s gives A x = s P x the mean energy that LoRA's random A gives it, so that
+        alpha keeps its meaning in LoRA. A number: s makes the layer compute
+        :math:`W x + \lambda B P x` with that lambda, for any alpha.
+    on_missing : {"warn", "raise", "ignore"}, default "warn"
+        Action for layers without a projector: layers that never ran, and layers that are not
+        linear. ``"warn"`` names them in a warning; with ``"warn"`` and ``"ignore"`` they keep
+        LoRA's random A.
     **options
-        Passed to `ipa_torch.fit_projectors` where ``data`` is batches: ``learner``,
-        ``row_weights``, ``forward``, ``max_rows``, ``max_batches``, ``max_seconds``,
-        ``tolerance``, ``max_bytes``, ``checkpoint``, ``progress``.
+        Options of `ipa_torch.fit_projectors`, if ``data`` is batches: see
+        `ipa_torch.FitOptions`.
 
     Returns
     -------
@@ -151,17 +152,18 @@ def initialize_lora_ipa_weights(
     Raises
     ------
     SettingError
-        If the adapter is trained, merged, not LoRA, or begins in a way that changes base weights.
+        If the adapter is trained, merged, not LoRA, or initialized by a method that changes base
+        weights.
     LayerError
-        If a layer gets no projection.
+        If no layer is linear, or a layer has no projector (``on_missing="raise"``).
     RankError, ShapeError
         If a projector does not fit its layer; the message names it.
     IPAError
-        Whatever learning raises, with the layer's name.
+        Any error of `ipa_torch.fit_projectors`; the message names the layer.
 
     Notes
     -----
-    Cost: one forward pass for each batch, and the learner's; see `ipa_torch.fit_projectors`.
+    Cost: that of `ipa_torch.fit_projectors`, a forward pass for each batch and the learner's work.
 
     Examples
     --------
@@ -176,56 +178,69 @@ def initialize_lora_ipa_weights(
     >>> peft_model.print_trainable_parameters()  # doctest: +ELLIPSIS
     trainable params: 16 ...
     """
-    layers = adapted_layers(peft_model, adapter_name)
+    layers = lora_layers(peft_model, adapter_name)
     check_scaling(scaling)
+    check_choice("on_missing", on_missing, OnMissing)
     for name, layer in layers.items():
-        materialise(name, layer, adapter_name)
+        materialize(name, layer, adapter_name)
     check_fresh(lora_config(peft_model, adapter_name), layers, adapter_name)
     linear = {name: x for name, x in layers.items() if takes_projection(x, adapter_name)}
-    refused = {
-        name: f"{layer_kind(x)} take no projection"
+    unsupported = {
+        name: f"{layer_kind(x)} are not supported"
         for name, x in layers.items()
         if name not in linear
     }
-    _report(refused, on_missing)  # before learning, which takes long
+    _report(unsupported, on_missing)  # before the fit, which takes long
     if not linear:
         raise LayerError(
-            f"expected an adapter {adapter_name!r} with a linear layer, got none; nothing is to be "
-            "learned, use it as LoRA begins it"
+            f"expected an adapter {adapter_name!r} with a linear layer, got none; name linear "
+            "layers in target_modules"
         )
     if isinstance(data, Mapping):
         if options:
-            raise SettingError(f"expected no {sorted(options)} beside projectors that are learned")
+            raise SettingError(
+                f"expected no options of a fit with fitted projectors, got {sorted(options)}; "
+                "remove them, or pass batches"
+            )
         projectors: Mapping[str, Projector] = data
     else:
         ranks = {name: int(layer.r[adapter_name]) for name, layer in linear.items()}
-        projectors = learn(peft_model, ranks, data, options)
+        projectors = fit_lora_projectors(peft_model, ranks, data, options)
     reasons = getattr(projectors, "missing", {})
-    absent = (name for name in linear if name not in projectors)
-    _report({name: reasons.get(name, "no projector has its name") for name in absent}, on_missing)
-    fitting = {
+    missing = {
+        name: reasons.get(name, "no projector of this name")
+        for name in linear
+        if name not in projectors
+    }
+    # Without any projector the adapter would be plain LoRA: an error under every setting.
+    _report(missing, on_missing if len(missing) < len(linear) else "raise")
+    truncated = {
         name: truncate_to_layer(name, layer, projectors[name], adapter_name)
         for name, layer in linear.items()
         if name in projectors
     }
-    placed = {
+    initialized = {
         name: write_lora_A(linear[name], projector, scaling, adapter_name)
-        for name, projector in fitting.items()
+        for name, projector in truncated.items()
     }
-    attach_metadata(peft_model, adapter_name, AdapterRecord(not trainable, scaling, placed))
-    for name in placed:
+    attach_metadata(peft_model, adapter_name, AdapterMetadata(not trainable, scaling, initialized))
+    for name in initialized:
         set_lora_A_frozen(linear[name], adapter_name, not trainable)
     return peft_model
 
 
 def _report(missing: Mapping[str, str], on_missing: OnMissing) -> None:
-    if not missing:
+    """Raise or warn about layers without a projector, with the reason for each."""
+    if not missing or on_missing == "ignore":
         return
-    shown = "; ".join(f"layer {name!r}: {reason}" for name, reason in missing.items())
+    listed = "; ".join(f"layer {name!r}: {reason}" for name, reason in missing.items())
     if on_missing == "raise":
         raise LayerError(
-            f"expected a projection for every adapted layer, got none for {len(missing)} "
-            f"({shown}); take them out of target_modules, or pass on_missing='warn' to leave them "
-            "as LoRA begins them"
+            f"expected a projector for every layer with the adapter, got none for {len(missing)} "
+            f"({listed}); remove them from target_modules, or pass on_missing='warn' to keep "
+            "LoRA's random A there"
         )
-    warnings.warn(f"{len(missing)} layers begin as in LoRA ({shown})", stacklevel=3)
+    warnings.warn(
+        f"{len(missing)} layers keep LoRA's random A, as they have no projector ({listed})",
+        stacklevel=3,
+    )

@@ -1,4 +1,4 @@
-"""Which tokens count, beyond padding."""
+"""Row weights from the labels of causal language models."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from ipa_core.errors import ShapeError
 from ipa_torch import attention_mask
 
-_IGNORED = -100  # what losses in transformers skip
+_IGNORED = -100  # ignore_index of the losses in transformers
 
 
 def causal_label_mask(batch: Any) -> torch.Tensor:
     """Return 1 for positions of a causal language model whose prediction enters the loss, else 0.
 
-    Position t predicts the label of position t + 1, so it counts where that is not -100; prompts
-    and templates whose labels are masked do not count, nor does padding. For
+    Position t predicts the label of position t + 1, so its weight is 1 where that label is not
+    -100. Padding, and prompts whose labels are masked, have weight 0. Pass the function as
     ``get_ipa_model(..., row_weights=causal_label_mask)``.
 
     Parameters
     ----------
     batch : mapping
-        With ``labels`` of shape (batch, positions), and ``attention_mask`` or not.
+        With ``labels`` of shape (batch, positions), and optionally ``attention_mask``.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def causal_label_mask(batch: Any) -> torch.Tensor:
     Raises
     ------
     ShapeError
-        If there are no such labels.
+        If the batch has no labels of this shape.
 
     Examples
     --------
@@ -43,7 +43,7 @@ def causal_label_mask(batch: Any) -> torch.Tensor:
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
         raise ShapeError(
             "expected batches with labels of shape (batch, positions), got "
-            f"{'none' if labels is None else labels!r}; make them with the collator of training"
+            f"{'none' if labels is None else labels!r}; build batches with the collator of training"
         )
     weights = torch.zeros_like(labels)
     weights[:, :-1] = labels[:, 1:] != _IGNORED

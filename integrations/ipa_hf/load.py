@@ -1,4 +1,4 @@
-"""Loading an adapter so that what was frozen is frozen again."""
+"""Load an adapter together with its metadata and frozen flags."""
 
 from __future__ import annotations
 
@@ -7,43 +7,42 @@ import os
 import torch
 from peft import PeftModel
 
-from ipa_hf.adapter_metadata import AdapterRecord, attach_metadata
+from ipa_hf.adapter_metadata import AdapterMetadata, attach_metadata
 from ipa_hf.freezing import freeze_projections
 
 
-def load(
+def load_adapter(
     model: torch.nn.Module,
     directory: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Load an adapter that `PeftModel.save_pretrained` wrote, with its record.
+    """Load an adapter that `PeftModel.save_pretrained` wrote, with its metadata.
 
-    PEFT's own ``PeftModel.from_pretrained`` gives the same outputs. This also restores which
-    projections are held fixed when training goes on, and lets the next ``save_pretrained`` write
-    the record again.
+    ``PeftModel.from_pretrained`` gives the same outputs. This function also freezes A again if it
+    was frozen, and makes the next ``save_pretrained`` write the metadata.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The base model; or a `PeftModel` with a LoRA adapter, which gets another one.
+        The base model, or a `PeftModel` to which the adapter is added.
     directory : path-like
         The adapter directory.
     adapter_name : str, default "default"
-        Name for the adapter in this model.
+        Name of the adapter in this model.
     is_trainable : bool, default False
         Load for training: B, and A unless it is frozen.
 
     Returns
     -------
     PeftModel
-        The model itself where it is one already.
+        ``model`` itself if it is a `PeftModel`.
 
     Raises
     ------
     FileFormatError
-        If the directory holds no record, or one of a newer version.
+        If the directory holds no metadata, or metadata of another format version.
 
     Examples
     --------
@@ -57,18 +56,18 @@ def load(
     >>> model = ipa_hf.get_ipa_model(BertModel(shape), config, loader, progress=False)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     model.save_pretrained(folder)
-    ...     again = ipa_hf.load(BertModel(shape), folder, is_trainable=True)
-    >>> [name.split(".")[-3] for name, p in again.named_parameters() if p.requires_grad]
+    ...     loaded = ipa_hf.load_adapter(BertModel(shape), folder, is_trainable=True)
+    >>> [name.split(".")[-3] for name, p in loaded.named_parameters() if p.requires_grad]
     ['lora_B']
     """
-    record = AdapterRecord.read(directory)
+    metadata = AdapterMetadata.read(directory)
     if isinstance(model, PeftModel):
         model.load_adapter(str(directory), adapter_name, is_trainable=is_trainable)
     else:
         model = PeftModel.from_pretrained(
             model, str(directory), adapter_name=adapter_name, is_trainable=is_trainable
         )
-    attach_metadata(model, adapter_name, record)
-    if record.frozen:
-        freeze_projections(model, adapter_name, layers=record.layers)
+    attach_metadata(model, adapter_name, metadata)
+    if metadata.frozen:
+        freeze_projections(model, adapter_name, layers=metadata.layers)
     return model

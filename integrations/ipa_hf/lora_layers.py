@@ -1,4 +1,4 @@
-"""Which layers of a PEFT model hold a LoRA adapter, and which of them can take a projection."""
+"""Lookup and inspection of the LoRA layers of a PEFT model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ipa_core.errors import SettingError
 
 
 def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
-    """Return the adapter's configuration, which must be one of LoRA.
+    """Return the configuration of a LoRA adapter.
 
     Raises
     ------
     SettingError
-        If there is no adapter of this name, or it is of another method.
+        If the model has no adapter of this name, or the adapter is not LoRA.
     """
     known = peft_model.peft_config
     if adapter_name not in known:
@@ -32,8 +32,8 @@ def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
     return config
 
 
-def adapted_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """Return the layers that hold the adapter, by their names in the base model."""
+def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return the layers with the adapter by their names in the base model."""
     return {
         name: module
         for name, module in peft_model.get_base_model().named_modules()
@@ -42,17 +42,21 @@ def adapted_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLa
 
 
 def takes_projection(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return whether the layer computes B A x for rows x: linear ones do, whatever holds W."""
+    """Return whether the layer computes B A x for rows x, as (quantized) linear layers do."""
     if isinstance(layer, MultiheadAttention | ParamWrapper) or adapter_name not in layer.lora_A:
         return False
-    return lora_A_and_B(layer, adapter_name)[0].ndim == 2  # convolutions have more axes
+    return lora_A_and_B(layer, adapter_name)[0].ndim == 2  # A of a convolution has four axes
 
 
 def layer_kind(layer: LoraLayer) -> str:
-    """Return what sort of layer this is, in the plural, for a message."""
+    """Return the type of the base layer in the plural, for error messages."""
     base = type(layer.get_base_layer()).__name__
     fused = isinstance(layer, ParamWrapper)
-    return f"fused parameters of {base}, whose inputs no hook sees," if fused else f"{base} layers"
+    return (
+        f"fused parameters of {base}, whose inputs hooks cannot observe,"
+        if fused
+        else f"{base} layers"
+    )
 
 
 def lora_A_and_B(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,16 +65,16 @@ def lora_A_and_B(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, tor
     return a, b
 
 
-def materialise(name: str, layer: LoraLayer, adapter_name: str) -> None:
-    """Give A and B memory where PEFT has left them without, as it does for offloaded layers.
+def materialize(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Allocate and initialize A and B that PEFT left on the meta device (offloaded layers).
 
-    The weights of such a layer are loaded when it runs, on the device where accelerate runs it;
-    A and B are small, and stay there. They begin as LoRA's own.
+    accelerate loads the base weights of an offloaded layer when the layer runs. A and B are small
+    and stay on the device where it runs, initialized as in LoRA.
 
     Raises
     ------
     SettingError
-        If the layer's weights were never loaded, or the adapter needs them in memory (DoRA).
+        If the base weights were never loaded, or the adapter needs them in memory (DoRA).
     """
     if adapter_name not in layer.lora_B or not lora_A_and_B(layer, adapter_name)[1].is_meta:
         return
@@ -91,23 +95,23 @@ def materialise(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
 
 def _execution_device(layer: torch.nn.Module) -> Any:
-    """Return where accelerate runs an offloaded layer; None if it is none."""
+    """Return the device where accelerate runs an offloaded layer; None if it is not offloaded."""
     hook: Any = getattr(layer, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
-    return next((one.execution_device for one in hooks if getattr(one, "offload", False)), None)
+    return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
 
 
 @contextmanager
 def base_model_only(peft_model: PeftModel) -> Iterator[None]:
-    """Switch all adapters off, and back on with every parameter as trainable as it was.
+    """Disable all adapters temporarily and restore every ``requires_grad`` afterwards.
 
-    PEFT's own context marks the active adapters as trainable at its end, also in a model that was
+    PEFT's ``disable_adapter`` makes the active adapters trainable on exit, even in a model that was
     loaded for inference.
     """
     trainable = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
     try:
         with catch_warnings():
-            # Biases that an earlier training changed stay changed; they are part of the inputs.
+            # Biases changed by earlier training stay changed: the warning does not apply here.
             filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
             with peft_model.disable_adapter():
                 yield

@@ -1,4 +1,4 @@
-"""Layers of different rank, without changing what alpha means."""
+"""LoRA configurations with a rank and an alpha for each layer."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from ipa_core import Projector
 
 
 def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> LoraConfig:
-    r"""Return a configuration that gives each layer the rank of its projector, at equal scaling.
+    r"""Return a configuration with the rank of each layer's projector, at unchanged scaling.
 
-    PEFT scales a layer by alpha / rank, so ranks that differ would scale layers differently. Here
-    the alphas follow the ranks, and every layer keeps the scaling alpha / r (alpha / sqrt(r) with
-    rsLoRA) of the configuration that came in.
+    PEFT scales a layer by alpha / rank, so different ranks would scale layers differently. Alphas
+    are therefore set in proportion to the ranks: every layer keeps the scaling alpha / r
+    (alpha / sqrt(r) with rsLoRA) of ``config``.
 
     Parameters
     ----------
     config : LoraConfig
-        Its patterns of ranks and alphas are replaced; not changed.
+        Copied; its ``rank_pattern`` and ``alpha_pattern`` are replaced in the copy.
     projectors : mapping of str to Projector
-        By layer; ``ipa_torch.LayerProjectors.allocate`` spreads a budget of ranks over them.
+        By layer, for example from ``ipa_torch.LayerProjectors.allocate``.
 
     Returns
     -------
     LoraConfig
-        With ``rank_pattern`` and ``alpha_pattern``; hand it to `get_ipa_model` with the same
-        projectors.
+        For `get_ipa_model`, with the same projectors.
 
     Examples
     --------
@@ -38,8 +37,8 @@ def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> Lora
     >>> ranks = {"q_proj": 1, "v_proj": 3}
     >>> projectors = {name: fit_projector(np.eye(4), rank) for name, rank in ranks.items()}
     >>> lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
-    >>> chosen = match_ranks(lora, projectors)
-    >>> chosen.rank_pattern, chosen.alpha_pattern
+    >>> matched = match_ranks(lora, projectors)
+    >>> matched.rank_pattern, matched.alpha_pattern
     ({'q_proj': 1, 'v_proj': 3}, {'q_proj': 2.0, 'v_proj': 6.0})
     """
     matched = copy.deepcopy(config)
@@ -47,11 +46,11 @@ def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> Lora
         name: projector.rank for name, projector in projectors.items() if projector.rank != config.r
     }
     matched.alpha_pattern = {
-        name: config.lora_alpha * _growth(rank / config.r, config.use_rslora)
+        name: config.lora_alpha * _alpha_ratio(rank / config.r, config.use_rslora)
         for name, rank in matched.rank_pattern.items()
     }
     return matched
 
 
-def _growth(ratio: float, use_rslora: bool) -> float:
-    return math.sqrt(ratio) if use_rslora else ratio
+def _alpha_ratio(rank_ratio: float, use_rslora: bool) -> float:
+    return math.sqrt(rank_ratio) if use_rslora else rank_ratio

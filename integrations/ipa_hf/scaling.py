@@ -1,4 +1,4 @@
-"""The scalar of each layer that is folded into A, so that alpha stays one number for the model."""
+"""Scale s of A = s P."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers that get an adapter where the user names none."""
+"""Default target layers of transformers models."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 from ipa_core.errors import SettingError
 
-# The method's own choice: query, key, value, up and down. These are their names in the families of
-# transformers; o_proj, gate_proj, poolers and heads are none of them.
+# Query, key, value, up and down projections, as in the paper, under the names that the families of
+# transformers give them. Output and gate projections, poolers and heads are excluded.
 _NAMES = (
     r"q|k|v|q_proj|k_proj|v_proj|query|key|value|c_attn",
     r"up_proj|down_proj|fc1|fc2|wi|wi_0|wi_1|wo|mlp\.c_fc|mlp\.c_proj",
     r"intermediate\.dense|(?<!attention\.)output\.dense",
 )
 _TARGETS = rf".*\.({'|'.join(_NAMES)})"
-# A language model with a vision or an audio tower is adapted in its language model.
+# In models with a vision or audio tower, only layers of the language model.
 _LANGUAGE_ONLY = rf".*\blanguage_model\.{_TARGETS}"
 
 
@@ -26,18 +26,18 @@ def default_targets(model: torch.nn.Module) -> str:
     Parameters
     ----------
     model : torch.nn.Module
-        A transformers model. Of one with several towers around a ``language_model``, only that is
-        meant; of two equal towers (CLIP, SigLIP), both.
+        A transformers model. If it has a ``language_model`` beside other towers, only layers of
+        the language model match; in models of two equal towers (CLIP, SigLIP), layers of both.
 
     Returns
     -------
     str
-        Matched by PEFT against whole names of layers.
+        PEFT matches it against whole layer names.
 
     Raises
     ------
     SettingError
-        If the model has no layers of such names.
+        If no layer name matches.
 
     Examples
     --------
@@ -53,6 +53,7 @@ def default_targets(model: torch.nn.Module) -> str:
         if any(re.fullmatch(pattern, name) for name in names):
             return pattern
     raise SettingError(
-        "expected a model with layers named like a transformer's query, key, value, up or down, "
-        f"got {type(model).__name__}; name target_modules in the LoraConfig, or 'all-linear'"
+        "expected a model with the usual names of query, key, value, up or down layers, got "
+        f"{type(model).__name__} with none; set target_modules in the LoraConfig, for example to "
+        "'all-linear'"
     )

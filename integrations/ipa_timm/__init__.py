@@ -1,4 +1,4 @@
-"""Learned projections in timm's vision models, transformers and convnets alike."""
+"""Adapters for timm's vision transformers and convnets, initialized from activations."""
 
 from ipa_core.errors import MissingDependencyError
 
@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 from ipa_timm.adapters import adapt, attach, detach, merge_and_unload
 from ipa_timm.fit import fit_projectors
 from ipa_timm.preprocessing import preprocess
-from ipa_timm.serialization import load, save
+from ipa_timm.serialization import load_adapter, save_adapter
 from ipa_timm.targets import default_targets
 
 __all__ = [
@@ -23,8 +23,8 @@ __all__ = [
     "default_targets",
     "detach",
     "fit_projectors",
-    "load",
+    "load_adapter",
     "merge_and_unload",
     "preprocess",
-    "save",
+    "save_adapter",
 ]

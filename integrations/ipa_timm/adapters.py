@@ -1,4 +1,4 @@
-"""A timm model with adapters beside its layers, and a head to train."""
+"""Adapters of a timm model: attach, merge and detach, with a trainable classifier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 import ipa_torch
 from ipa_core import Projector
 from ipa_timm import batchnorm
-from ipa_timm.classifier import head_parameters
+from ipa_timm.classifier import classifier_parameters
 from ipa_timm.fit import fit_projectors
 from ipa_timm.fused_qkv import restore_fused_qkv_bias, use_separate_qkv_bias
 from ipa_torch._adapters.model import Scaling
@@ -19,7 +19,7 @@ from ipa_torch._layers.targets import Targets
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.projectors import LayerProjectors
 
-_SEPARATED = "_ipa_timm_separated"
+_SEPARATE_QKV = "_ipa_timm_separate_qkv_bias"
 
 
 def adapt(
@@ -33,15 +33,15 @@ def adapt(
     dropout: float = 0.0,
     **learning: Any,
 ) -> LayerProjectors:
-    r"""Learn projections from images and put them beside a model's layers, ready to be trained.
+    r"""Fit projectors to images and attach an adapter to each layer, ready for training.
 
-    Each layer W then computes :math:`W x + B \, s P x`, with B = 0 at first; a convolution does so
-    for every patch x. What wants a gradient is B, the classifier, and P if ``trainable``.
+    Each layer W then computes :math:`W x + B \, s P x`, with B = 0 initially; a convolution does so
+    for every patch x. Trainable parameters are B, the classifier, and P if ``trainable``.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Of timm; changed in place until `merge_and_unload` or `detach`.
+        A timm model; modified in place until `merge_and_unload` or `detach`.
     loader, rank, targets
         As for `fit_projectors`.
     scaling, trainable, dropout
@@ -51,15 +51,15 @@ def adapt(
 
     Returns
     -------
-    Projectors
-        What was learned; ``missing`` names the layers that have no adapter, and why.
+    LayerProjectors
+        The fitted projectors; ``missing`` maps layers without an adapter to the reason.
 
     Raises
     ------
     LayerError, ArrayTypeError, ShapeError, EmptyStreamError, RankError, NonFiniteError
         As for `fit_projectors`.
     SettingError
-        If the model has adapters already, or a setting is out of range.
+        If the model already has this adapter, or a setting is out of range.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def adapt(
     >>> model = timm.create_model("test_vit", num_classes=2)
     >>> loader = [(torch.randn(2, 3, 160, 160), torch.tensor([0, 1]))]
     >>> projectors = ipa_timm.adapt(model, loader, rank=4, progress=False)
-    >>> sum(p.requires_grad for p in model.parameters())  # a B for each layer, and the head's two
+    >>> sum(p.requires_grad for p in model.parameters())  # B of each layer; the head's two
     26
     """
     projectors = fit_projectors(model, loader, rank, targets=targets, **learning)
@@ -84,23 +84,23 @@ def attach(
     trainable: bool = False,
     dropout: float = 0.0,
 ) -> None:
-    """Put learned projections beside the layers of a timm model, and let its classifier train.
+    """Attach adapters to the layers of a timm model and make its classifier trainable.
 
-    Until `merge_and_unload` or `detach`, attention that used the fused qkv weight directly calls
-    the layer instead, and batch norms keep their running statistics in training mode, too.
+    Until `merge_and_unload` or `detach`, attention modules that used the weight of a fused qkv
+    directly call the layer instead, and batch norms keep their running statistics in training mode.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Of timm; changed in place.
+        A timm model; modified in place.
     projectors : mapping of str to Projector
-        From layer names, as `fit_projectors` gives it.
+        By layer name, as `fit_projectors` returns it.
     scaling : "energy" or float, default "energy"
-        s, as for `ipa_torch.attach`.
+        Rule or value of s, as for `ipa_torch.attach`.
     trainable : bool, default False
-        Train P, too.
+        Train P as well as B.
     dropout : float, default 0
-        Probability with which entries of P x are dropped in training.
+        Dropout probability of the entries of P x in training.
 
     Raises
     ------
@@ -122,28 +122,28 @@ def attach(
 
 
 def prepare_for_training(model: nn.Module) -> None:
-    """Do to a model with adapters what timm's models need: qkv, batch norms, classifier."""
+    """Prepare a model with adapters: qkv bias, batch norms, trainable classifier."""
     names = [name for name, _ in adapter_layers(model)]
-    model.__dict__.setdefault(_SEPARATED, []).extend(use_separate_qkv_bias(model, names))
+    model.__dict__.setdefault(_SEPARATE_QKV, []).extend(use_separate_qkv_bias(model, names))
     batchnorm.freeze_batchnorm_stats(model)
-    for parameter in head_parameters(model).values():
+    for parameter in classifier_parameters(model).values():
         parameter.requires_grad_(True)
 
 
 def merge_and_unload(model: nn.Module) -> None:
-    """Compute the adapter into the weights and take it out: what is left is a plain timm model.
+    """Merge the adapter into the weights and remove it, which leaves a plain timm model.
 
-    Its state dict loads in a model that timm has made.
+    The state dict then loads into a model from ``timm.create_model``.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With an adapter, from `adapt`, `attach` or `load`.
+        With an adapter, from `adapt`, `attach` or `load_adapter`.
 
     Raises
     ------
     LayerError
-        If a layer is quantised; nothing is changed then.
+        If a layer is quantized; the model is left unchanged then.
     SettingError
         If the model has no adapter.
 
@@ -155,8 +155,8 @@ def merge_and_unload(model: nn.Module) -> None:
     >>> images = torch.randn(2, 3, 160, 160)
     >>> projectors = ipa_timm.adapt(model, [images], rank=4, progress=False)
     >>> ipa_timm.merge_and_unload(model)
-    >>> again = timm.create_model("test_vit", num_classes=2)
-    >>> again.load_state_dict(model.state_dict())
+    >>> plain = timm.create_model("test_vit", num_classes=2)
+    >>> plain.load_state_dict(model.state_dict())
     <All keys matched successfully>
     """
     ipa_torch.merge(model)
@@ -164,12 +164,12 @@ def merge_and_unload(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take the adapter out, and with it every trace; the classifier stays as it was trained.
+    """Remove the adapter and all changes that `attach` made; the classifier stays as trained.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With an adapter, or without.
+        With or without an adapter.
 
     Examples
     --------
@@ -185,5 +185,5 @@ def detach(model: nn.Module) -> None:
     """
     model = unwrap_model(model)
     ipa_torch.detach(model)
-    restore_fused_qkv_bias(model, model.__dict__.pop(_SEPARATED, []))
+    restore_fused_qkv_bias(model, model.__dict__.pop(_SEPARATE_QKV, []))
     batchnorm.unfreeze_batchnorm_stats(model)

@@ -1,4 +1,4 @@
-"""Learning projectors for a timm model from its images."""
+"""Fit projectors of a timm model's layers to images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-import ipa_timm.same_padding  # noqa: F401  (teaches ipa_torch timm's convolutions)
+import ipa_timm.same_padding  # noqa: F401  (registers the view of Conv2dSame)
 import ipa_torch
 from ipa_timm.fused_qkv import separate_qkv_bias
 from ipa_timm.preprocessing import images_of, preprocess
-from ipa_timm.targets import choose
+from ipa_timm.targets import resolve_targets
 from ipa_torch._fit.fit import OnMissing, report
 from ipa_torch._layers.targets import Targets
 from ipa_torch._layers.unwrap import unwrap_model
@@ -28,50 +28,50 @@ def fit_projectors(
     on_missing: OnMissing = "warn",
     **learning: Any,
 ) -> LayerProjectors:
-    r"""Learn, for layers of a timm model, the projections from which their inputs are best rebuilt.
+    r"""Fit a projector to the inputs of each target layer of a timm model.
 
-    A convolution's inputs are its patches, over all places of all images; one with groups has one
-    P for all of them. A fused qkv has one input, hence one P.
+    Inputs of a convolution are its patches, at all positions of all images; the groups of a grouped
+    convolution share P. A fused qkv layer has one input, hence one P.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Of timm. Its weights, flags and random states stay as they are.
+        A timm model. Weights, ``requires_grad`` and random states stay unchanged.
     loader : iterable
-        timm's loaders, a ``DataLoader``, a list: batches ``(images, target)``, images alone, or
-        mappings with ``image``, ``images`` or ``pixel_values``. Floating images are taken as they
-        are, bytes by the model's data config; see `preprocess`.
+        A loader of timm, a ``DataLoader`` or a list. Its batches are ``(images, target)``, images,
+        or mappings with ``image``, ``images`` or ``pixel_values``. uint8 images are normalized by
+        the model's data config, floating ones are used unchanged; see `preprocess`.
     rank : int or mapping of str to int
-        Rows of P, for all layers or by name; a layer with fewer features gets as many as these.
+        Rank of P, for all layers or by name; at most the number of features of the layer.
     targets : list of str, str, callable, optional
-        Which layers, as for `ipa_torch.select_layers`; by default `default_targets`.
+        Target layers, as for `ipa_torch.select_layers`; by default `default_targets`.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
-        What to do about layers that cannot have an adapter; `LayerProjectors.missing` says why.
+        Action for layers that cannot have an adapter; `LayerProjectors.missing` has the reasons.
     **learning
         ``learner``, ``max_patches``, ``max_rows``, ``max_batches``, ``max_seconds``,
         ``tolerance``, ``forward``, ``on_error``, ``progress``: as for `ipa_torch.fit_projectors`.
 
     Returns
     -------
-    Projectors
-        From layer names to projectors.
+    LayerProjectors
+        Projectors by layer name.
 
     Raises
     ------
     LayerError
-        If there is no layer to learn for, or one is missing (``on_missing="raise"``).
+        If no target layer is usable, or a layer has no projector (``on_missing="raise"``).
     ArrayTypeError, ShapeError
-        If a batch has no images.
+        If a batch contains no images.
     EmptyStreamError
-        If there is no batch.
+        If the loader yields no batch.
     RankError, NonFiniteError
-        If a rank or a layer's input is unfit; the message names the layer.
+        If a rank is out of range or an input not finite; the message names the layer.
 
     Notes
     -----
-    Cost beside the forward passes, for n rows of d features: O((8r + 32) n d) operations and O((8r
-    + 32) d) numbers for each distinct input; n is at most ``max_patches`` a batch in a convolution,
-    times its groups.
+    Cost in addition to the forward passes, for n rows of d features: O((8r + 32) n d) operations
+    and O((8r + 32) d) numbers for each distinct input. In a convolution, n is at most
+    ``max_patches`` times the number of groups for each batch.
 
     Examples
     --------
@@ -85,30 +85,32 @@ def fit_projectors(
     """
     check_choice("on_missing", on_missing, OnMissing)
     model = unwrap_model(model)
-    able, refused = choose(model, targets)
-    if not able:
-        report(LayerProjectors({}, missing=refused), on_missing)
+    supported, unsupported = resolve_targets(model, targets)
+    if not supported:
+        report(LayerProjectors({}, missing=unsupported), on_missing)
     learning.setdefault("forward", _forward)
     learning.setdefault("row_weights", _valid_patches)
-    with separate_qkv_bias(model, able):
-        learned = ipa_torch.fit_projectors(
+    with separate_qkv_bias(model, supported):
+        fitted = ipa_torch.fit_projectors(
             model,
             loader,
-            _ranks(able, rank),
-            targets=lambda name, module: name in able,
+            _ranks(supported, rank),
+            targets=lambda name, module: name in supported,
             on_missing="ignore",
             **learning,
         )
-    missing = {**refused, **learned.missing}
-    projectors = LayerProjectors(learned, missing=missing, stopped=learned.stopped)
+    missing = {**unsupported, **fitted.missing}
+    projectors = LayerProjectors(fitted, missing=missing, stopped=fitted.stopped)
     report(projectors, on_missing)
     return projectors
 
 
-def _ranks(able: Mapping[str, int], rank: int | Mapping[str, int]) -> dict[str, int]:
+def _ranks(features: Mapping[str, int], rank: int | Mapping[str, int]) -> dict[str, int]:
+    """Return the rank of each layer, limited to its number of features."""
+    requested = {name: resolve_rank(name, rank) for name in features}
     return {
-        name: min(own, features) if isinstance(own := resolve_rank(name, rank), int) else own
-        for name, features in able.items()
+        name: min(value, features[name]) if isinstance(value, int) else value
+        for name, value in requested.items()
     }
 
 
@@ -117,6 +119,6 @@ def _forward(model: nn.Module, batch: Any) -> object:
 
 
 def _valid_patches(batch: Any) -> Any:
-    """Return the padding mask of a NaFlex batch; other images have none."""
+    """Return the padding mask of a NaFlex batch, None for other batches."""
     images = images_of(batch)
     return images.get("patch_valid") if isinstance(images, Mapping) else None

@@ -1,8 +1,8 @@
-"""Attention that adds the bias of its fused qkv itself.
+"""Switch of attention modules that use the weight of a fused qkv without calling the layer.
 
-EVA, BEiT and Swin V2 compute ``F.linear(x, self.qkv.weight, bias)`` where the keys have no bias of
-their own to learn: past the layer, so that no hook hears of it and no adapter has an effect. Their
-switch ``qkv_bias_separate`` makes them call the layer and add the bias afterwards.
+EVA, BEiT and Swin V2 compute ``F.linear(x, self.qkv.weight, bias)`` if keys have no trainable bias.
+The layer is not called, so its hooks do not run and an adapter has no effect. With
+``qkv_bias_separate`` these modules call the layer and add the bias afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SWITCH = "qkv_bias_separate"
 
 @contextmanager
 def separate_qkv_bias(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Let attention call the layers of these names, and afterwards do as before."""
+    """Make attention call the layers of these names within the context."""
     switched = use_separate_qkv_bias(model, names)
     try:
         yield
@@ -26,7 +26,7 @@ def separate_qkv_bias(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 
 def use_separate_qkv_bias(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Switch the attention modules that hold layers of these names; return those that changed."""
+    """Set the switch in the parents of these qkv layers; return the names of changed modules."""
     parents = dict.fromkeys(
         name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == "qkv"
     )

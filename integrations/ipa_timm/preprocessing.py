@@ -1,4 +1,4 @@
-"""From what a loader yields to what a model takes."""
+"""Preprocessing of image batches into model inputs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.nn import functional as F
 from ipa_core.errors import ArrayTypeError, ShapeError
 from ipa_torch._capture.forward import device_of, on_device
 
-#: What loaders call the images, where their batches are mappings.
-NAMES = ("image", "images", "pixel_values", "input", "x")
+#: Keys of the images in batches that are mappings.
+IMAGE_KEYS = ("image", "images", "pixel_values", "input", "x")
 
 
 def images_of(batch: Any) -> Any:
     """Return the images of a batch: ``(images, target)``, images alone, or a mapping.
 
-    A mapping with ``patches``, as NaFlex loaders yield, is returned as it is: its models take it.
+    A mapping with ``patches``, as NaFlex loaders yield, is returned unchanged.
 
     Raises
     ------
     ArrayTypeError
-        If there are none to be seen.
+        If the batch has no images.
     """
     if isinstance(batch, torch.Tensor):
         return batch
@@ -34,35 +34,35 @@ def images_of(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         if "patches" in batch:
             return batch
-        for name in NAMES:
+        for name in IMAGE_KEYS:
             if name in batch:
                 return images_of(batch[name])
-    found = (
+    received = (
         f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
     )
     raise ArrayTypeError(
-        f"expected a batch of images, (images, target), or a mapping with one of {NAMES}, got "
-        f"{found}; let the loader yield one of these"
+        f"expected a batch of images, (images, target), or a mapping with one of {IMAGE_KEYS}, got "
+        f"{received}; change what the loader yields"
     )
 
 
 def preprocess(model: nn.Module, images: Any) -> Any:
-    r"""Return images as a model takes them, on its device and in its dtype.
+    r"""Return images as model inputs, on the model's device and in its dtype.
 
-    Floating images are taken to be normalised already, as timm's loaders give them. Bytes are
-    scaled to [0, 1], resized to the size in the model's data config where they have another one,
-    and normalised with its mean and deviation.
+    Floating images are assumed to be normalized, as timm's loaders yield them. uint8 images are
+    scaled to [0, 1], resized to the size in the model's data config, and normalized with its mean
+    and standard deviation.
 
     Parameters
     ----------
     model : torch.nn.Module
     images : torch.Tensor of shape (batch, channels, height, width), or mapping
-        Of floating dtype or uint8. A mapping of NaFlex patches keeps its indices and masks.
+        Of floating dtype or uint8. In a mapping of NaFlex patches, only floating tensors are cast.
 
     Raises
     ------
     ArrayTypeError, ShapeError
-        If they are neither floating nor bytes, or no batch of images.
+        If the dtype is neither floating nor uint8, or the shape not that of an image batch.
 
     Examples
     --------
@@ -85,13 +85,13 @@ def preprocess(model: nn.Module, images: Any) -> Any:
         )
     images = on_device(images, device)
     if images.dtype == torch.uint8:
-        images = _normalised(images.float() / 255, resolve_model_data_config(model))
+        images = _normalize(images.float() / 255, resolve_model_data_config(model))
     elif not images.is_floating_point():
         raise ArrayTypeError(f"expected images that are floating or uint8, got {images.dtype}")
     return images.to(dtype)
 
 
-def _normalised(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+def _normalize(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     size = tuple(config["input_size"][-2:])
     if tuple(images.shape[-2:]) != size:
         images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""An adapter and its classifier as one small safetensors file."""
+"""Serialization of an adapter and its classifier to one safetensors file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import nn
 from ipa_core.errors import FileFormatError, ShapeError
 from ipa_core.io.serialization import replace_file
 from ipa_timm.adapters import prepare_for_training
-from ipa_timm.classifier import head_parameters
+from ipa_timm.classifier import classifier_parameters
 from ipa_torch import adapter_state_dict, load_adapter_state_dict
 from ipa_torch._layers.unwrap import unwrap_model
 
-FORMAT, VERSION = "ipa-timm-adapter", 1
-_HEAD = "head."
+_FORMAT, _VERSION = "ipa-timm-adapter", 2
+_CLASSIFIER = "classifier."
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write P, B and the classifier to a safetensors file, whole or not at all.
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write P, B and the classifier to a safetensors file, atomically.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With an adapter, from `adapt`, `attach` or `load`.
+        With an adapter, from `adapt`, `attach` or `load_adapter`.
     path : path-like
         The file; its folder must exist.
 
@@ -43,43 +43,45 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     >>> import ipa_timm
     >>> model = timm.create_model("test_vit", num_classes=2)
     >>> _ = ipa_timm.adapt(model, [torch.randn(2, 3, 160, 160)], rank=4, progress=False)
-    >>> again = timm.create_model("test_vit", num_classes=2)
+    >>> fresh = timm.create_model("test_vit", num_classes=2)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     ipa_timm.save(model, f"{folder}/adapter.safetensors")
-    ...     ipa_timm.load(again, f"{folder}/adapter.safetensors")
+    ...     ipa_timm.save_adapter(model, f"{folder}/adapter.safetensors")
+    ...     ipa_timm.load_adapter(fresh, f"{folder}/adapter.safetensors")
     """
     model = unwrap_model(model)
     state = adapter_state_dict(model)
-    state |= {f"{_HEAD}{name}": p.detach() for name, p in head_parameters(model).items()}
+    state |= {
+        f"{_CLASSIFIER}{name}": p.detach() for name, p in classifier_parameters(model).items()
+    }
     metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
+        "format": _FORMAT,
+        "version": str(_VERSION),
         "architecture": _architecture(model),
     }
     tensors = {key: value.contiguous() for key, value in state.items()}
     replace_file(Path(path), to_bytes(tensors, metadata))
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0) -> None:
-    """Put a saved adapter and classifier into a model of the same architecture, to use or train on.
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0) -> None:
+    """Load a saved adapter and classifier into a model of the same architecture.
 
-    An adapter that the model has already is replaced.
+    An existing adapter of the model is replaced.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With the base weights that the adapter was trained beside.
+        With the base weights that the adapter was trained with.
     path : path-like
-        What `save` wrote.
+        A file that `save_adapter` wrote.
     dropout : float, default 0
         As for `attach`.
 
     Raises
     ------
     FileFormatError
-        If the file is not one of `save`'s, or of another architecture, or of a newer version.
+        If the file is no adapter file, or of another architecture or format version.
     ShapeError
-        If the classifier has other classes, or a layer another shape.
+        If the classifier has another number of classes, or a layer another shape.
     OSError
         If the file cannot be read.
 
@@ -91,16 +93,19 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0
     >>> model, images = copy.deepcopy(base), torch.randn(2, 3, 160, 160)
     >>> projectors = ipa_timm.adapt(model, [images], rank=4, progress=False)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     ipa_timm.save(model, f"{folder}/adapter.safetensors")
-    ...     ipa_timm.load(base, f"{folder}/adapter.safetensors")
+    ...     ipa_timm.save_adapter(model, f"{folder}/adapter.safetensors")
+    ...     ipa_timm.load_adapter(base, f"{folder}/adapter.safetensors")
     >>> torch.equal(base(images), model(images))
     True
     """
     model = unwrap_model(model)
-    state, head = _read(path, _architecture(model))
-    own = head_parameters(model)
-    for name in sorted(own.keys() | head.keys()):
-        expected, got = (tuple(part[name].shape) if name in part else None for part in (own, head))
+    state, saved = _read(path, _architecture(model))
+    classifier = classifier_parameters(model)
+    for name in sorted(classifier.keys() | saved.keys()):
+        expected, got = (
+            tuple(tensors[name].shape) if name in tensors else None
+            for tensors in (classifier, saved)
+        )
         if expected != got:
             raise ShapeError(
                 f"{path}: expected a classifier {name!r} of shape {expected}, got {got}; "
@@ -108,8 +113,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0
             )
     load_adapter_state_dict(model, state, dropout=dropout)
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(head[name])
+        for name, parameter in classifier.items():
+            parameter.copy_(saved[name])
     prepare_for_training(model)
 
 
@@ -119,26 +124,32 @@ def _read(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise FileFormatError(f"{path}: expected an adapter that ipa_timm.save wrote")
-            if int(metadata["version"]) > VERSION:
-                raise FileFormatError(
-                    f"{path}: expected format version {VERSION} or older, got "
-                    f"{metadata['version']}; update ipa-projectors"
-                )
+            _check_version(path, metadata)
             if architecture != metadata["architecture"]:
                 raise FileFormatError(
                     f"{path}: expected an adapter of {architecture}, got one of "
-                    f"{metadata['architecture']}"
+                    f"{metadata['architecture']}; create the model that the adapter was trained on"
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise FileFormatError(f"{path}: expected a safetensors file, got {error}") from error
-    head = {k.removeprefix(_HEAD): v for k, v in tensors.items() if k.startswith(_HEAD)}
-    return {k: v for k, v in tensors.items() if not k.startswith(_HEAD)}, head
+    saved = {name for name in tensors if name.startswith(_CLASSIFIER)}
+    classifier = {name.removeprefix(_CLASSIFIER): tensors.pop(name) for name in saved}
+    return tensors, classifier
+
+
+def _check_version(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != _FORMAT:
+        raise FileFormatError(
+            f"{path}: expected a file that ipa_timm.save_adapter wrote, got format "
+            f"{metadata.get('format')!r}"
+        )
+    if (version := int(metadata["version"])) != _VERSION:
+        cure = "update ipa-projectors" if version > _VERSION else "fit the adapter again"
+        raise FileFormatError(f"{path}: expected format version {_VERSION}, got {version}; {cure}")
 
 
 def _architecture(model: nn.Module) -> str:
-    """Return the name that timm knows the architecture by, its class's where it has none."""
+    """Return timm's name of the architecture, or the class name if it has none."""
     config = getattr(model, "pretrained_cfg", None) or {}
     return config.get("architecture") or type(model).__name__

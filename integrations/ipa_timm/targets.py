@@ -1,4 +1,4 @@
-"""Which layers of a timm model get an adapter, family by family."""
+"""Default target layers of timm models, by family."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ipa_core.errors import IPAError
-from ipa_timm.classifier import heads_of
+from ipa_timm.classifier import classifier_modules
 from ipa_torch._layers.matmul_view import Convolution, view_of
 from ipa_torch._layers.sizes import features_of
 from ipa_torch._layers.targets import Targets, is_linear, select_layers
@@ -19,13 +19,13 @@ _TRANSFORMER = (
     r"(.+\.)?blocks\.\d+\.(attn|mlp)\.(qkv|q_proj|k_proj|v_proj|proj|fc1|fc1_g|fc1_x|fc2|w12|w3)"
 )
 
-# With the parts of mixed convolutions, and the names of MobileNetV4.
+# Includes the parts of mixed convolutions, and the names in MobileNetV4.
 _INVERTED = (
     r"blocks\.\d+\.\d+\.(conv(_pw|_pwl|_exp)?(\.\d+)?|pw_(exp|proj)\.conv|"
     r"attn\.(query|key|value|output)\.proj)|conv_head"
 )
 
-#: Regular expressions for whole names, by the module of `timm.models` that defines the family.
+#: Regular expressions of whole layer names, by the module of `timm.models` with the family.
 FAMILIES = {
     "beit": _TRANSFORMER,
     "convnext": r"stages\.\d+\.blocks\.\d+\.mlp\.fc[12]",
@@ -43,18 +43,18 @@ FAMILIES = {
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Return the names of the layers that `fit_projectors` learns for when it is not told.
+    """Return the names of the default target layers of a timm model.
 
-    Transformers get all matrices of attention and MLP, ConvNeXt those of its MLPs, MLP-Mixer those
-    of both its MLPs, EfficientNet its pointwise and full convolutions, ResNet the convolutions of
-    its residual branches. Other families get every linear layer and every convolution outside of
-    stem and head. Depth-wise convolutions are left out everywhere: a pair of rank r would cost r
-    times what they cost themselves.
+    Transformers: all linear layers of attention and MLPs. ConvNeXt and MLP-Mixer: those of the
+    MLPs. EfficientNet: pointwise and full convolutions. ResNet: convolutions of the residual
+    branches. Other families: every linear layer and convolution outside of stem and head.
+    Depthwise convolutions are always excluded, as an adapter of rank r would cost r times as much
+    as the layer.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Of timm, or inherited from one of its classes.
+        A timm model, or an instance of a subclass.
 
     Examples
     --------
@@ -64,18 +64,20 @@ def default_targets(model: nn.Module) -> list[str]:
     ['blocks.0.attn.qkv', 'blocks.0.attn.proj', 'blocks.0.mlp.fc1', 'blocks.0.mlp.fc2']
     """
     pattern = FAMILIES.get(_family(model))
-    matrices = _matrices(model)
-    known = [name for name in matrices if pattern and re.fullmatch(pattern, name)]
-    return known or matrices
+    layers = _matmul_layers(model)
+    known = [name for name in layers if pattern and re.fullmatch(pattern, name)]
+    return known or layers
 
 
-def choose(model: nn.Module, targets: Targets | None) -> tuple[dict[str, int], dict[str, str]]:
-    """Return the features of the layers that can have an adapter, and why the others cannot.
+def resolve_targets(
+    model: nn.Module, targets: Targets | None
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the features of supported target layers, and the reasons for unsupported ones.
 
     Raises
     ------
     LayerError
-        If there is no layer to choose from.
+        If the model has no candidate layer.
     """
     if targets is None:
         names = default_targets(model)
@@ -86,23 +88,25 @@ def choose(model: nn.Module, targets: Targets | None) -> tuple[dict[str, int], d
             )
     else:
         names = list(select_layers(model, targets))
-    heads = {id(module) for head in heads_of(model) for module in head.modules()}
-    able: dict[str, int] = {}
-    refused: dict[str, str] = {}
+    heads = {id(module) for head in classifier_modules(model) for module in head.modules()}
+    supported: dict[str, int] = {}
+    unsupported: dict[str, str] = {}
     for name in names:
         try:
             layer = get_layer(model, name)
             if id(layer) in heads:
-                raise LayerError("it belongs to the classifier, all of which is trained anyway")
+                raise LayerError(
+                    "it belongs to the classifier, which is trained without an adapter"
+                )
             view_of(layer)
-            able[name] = features_of(layer)
+            supported[name] = features_of(layer)
         except IPAError as error:
-            refused[name] = str(error).removeprefix(f"layer {name!r}: ")
-    return able, refused
+            unsupported[name] = str(error).removeprefix(f"layer {name!r}: ")
+    return supported, unsupported
 
 
 def _family(model: nn.Module) -> str:
-    """Return the module of timm that defines the model's class, or the class it inherits from."""
+    """Return the module of `timm.models` that defines the model's class or its base class."""
     for kind in type(model).__mro__:
         package, _, family = kind.__module__.rpartition(".")
         if package == "timm.models":
@@ -110,24 +114,25 @@ def _family(model: nn.Module) -> str:
     return ""
 
 
-def _matrices(model: nn.Module) -> list[str]:
-    """Return the linear layers and convolutions outside of stem and head, none of them depth-wise.
+def _matmul_layers(model: nn.Module) -> list[str]:
+    """Return linear layers and non-depthwise convolutions outside of stem and head.
 
-    What lies within an `nn.MultiheadAttention` is among them, and is refused with the reason.
+    Layers inside an `nn.MultiheadAttention` are included; `resolve_targets` rejects them with the
+    reason.
     """
-    outside = {id(m) for head in heads_of(model) for m in head.modules()}
+    outside = {id(m) for head in classifier_modules(model) for m in head.modules()}
     outside |= {id(m) for name in _stems(model) for m in model.get_submodule(name).modules()}
     return [
         name
         for name, module in model.named_modules()
         if name
         and id(module) not in outside
-        and (is_linear(module) or (isinstance(module, Convolution) and not _depth_wise(module)))
+        and (is_linear(module) or (isinstance(module, Convolution) and not _is_depthwise(module)))
     ]
 
 
 def _stems(model: nn.Module) -> Iterator[str]:
-    """Yield what comes before the blocks: the first layer, as the config names it, and stems."""
+    """Yield names of modules before the blocks: the config's first layer, and stems."""
     first = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
     names = {name for name, _ in model.named_modules()}
     for name in (first,) if isinstance(first, str) else first:
@@ -136,5 +141,5 @@ def _stems(model: nn.Module) -> Iterator[str]:
     yield from (name for name in ("patch_embed", "stem", "conv_stem") if name in names)
 
 
-def _depth_wise(module: Convolution) -> bool:
+def _is_depthwise(module: Convolution) -> bool:
     return module.groups > 1 and module.groups == module.in_channels

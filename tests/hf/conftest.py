@@ -5,7 +5,7 @@ from . import models
 
 
 def pytest_configure(config):
-    # PEFT looks for the base model's configuration; a random model has none on disk.
+    # PEFT looks for the base model's configuration, which a random model does not have on disk.
     config.addinivalue_line("filterwarnings", "ignore:Could not find a config file:UserWarning")
 
 
@@ -16,7 +16,7 @@ def seeded():
 
 @pytest.fixture(params=["bert", "llama", "gpt2"])
 def family(request):
-    """Give a tiny random model's name; `models.make` builds it."""
+    """Return the name of a tiny random model for `models.make`."""
     return request.param
 
 

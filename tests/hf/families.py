@@ -1,4 +1,4 @@
-"""One tiny random model of each family, with batches for it."""
+"""Tiny random models, one per family, with input batches."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ DINO = {name: value for name, value in VISION.items() if name != "intermediate_s
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a model, what it is fed, and how many layers the default targets are."""
+    """Class, configuration and inputs of a model, and its number of default target layers."""
 
     model: str
     config: str
@@ -50,7 +50,7 @@ _INPUTS = {
     "input_features": lambda generator: torch.randn(6, 8, 20, generator=generator),
 }
 _TEXT_IN = ("input_ids", "attention_mask")
-_TWO = ("input_ids", "pixel_values")
+_TEXT_AND_IMAGE = ("input_ids", "pixel_values")
 
 FAMILIES = {
     "Llama": Family("LlamaForCausalLM", "LlamaConfig", CAUSAL, _TEXT_IN, 10),
@@ -111,11 +111,15 @@ FAMILIES = {
         "CLIPModel",
         "CLIPConfig",
         {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
-        _TWO,
+        _TEXT_AND_IMAGE,
         20,
     ),
     "SigLIP": Family(
-        "SiglipModel", "SiglipConfig", {"text_config": TEXT, "vision_config": VISION}, _TWO, 22
+        "SiglipModel",
+        "SiglipConfig",
+        {"text_config": TEXT, "vision_config": VISION},
+        _TEXT_AND_IMAGE,
+        22,
     ),
     "Whisper": Family(
         "WhisperForConditionalGeneration",

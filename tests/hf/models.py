@@ -1,4 +1,4 @@
-"""Tiny random models of common families, and what to feed them."""
+"""Tiny random models of common families, with input batches."""
 
 import copy
 
@@ -15,7 +15,7 @@ TARGETS = {
 
 
 def make(family):
-    """Build a tiny random model, the same at every call."""
+    """Return a tiny random model with the same weights at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return _BUILDERS[family]().eval()
@@ -27,15 +27,15 @@ def config(family="llama", **settings):
 
 
 def text_batches(count=4, size=6, length=10, padding=3):
-    """Give batches of random tokens, the last positions of the last row padding."""
+    """Return batches of random tokens; the last positions of the last row are padding."""
     generator = torch.Generator().manual_seed(2)
-    made = []
+    batches = []
     for _ in range(count):
         ids = torch.randint(1, VOCABULARY, (size, length), generator=generator)
         mask = torch.ones_like(ids)
         mask[-1, length - padding :] = 0
-        made.append({"input_ids": ids * mask, "attention_mask": mask})
-    return made
+        batches.append({"input_ids": ids * mask, "attention_mask": mask})
+    return batches
 
 
 def outputs(model, batch):
@@ -46,7 +46,7 @@ def outputs(model, batch):
 
 
 def train(model, batches, steps=4, rate=1e-2):
-    """Take a few steps towards an arbitrary goal, as any trainer would."""
+    """Train for a few steps on an arbitrary loss."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     for step in range(steps):
@@ -56,7 +56,7 @@ def train(model, batches, steps=4, rate=1e-2):
 
 
 def base_state(model):
-    """Return copies of all weights that are no adapter's, by their names before any adapter."""
+    """Return copies of the base weights by their names in the model without adapters."""
     plain = getattr(model, "get_base_model", lambda: model)()
     return {
         name.replace(".base_layer.", "."): copy.deepcopy(value)
@@ -65,8 +65,8 @@ def base_state(model):
     }
 
 
-def same_state(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+def same_state(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[x], other[x]) for x in state)
 
 
 def _bert():

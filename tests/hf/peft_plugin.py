@@ -1,8 +1,8 @@
-"""A pytest plugin for PEFT's own tests: the models that they make are prepared by ipa_hf.
+"""Pytest plugin that runs PEFT's tests on models initialized by ipa_hf.
 
-Of the tests of custom models, those on LoRA are kept whose names say what `KEPT` lists. Whatever
-LoRA adapter they add to a model is begun again with projections of the model's inputs, held
-fixed; where a test asks for a B that is not zero, it stays. `tests/hf/test_peft_suite.py` runs it.
+It selects PEFT's tests of custom models with LoRA whose names contain a word of `KEPT`. Each LoRA
+adapter that such a test adds is initialized from projections of the model's inputs, with A frozen;
+B keeps the values that the test gave it. `tests/hf/test_peft_suite.py` runs the plugin.
 """
 
 import sys
@@ -20,10 +20,10 @@ from peft import LoraConfig, PeftModel
 
 import ipa_hf
 from ipa_core.errors import IPAError
-from ipa_hf.lora_layers import adapted_layers, lora_A_and_B, takes_projection
+from ipa_hf.lora_layers import lora_A_and_B, lora_layers, takes_projection
 
 KEPT = ("save", "load", "merge", "mixed", "disable", "delete")
-HUB = {  # their models are on a hub
+HUB = {  # tests that download models
     "test_delete_adapter_multiple_adapters_with_trainable_token_indices",
     "test_dora_save_and_load_remapping",
     "test_gpt2_dora_merge_and_unload",
@@ -33,35 +33,35 @@ HUB = {  # their models are on a hub
     "test_multiple_adapters_seq_cls_mixed_modules_to_save_merging_adapters",
 }
 
-# Imported by PEFT's tests, and not used by these.
+# Imported by PEFT's test modules, but not used by the selected tests.
 for package, name in (("diffusers", "StableDiffusionPipeline"), ("datasets", "load_dataset")):
     if find_spec(package) is None:
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__spec__ = ModuleSpec(package, None)
         setattr(sys.modules[package], name, None)
 
-prepared = []  # adapters, in the present test
-trainable = []  # not empty where the present test wants an A with gradients
+prepared = []  # adapters of the current test that ipa_hf initialized
+trainable = []  # not empty if the current test needs a trainable A
 loading = []
-passed, left = [], {}
+passed, skipped = [], {}
 
 
 def batches():
-    """Return inputs of the shape that PEFT's tests feed their models."""
+    """Return inputs of the shape that PEFT's custom models take."""
     generator = torch.Generator().manual_seed(0)
     return [{"X": torch.randint(90, (9, 10), generator=generator)} for _ in range(4)]
 
 
 def runs(base):
-    """Return whether a model is one of PEFT's own custom ones, and takes such inputs."""
+    """Return whether the model is a custom model of PEFT's tests that takes these inputs."""
     kind = type(base)
-    # DeepMLP cannot run at all; those made within a test take inputs of their own.
-    own = kind.__module__.endswith("test_custom_models") and "<locals>" not in kind.__qualname__
-    return own and kind.__name__ != "DeepMLP"
+    # DeepMLP does not run; models defined within a test take other inputs.
+    custom = kind.__module__.endswith("test_custom_models") and "<locals>" not in kind.__qualname__
+    return custom and kind.__name__ != "DeepMLP"
 
 
 def forward(model, batch):
-    """Run a model in the dtype of its weights, of which PEFT's do not all know."""
+    """Run a model in the dtype of its weights, which some of PEFT's models do not track."""
     known = vars(model).get("dtype")
     try:
         if known is not None:
@@ -73,26 +73,26 @@ def forward(model, batch):
 
 
 def prepare(model, adapter):
-    """Begin an adapter again, with the B that PEFT gave it."""
+    """Initialize an adapter by ipa_hf, but keep the B that PEFT gave it."""
     config = model.peft_config[adapter]
     base = model.get_base_model()
     if loading or not runs(base) or not isinstance(config, LoraConfig):
         return
     layers = {
         name: layer
-        for name, layer in adapted_layers(model, adapter).items()
+        for name, layer in lora_layers(model, adapter).items()
         if takes_projection(layer, adapter)
     }
-    wanted = config.init_lora_weights
+    init = config.init_lora_weights
     lora_B = {name: lora_A_and_B(layer, adapter)[1] for name, layer in layers.items()}
-    kept = {name: lift.detach().clone() for name, lift in lora_B.items()}
+    kept = {name: b.detach().clone() for name, b in lora_B.items()}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if wanted is False:
+            if init is False:
                 config.init_lora_weights = True
-                for lift in lora_B.values():
-                    lift.zero_()
+                for b in lora_B.values():
+                    b.zero_()
             ipa_hf.initialize_lora_ipa_weights(
                 model,
                 batches(),
@@ -104,16 +104,16 @@ def prepare(model, adapter):
             )
         prepared.append(adapter)
     except IPAError as error:
-        left[str(error)] = left.get(str(error), 0) + 1
+        skipped[str(error)] = skipped.get(str(error), 0) + 1
     finally:
-        model.peft_config[adapter].init_lora_weights = wanted
+        model.peft_config[adapter].init_lora_weights = init
         with torch.no_grad():
-            for name, lift in lora_B.items():
-                lift.copy_(kept[name])
+            for name, b in lora_B.items():
+                b.copy_(kept[name])
 
 
 def prepared_model(*args, **kwargs):
-    """Do as `peft.get_peft_model` does, and prepare the adapter."""
+    """Call `peft.get_peft_model` and initialize the adapter by ipa_hf."""
     model = _get_peft_model(*args, **kwargs)
     if isinstance(model, PeftModel):
         prepare(model, model.active_adapter)
@@ -126,9 +126,9 @@ _add_adapter, _load_adapter = PeftModel.add_adapter, PeftModel.load_adapter
 
 @wraps(_add_adapter)
 def add_adapter(self, adapter_name, *args, **kwargs):
-    done = _add_adapter(self, adapter_name, *args, **kwargs)
+    result = _add_adapter(self, adapter_name, *args, **kwargs)
     prepare(self, adapter_name)
-    return done
+    return result
 
 
 @wraps(_load_adapter)
@@ -171,6 +171,6 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for reason, count in left.items():
-        terminalreporter.write_line(f"begun as LoRA, {count}: {reason}")
+    for reason, count in skipped.items():
+        terminalreporter.write_line(f"initialized by LoRA, {count}: {reason}")
     terminalreporter.write_line(f"passed on models prepared by ipa_hf: {len(passed)}")

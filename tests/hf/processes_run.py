@@ -1,4 +1,4 @@
-"""What each of several processes does: FOLDER. It learns from its share and saves the A of all."""
+"""Script of one rank: initialize from a shard of the data and save all A to FOLDER."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from .models import config, make, text_batches
 
 
 def learned(batches):
-    """Return the A of all layers of a model begun with these batches."""
+    """Return the A of all layers of a model initialized from these batches."""
     model = ipa_hf.get_ipa_model(
         make("llama"), config(), batches, learner=ExactCovariance, progress=False
     )
@@ -22,8 +22,8 @@ def learned(batches):
 
 def main(folder):
     distributed.init_process_group("gloo")
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    torch.save(learned(text_batches()[rank::size]), Path(folder) / f"{rank}.pt")
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    torch.save(learned(text_batches()[rank::world_size]), Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

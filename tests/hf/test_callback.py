@@ -17,11 +17,11 @@ from ipa_torch import (
 
 from .models import TARGETS, base_state, make, outputs, same_state, text_batches
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the trainer's own dependencies
+pytestmark = pytest.mark.filterwarnings("ignore")  # raised by the trainer's dependencies
 
 
-class Watch(TrainerCallback):
-    """Keeps P as each small batch and each step leave it."""
+class ProjectionRecorder(TrainerCallback):
+    """Callback that records P after each micro-batch and each optimizer step."""
 
     def __init__(self, p):
         self.p, self.within, self.after = p, [], []
@@ -58,13 +58,15 @@ def train(model, folder, callbacks, **settings):
 
 def test_p_moves_with_the_optimizer_and_not_in_between(tmp_path):
     model = prepared()
-    begun, watch = projection(model).clone(), Watch(projection(model))
+    initial, recorder = projection(model).clone(), ProjectionRecorder(projection(model))
     with OnlineLearning(model) as online:
         callback = OnlineCallback(online)
         accumulating = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-        train(model, tmp_path, [callback, watch], max_steps=3, **accumulating)
-    assert len(watch.within) == len(watch.after) == 3
-    for old, within, new in zip((begun, *watch.after[:-1]), watch.within, watch.after, strict=True):
+        train(model, tmp_path, [callback, recorder], max_steps=3, **accumulating)
+    assert len(recorder.within) == len(recorder.after) == 3
+    for old, within, new in zip(
+        (initial, *recorder.after[:-1]), recorder.within, recorder.after, strict=True
+    ):
         assert torch.equal(within, old)
         assert not torch.equal(new, old)
     assert len(callback.lost_share) == 10
@@ -80,14 +82,14 @@ def test_only_the_adapter_is_changed(tmp_path):
 
 
 def test_every_accumulated_batch_is_learned_from(tmp_path):
-    found = []
+    projections = []
     for size, count in ((4, 6), (24, 1)):
         model = prepared()
         with OnlineLearning(model, learner=ExactCovariance) as online:
             sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
             train(model, tmp_path, [OnlineCallback(online)], max_steps=1, **sizes)
-        found.append(projection(model))
-    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+        projections.append(projection(model))
+    torch.testing.assert_close(*projections, atol=1e-4, rtol=1e-3)
 
 
 def test_a_model_that_runs_unseen_is_an_error(tmp_path):
@@ -98,7 +100,7 @@ def test_a_model_that_runs_unseen_is_an_error(tmp_path):
         train(model, tmp_path, [OnlineCallback(online)], max_steps=1)
 
 
-def test_what_was_trained_is_saved_and_attached_again(tmp_path):
+def test_trained_adapter_is_saved_and_loaded(tmp_path):
     model, batch = prepared(), text_batches()[0]
     with OnlineLearning(model) as online:
         train(model, tmp_path, [OnlineCallback(online)], max_steps=2)

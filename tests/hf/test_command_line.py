@@ -9,14 +9,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ipa_hf import __main__
 from ipa_hf.__main__ import main
-from ipa_hf.adapter_metadata import AdapterRecord, LayerRecord
+from ipa_hf.adapter_metadata import AdapterMetadata, LayerMetadata
 
 from .models import make, outputs, text_batches
 
 
 @pytest.fixture
 def model(tmp_path):
-    """Give a folder with a tiny Llama and a tokenizer of words."""
+    """Return a folder with a tiny Llama and a word tokenizer."""
     folder = tmp_path / "model"
     make("llama").save_pretrained(folder)
     words = {word: number for number, word in enumerate(["<pad>", "<s>", *"abcdefghijklm"])}
@@ -45,7 +45,7 @@ def fit(model, data, out, *options):
 def test_a_trainer_can_start_from_it(model, texts, tmp_path, capsys):
     out = tmp_path / "adapter"
     assert fit(model, texts, out, "--targets", "q_proj,v_proj") == 0
-    assert "held fixed" in capsys.readouterr().out
+    assert "P, frozen" in capsys.readouterr().out
     batch = text_batches()[0]
     adapter = PeftModel.from_pretrained(make("llama"), out, is_trainable=True)
     expected = outputs(make("llama"), batch)
@@ -83,10 +83,10 @@ def test_images(tmp_path):
 
 
 def test_same_seed_same_adapter(model, texts, tmp_path):
-    for name in ("one", "two"):
+    for name in ("first", "second"):
         fit(model, texts, tmp_path / name, "--samples", "2", "--seed", "3")
-    one, two = (tmp_path / x / "adapter_model.safetensors" for x in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
+    first, second = (tmp_path / x / "adapter_model.safetensors" for x in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_show(model, texts, tmp_path, capsys):
@@ -96,14 +96,14 @@ def test_show(model, texts, tmp_path, capsys):
     assert main(["show", str(out), "--plot", str(tmp_path / "energy.png")]) == 0
     shown = capsys.readouterr().out
     assert "model.layers.1.mlp.down_proj" in shown
-    assert "trained along with B; scaling 0.25" in shown
+    assert "trained with B; scaling 0.25" in shown
     assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_layers_are_shown_in_the_order_of_the_model(tmp_path, capsys):
-    layer = LayerRecord(rank=2, factor=1.0, captured=0.5, samples=9)
+    layer = LayerMetadata(rank=2, scale=1.0, captured=0.5, samples=9)
     names = ["layers.2.q_proj", "layers.10.q_proj"]
-    AdapterRecord(True, "energy", dict.fromkeys(names, layer)).write(tmp_path)
+    AdapterMetadata(True, "energy", dict.fromkeys(names, layer)).write(tmp_path)
     assert main(["show", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert shown.index(names[0]) < shown.index(names[1])
@@ -116,13 +116,13 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("ipa-projectors ")
 
 
-def test_interruption_says_how_to_go_on(model, texts, tmp_path, monkeypatch, capsys):
+def test_interruption_names_the_cure(model, texts, tmp_path, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(__main__, "get_ipa_model", interrupt)
     assert fit(model, texts, tmp_path / "adapter") == 130
-    assert capsys.readouterr().err.endswith("the same command goes on from where it was\n")
+    assert capsys.readouterr().err.endswith("run the same command again to resume\n")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ import os, signal, sys
 from transformers import LlamaForCausalLM
 from ipa_hf import __main__ as command
 
-command.SECONDS = 1e-9  # write after each batch
+command.CHECKPOINT_SECONDS = 1e-9  # write after each batch
 forward, runs = LlamaForCausalLM.forward, []
 
 def counted(self, *args, **kwargs):
@@ -199,12 +199,13 @@ command.main(sys.argv[1:])
 """
 
 
-# Two of five batches are learned from at the end; or, after a look at the first one, one of five
-# in the first of two passes.
+# Number of batches run after resuming. Without a memory limit, two of five batches were recorded
+# before the kill. With it, the first batch had measured memory, and one of five was recorded in the
+# first of two passes.
 @pytest.mark.parametrize(
-    ("options", "left"), [([], 5 - 2), (["--max-bytes", "100000"], 1 + (5 - 1) + 5)]
+    ("options", "remaining"), [([], 5 - 2), (["--max-bytes", "100000"], 1 + (5 - 1) + 5)]
 )
-def test_goes_on_after_a_kill(model, tmp_path, monkeypatch, options, left):
+def test_resumes_after_a_kill(model, tmp_path, monkeypatch, options, remaining):
     data, out = tmp_path / "texts.txt", tmp_path / "adapter"
     data.write_text("a b c d e\n" * 3 + "f g h i j\n" * 3 + "k l m a b\n" * 4)
     options = ["--rank", "2", "--batch-size", "2", *options]
@@ -220,13 +221,13 @@ def test_goes_on_after_a_kill(model, tmp_path, monkeypatch, options, left):
         lambda self, *args, **kwargs: runs.append(1) or forward(self, *args, **kwargs),
     )
     assert fit(model, data, out, *options) == 0
-    assert len(runs) == left
+    assert len(runs) == remaining
     assert not (tmp_path / "adapter.learning").exists()
-    one, two = (tmp_path / x / "adapter_model.safetensors" for x in ("whole", "adapter"))
-    assert one.read_bytes() == two.read_bytes()
+    whole, resumed = (tmp_path / x / "adapter_model.safetensors" for x in ("whole", "adapter"))
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
-def test_goes_on_with_the_same_command_only(model, texts, tmp_path, monkeypatch, capsys):
+def test_resumes_with_the_same_command_only(model, texts, tmp_path, monkeypatch, capsys):
     def stop(self, directory):
         raise OSError("no space left")
 

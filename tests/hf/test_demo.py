@@ -1,4 +1,4 @@
-"""The demo runs to its end, and says in one line what it misses."""
+"""The demo runs to the end, or names the missing download in one line."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert expected | {"ipa_adapter.json"} <= written
 
 
-def test_one_line_without_a_network(tmp_path, monkeypatch, capsys):
+def test_error_line_without_a_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -1,4 +1,4 @@
-"""The guide's code runs, and its table names tests that exist."""
+"""The guide's code runs, and its tables name existing tests."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The rules by which vLLM, SGLang and llama.cpp read adapters, applied to what is exported."""
+"""Exported adapters satisfy the rules of vLLM, SGLang and llama.cpp."""
 
 import json
 import re
@@ -28,7 +28,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def exported(request, tmp_path):
-    """Return a trained model, the folder it was exported to, and its family."""
+    """Return a trained model, its export folder and its family."""
     family, lora = CASES[request.param]
     batches = text_batches()
     model = ipa_hf.get_ipa_model(make(family), config(family, **lora), batches, progress=False)
@@ -43,7 +43,7 @@ def read(folder):
 
 
 def products(model):
-    """Return what the adapter adds to each weight, as training computed it."""
+    """Return the update of each weight by the adapter, as computed in training."""
     return {
         name: layer.scaling["default"]
         * layer.lora_B["default"].weight.detach()
@@ -64,17 +64,17 @@ def test_stock_peft_gives_the_same_outputs(exported):
 
 
 def test_one_alpha_over_one_rank_from_the_configuration(exported):
-    """Read as vLLM and SGLang do: global alpha / r, patterns ignored."""
+    """vLLM and SGLang use the global alpha / r and ignore patterns."""
     model, folder, _ = exported
     settings, tensors = read(folder)
     for name, expected in products(model).items():
         a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-        found = settings["lora_alpha"] / settings["r"] * b @ a
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        product = settings["lora_alpha"] / settings["r"] * b @ a
+        torch.testing.assert_close(product, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_one_alpha_over_each_tensors_own_rank(exported):
-    """Read as llama.cpp does; equal for all only if all ranks are."""
+def test_one_alpha_over_the_rank_of_each_tensor(exported):
+    """llama.cpp uses alpha / rank of each tensor: equal only if all ranks are."""
     _, folder, _ = exported
     settings, tensors = read(folder)
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
@@ -86,11 +86,10 @@ def test_every_tensor_has_a_known_name_and_a_partner(exported):
     _, tensors = read(folder)
     plain = dict(make(family).named_modules())
     for name in tensors:
-        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-        assert found and found[1] in plain
-        assert (
-            name.replace(f"lora_{found[2]}", "lora_B" if found[2] == "A" else "lora_A") in tensors
-        )
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        assert match and match[1] in plain
+        partner = "lora_B" if match[2] == "A" else "lora_A"
+        assert name.replace(f"lora_{match[2]}", partner) in tensors
 
 
 def test_configuration_is_plain(exported):
@@ -103,7 +102,7 @@ def test_configuration_is_plain(exported):
     assert settings["modules_to_save"] is None and settings["bias"] == "none"
     assert settings["init_lora_weights"] is True and settings["inference_mode"] is True
     assert settings["fan_in_fan_out"] == (family == "gpt2")
-    # A prefixed name is what SGLang stumbles over.
+    # SGLang rejects names with a prefix.
     assert settings["target_modules"] and not any("." in x for x in settings["target_modules"])
 
 
@@ -120,7 +119,7 @@ def test_bare_names_reach_exactly_the_layers_with_tensors(exported):
 
 
 def test_shared_projections_stay_shared(tmp_path):
-    """llama.cpp joins the adapters of q, k and v only where their A are equal."""
+    """llama.cpp fuses the adapters of q, k and v only if their A are equal."""
     lora = config(alpha_pattern={"q_proj": 3})
     model = ipa_hf.get_ipa_model(make("llama"), lora, text_batches(), scaling=0.5, progress=False)
     ipa_hf.export_lora(model, tmp_path)
@@ -131,11 +130,13 @@ def test_shared_projections_stay_shared(tmp_path):
     assert torch.equal(k, v)
 
 
-def test_training_goes_on_from_an_export(exported):
+def test_training_continues_from_an_export(exported):
     _, folder, family = exported
-    again = ipa_hf.load(make(family), folder, is_trainable=True)
-    trainable = {name for name, p in again.named_parameters() if p.requires_grad}
-    adapted = {f"base_model.model.{name}" for name in again.peft_config["default"].record.layers}
+    loaded = ipa_hf.load_adapter(make(family), folder, is_trainable=True)
+    trainable = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    adapted = {
+        f"base_model.model.{name}" for name in loaded.peft_config["default"].ipa_metadata.layers
+    }
     assert adapted <= {name.partition(".lora_B.")[0] for name in trainable}
     assert not any(name.partition(".lora_A.")[0] in adapted for name in trainable if "_A" in name)
 
@@ -144,7 +145,7 @@ def test_training_goes_on_from_an_export(exported):
     "lora",
     [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
 )
-def test_what_no_server_loads_is_refused(tmp_path, lora):
+def test_unsupported_parts_are_refused(tmp_path, lora):
     batches = text_batches()
     model = ipa_hf.get_ipa_model(make("llama"), config(**lora), batches, progress=False)
     with pytest.raises(SettingError, match=f"{next(iter(lora))}.*merge_and_unload"):

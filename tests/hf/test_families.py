@@ -10,7 +10,7 @@ from ipa_torch import LayerError
 from .families import FAMILIES
 from .models import base_state, outputs, same_state, train
 
-# PEFT sets it itself for GPT-2, whose weights are transposed.
+# PEFT sets fan_in_fan_out for GPT-2, whose weights are transposed.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 
@@ -24,7 +24,7 @@ def prepared(family, **settings):
     return ipa_hf.get_ipa_model(family.make(), lora, family.batches(), progress=False)
 
 
-def adapted(model):
+def lora_layers(model):
     return {
         name: module
         for name, module in model.get_base_model().named_modules()
@@ -32,17 +32,17 @@ def adapted(model):
     }
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_default_targets(family):
-    layers = adapted(prepared(family))
+    layers = lora_layers(prepared(family))
     assert len(layers) == family.layers
     assert not any(word in name for name in layers for word in ("lm_head", "pooler", "o_proj"))
 
 
-def test_begins_as_the_base_model(family):
+def test_outputs_start_as_the_base_model(family):
     model, batch = prepared(family), family.batches()[0]
     close(outputs(model, batch), outputs(family.make(), batch))
     assert same_state(base_state(model), base_state(family.make()))
@@ -50,12 +50,13 @@ def test_begins_as_the_base_model(family):
 
 def test_trains_frozen(family):
     model = prepared(family)
-    before = {name: x.lora_A["default"].weight.clone() for name, x in adapted(model).items()}
+    before = {name: x.lora_A["default"].weight.clone() for name, x in lora_layers(model).items()}
     train(model, family.batches())
     assert all(
-        torch.equal(x.lora_A["default"].weight, before[name]) for name, x in adapted(model).items()
+        torch.equal(x.lora_A["default"].weight, before[name])
+        for name, x in lora_layers(model).items()
     )
-    assert any(x.lora_B["default"].weight.any() for x in adapted(model).values())
+    assert any(x.lora_B["default"].weight.any() for x in lora_layers(model).values())
 
 
 def test_stock_peft_loads_it(family, tmp_path):
@@ -69,7 +70,7 @@ def test_stock_peft_loads_it(family, tmp_path):
 
 
 def test_rslora_and_ranks_export(family, tmp_path):
-    names = [name.rpartition(".")[2] for name in adapted(prepared(family))]
+    names = [name.rpartition(".")[2] for name in lora_layers(prepared(family))]
     model = prepared(family, use_rslora=True, rank_pattern={names[0]: 2})
     batch = family.batches()[0]
     train(model, family.batches())
@@ -81,19 +82,19 @@ def test_dora(family, tmp_path):
     model, batch = prepared(family, use_dora=True), family.batches()[0]
     train(model, family.batches())
     model.save_pretrained(tmp_path)
-    close(outputs(ipa_hf.load(family.make(), tmp_path), batch), outputs(model, batch))
+    close(outputs(ipa_hf.load_adapter(family.make(), tmp_path), batch), outputs(model, batch))
 
 
 def test_only_the_adapted_tower_learns():
     clip = FAMILIES["CLIP"]
     lora = LoraConfig(r=4, target_modules=r"vision_model.*\.(q|v)_proj")
     model = ipa_hf.get_ipa_model(clip.make(), lora, clip.batches(), progress=False)
-    assert len(adapted(model)) == 4
-    assert all(name.startswith("vision_model") for name in adapted(model))
+    assert len(lora_layers(model)) == 4
+    assert all(name.startswith("vision_model") for name in lora_layers(model))
 
 
 def test_text_targets_leave_the_vision_tower_alone():
-    layers = adapted(prepared(FAMILIES["Gemma-3"]))
+    layers = lora_layers(prepared(FAMILIES["Gemma-3"]))
     assert layers and all(".language_model." in name for name in layers)
 
 
@@ -103,7 +104,7 @@ def test_fused_experts_are_refused_by_name():
         r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
     )
     with pytest.raises(LayerError, match=r"experts': fused parameters of MixtralExperts"):
-        ipa_hf.get_ipa_model(mixtral.make(), lora, mixtral.batches(), progress=False)
+        ipa_hf.get_ipa_model(mixtral.make(), lora, mixtral.batches(), on_missing="raise")
 
 
 def test_unknown_names_ask_for_targets():

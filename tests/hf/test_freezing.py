@@ -16,13 +16,13 @@ def frozen(llama, batches):
 
 
 def flags(model, adapter="default"):
-    """Return which of A and B of an adapter are trainable."""
-    found = {"A": set(), "B": set()}
+    """Return the ``requires_grad`` of A and B, without a part whose layers differ."""
+    values = {"A": set(), "B": set()}
     for name, parameter in model.named_parameters():
-        for part in found:
+        for part in values:
             if f"lora_{part}.{adapter}." in name:
-                found[part].add(parameter.requires_grad)
-    return {part: values.pop() for part, values in found.items() if len(values) == 1}
+                values[part].add(parameter.requires_grad)
+    return {part: flags.pop() for part, flags in values.items() if len(flags) == 1}
 
 
 def lora_A_and_B(model, part="A", adapter="default"):
@@ -44,7 +44,7 @@ class TestFlags:
         model = ipa_hf.get_ipa_model(llama, config(), batches, trainable=True, progress=False)
         assert flags(model) == TRAINABLE
 
-    def test_begun_again_as_trainable(self, frozen, batches):
+    def test_initialized_again_as_trainable(self, frozen, batches):
         ipa_hf.initialize_lora_ipa_weights(frozen, batches, trainable=True, progress=False)
         assert flags(frozen) == TRAINABLE
         frozen.set_adapter("default")
@@ -86,7 +86,7 @@ class TestFlags:
         frozen.delete_adapter("other")
         assert flags(frozen) == FROZEN
 
-    def test_own_deletion_leaves_nothing_behind(self, frozen, batches):
+    def test_deleted_adapter_leaves_no_flags(self, frozen, batches):
         frozen.add_adapter("other", config())
         frozen.set_adapter("other")
         frozen.delete_adapter("default")
@@ -121,27 +121,30 @@ class TestSaving:
     def test_continues_frozen(self, frozen, batches, tmp_path):
         train(frozen, batches)
         frozen.save_pretrained(tmp_path)
-        again = ipa_hf.load(make("llama"), tmp_path, is_trainable=True)
+        again = ipa_hf.load_adapter(make("llama"), tmp_path, is_trainable=True)
         assert flags(again) == FROZEN
         again.set_adapter("default")
         assert flags(again) == FROZEN
         torch.testing.assert_close(outputs(again, batches[0]), outputs(frozen, batches[0]))
 
     def test_second_generation(self, frozen, tmp_path):
-        frozen.save_pretrained(tmp_path / "one")
-        ipa_hf.load(make("llama"), tmp_path / "one").save_pretrained(tmp_path / "two")
-        files = [(tmp_path / x / "ipa_adapter.json").read_text() for x in ("one", "two")]
+        frozen.save_pretrained(tmp_path / "first")
+        ipa_hf.load_adapter(make("llama"), tmp_path / "first").save_pretrained(tmp_path / "second")
+        files = [(tmp_path / x / "ipa_adapter.json").read_text() for x in ("first", "second")]
         assert files[0] == files[1]
-        assert flags(ipa_hf.load(make("llama"), tmp_path / "two", is_trainable=True)) == FROZEN
+        assert (
+            flags(ipa_hf.load_adapter(make("llama"), tmp_path / "second", is_trainable=True))
+            == FROZEN
+        )
 
     def test_for_inference(self, frozen, tmp_path):
         frozen.save_pretrained(tmp_path)
-        assert flags(ipa_hf.load(make("llama"), tmp_path)) == OFF
+        assert flags(ipa_hf.load_adapter(make("llama"), tmp_path)) == OFF
 
     def test_trainable_stays_trainable(self, llama, batches, tmp_path):
         model = ipa_hf.get_ipa_model(llama, config(), batches, trainable=True, progress=False)
         model.save_pretrained(tmp_path)
-        assert flags(ipa_hf.load(make("llama"), tmp_path, is_trainable=True)) == TRAINABLE
+        assert flags(ipa_hf.load_adapter(make("llama"), tmp_path, is_trainable=True)) == TRAINABLE
 
     def test_stock_loading_and_freezing(self, frozen, tmp_path):
         frozen.save_pretrained(tmp_path)
@@ -164,9 +167,10 @@ class TestSaving:
             frozen, batches, adapter_name="free", trainable=True, progress=False
         )
         frozen.save_pretrained(tmp_path)
-        again = ipa_hf.load(make("llama"), tmp_path, is_trainable=True)
+        again = ipa_hf.load_adapter(make("llama"), tmp_path, is_trainable=True)
         assert (
-            ipa_hf.load(again, tmp_path / "free", adapter_name="free", is_trainable=True) is again
+            ipa_hf.load_adapter(again, tmp_path / "free", adapter_name="free", is_trainable=True)
+            is again
         )
         again.set_adapter("free")
         assert flags(again, "free") == TRAINABLE
@@ -177,27 +181,32 @@ class TestSaving:
         model = ipa_hf.get_ipa_model(llama, config(use_dora=True), batches, progress=False)
         train(model, batches)
         model.save_pretrained(tmp_path)
-        again = ipa_hf.load(make("llama"), tmp_path, is_trainable=True)
+        again = ipa_hf.load_adapter(make("llama"), tmp_path, is_trainable=True)
         torch.testing.assert_close(outputs(again, batches[0]), outputs(model, batches[0]))
         magnitudes = [p for n, p in again.named_parameters() if "magnitude" in n]
         assert magnitudes and all(p.requires_grad for p in magnitudes)
         assert flags(again) == FROZEN
 
-    def test_without_a_record(self, llama, tmp_path):
+    def test_without_metadata(self, llama, tmp_path):
         get_peft_model(llama, config()).save_pretrained(tmp_path)
         with pytest.raises(FileFormatError, match="freeze_projections"):
-            ipa_hf.load(make("llama"), tmp_path)
+            ipa_hf.load_adapter(make("llama"), tmp_path)
 
     @pytest.mark.parametrize(
         ("old", "new"),
-        [('"format_version": 1', '"format_version": 9'), ("{", "["), ('"rank"', '"height"')],
+        [
+            ('"format_version": 2', '"format_version": 9'),
+            ('"format_version": 2', '"format_version": 1'),
+            ("{", "["),
+            ('"rank"', '"height"'),
+        ],
     )
-    def test_damaged_or_newer_record(self, frozen, tmp_path, old, new):
+    def test_damaged_or_other_version(self, frozen, tmp_path, old, new):
         frozen.save_pretrained(tmp_path)
         path = tmp_path / "ipa_adapter.json"
         path.write_text(path.read_text().replace(old, new, 1))
         with pytest.raises(FileFormatError, match=r"ipa_adapter\.json"):
-            ipa_hf.load(make("llama"), tmp_path)
+            ipa_hf.load_adapter(make("llama"), tmp_path)
 
 
 def test_configuration_on_disk_is_stock(frozen, tmp_path):

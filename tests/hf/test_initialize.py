@@ -34,7 +34,7 @@ def layers_of(model, adapter="default"):
     }
 
 
-class TestWhatIsWritten:
+class TestWeights:
     def test_a_is_a_multiple_of_p_and_b_is_zero(self, family, batches):
         model = built(family, batches, learner=ExactCovariance)
         learned = fit_projectors(
@@ -59,11 +59,11 @@ class TestWhatIsWritten:
         assert same_state(base_state(model), base_state(make(family)))
 
     def test_the_callers_configuration_is_untouched(self, batches):
-        mine = config(rank_pattern={"q_proj": 2})
-        before = mine.to_dict()
-        built("llama", batches, lora=mine)
-        assert mine.to_dict() == before
-        assert type(mine) is LoraConfig
+        lora = config(rank_pattern={"q_proj": 2})
+        before = lora.to_dict()
+        built("llama", batches, lora=lora)
+        assert lora.to_dict() == before
+        assert type(lora) is LoraConfig
 
     def test_training_flags_and_random_state_are_kept(self, llama, batches):
         llama.train()
@@ -86,7 +86,7 @@ class TestWhatIsWritten:
 
 
 class TestScaling:
-    def test_energy_is_that_of_loras_own_a(self, llama, batches):
+    def test_energy_is_that_of_loras_random_a(self, llama, batches):
         inputs = []
         hook = llama.model.layers[1].mlp.down_proj.register_forward_pre_hook(
             lambda _, args: inputs.append(args[0][batches[0]["attention_mask"] != 0])
@@ -116,7 +116,7 @@ class TestScaling:
             rows = layer.scaling["default"] * layer.lora_A["default"].weight
             assert torch.allclose(rows.norm(dim=1), torch.tensor(0.25))
 
-    def test_rslora_keeps_peft_own_scaling(self, batches):
+    def test_rslora_keeps_pefts_scaling(self, batches):
         model = built("llama", batches, lora=config(use_rslora=True))
         assert all(x.scaling["default"] == 8 / math.sqrt(4) for x in layers_of(model).values())
 
@@ -136,9 +136,9 @@ class TestTargets:
         [["q_proj"], "all-linear", r".*\.1\.self_attn\.(q|v)_proj", ["model.layers.0.mlp.up_proj"]],
     )
     def test_every_form_that_peft_takes(self, llama, batches, targets):
-        mine = config(target_modules=targets)
+        lora = config(target_modules=targets)
         plain = get_peft_model(make("llama"), config(target_modules=targets))
-        model = ipa_hf.get_ipa_model(llama, mine, batches, progress=False)
+        model = ipa_hf.get_ipa_model(llama, lora, batches, progress=False)
         assert layers_of(model).keys() == layers_of(plain).keys()
 
     def test_layers_to_transform_and_exclude(self, batches):
@@ -166,7 +166,7 @@ class TestTargets:
         assert any(n.endswith(".bias") and p.requires_grad for n, p in model.named_parameters())
 
 
-class TestProjectorsThatAreGiven:
+class TestFittedProjectors:
     def test_learned_on_the_plain_model(self, llama, batches):
         projectors = fit_projectors(llama, batches, 6, targets=TARGETS["llama"])
         model = ipa_hf.get_ipa_model(llama, config(), projectors, scaling=1.0)
@@ -186,7 +186,7 @@ class TestProjectorsThatAreGiven:
         with pytest.raises(ShapeError, match=f"layer '{name}'.*32 features"):
             ipa_hf.get_ipa_model(llama, config(), projectors)
 
-    def test_options_beside_them(self, llama):
+    def test_options_with_projectors(self, llama):
         with pytest.raises(SettingError, match="learner"):
             ipa_hf.get_ipa_model(llama, config(), {}, learner=ExactCovariance)
 
@@ -195,44 +195,59 @@ class TestMissing:
     def test_named_with_the_cure(self, llama, batches):
         projectors = fit_projectors(llama, batches, 4, targets=["q_proj"])
         with pytest.raises(LayerError, match=r"k_proj'.*on_missing='warn'"):
-            ipa_hf.get_ipa_model(llama, config(), projectors)
+            ipa_hf.get_ipa_model(llama, config(), projectors, on_missing="raise")
 
-    def test_left_to_lora_if_asked_for(self, llama, batches):
+    def test_warned_about_by_name(self, llama, batches):
         projectors = fit_projectors(llama, batches, 4, targets=["q_proj"])
-        with pytest.warns(UserWarning, match="begin as in LoRA"):
-            model = ipa_hf.get_ipa_model(llama, config(), projectors, on_missing="warn")
+        with pytest.warns(
+            UserWarning, match="8 layers keep LoRA's random A.*'.*0.self_attn.k_proj'"
+        ):
+            model = ipa_hf.get_ipa_model(llama, config(), projectors)
         for name, layer in layers_of(model).items():
             assert layer.lora_A["default"].weight.requires_grad == ("q_proj" not in name)
 
+    def test_ignored_silently_on_request(self, llama, batches):
+        projectors = fit_projectors(llama, batches, 4, targets=["q_proj"])
+        ipa_hf.get_ipa_model(llama, config(), projectors, on_missing="ignore")
+
+    @pytest.mark.parametrize("on_missing", ["warn", "ignore"])
+    def test_no_layer_at_all_is_an_error(self, llama, on_missing):
+        with pytest.raises(LayerError, match="got none for 10"):
+            ipa_hf.get_ipa_model(llama, config(), {}, on_missing=on_missing)
+
+    def test_other_settings_are_refused(self, llama):
+        with pytest.raises(SettingError, match="on_missing"):
+            ipa_hf.get_ipa_model(llama, config(), {}, on_missing="error")
+
     def test_embeddings_are_no_linear_layers(self, batches):
         lora = config(target_modules=["q_proj", "embed_tokens"])
-        with pytest.raises(LayerError, match=r"'model.embed_tokens': Embedding layers take no"):
-            built("llama", batches, lora=lora)
+        with pytest.raises(LayerError, match=r"'model.embed_tokens': Embedding layers are"):
+            built("llama", batches, lora=lora, on_missing="raise")
         with pytest.warns(UserWarning, match="embed_tokens"):
-            built("llama", batches, lora=lora, on_missing="warn")
+            built("llama", batches, lora=lora)
 
-    def test_refused_before_anything_is_learned(self, llama):
+    def test_refused_before_the_fit(self, llama):
         def loader():
             raise AssertionError("read")
             yield
 
         lora = config(target_modules=["q_proj", "embed_tokens"])
         with pytest.raises(LayerError, match="embed_tokens"):
-            ipa_hf.get_ipa_model(llama, lora, loader())
+            ipa_hf.get_ipa_model(llama, lora, loader(), on_missing="raise")
 
-    def test_a_failure_gives_the_model_back_as_it_was(self, llama, batches):
+    def test_a_failure_restores_the_model(self, llama, batches):
         flags = {name: p.requires_grad for name, p in llama.named_parameters()}
         with pytest.raises(LayerError):
-            ipa_hf.get_ipa_model(llama, config(), {})
+            ipa_hf.get_ipa_model(llama, config(), {}, on_missing="raise")
         assert {name: p.requires_grad for name, p in llama.named_parameters()} == flags
         assert not layers_of(get_peft_model(llama, config()), "other")
 
 
 class TestFreshAdaptersOnly:
-    @pytest.mark.parametrize("begin", [False, "pissa", "olora"])
-    def test_beginnings_that_change_more(self, llama, batches, begin):
+    @pytest.mark.parametrize("init", [False, "pissa", "olora"])
+    def test_methods_that_change_base_weights(self, llama, batches, init):
         with pytest.raises(SettingError, match="init_lora_weights"):
-            ipa_hf.get_ipa_model(llama, config(init_lora_weights=begin), batches)
+            ipa_hf.get_ipa_model(llama, config(init_lora_weights=init), batches)
 
     def test_trained(self, llama, batches):
         model = get_peft_model(llama, config())
@@ -285,7 +300,7 @@ def test_dora_trains_its_magnitude(batches):
     assert torch.equal(layer.lora_A["default"].weight, a)
 
 
-def test_in_turns_under_a_budget_of_memory(batches):
+def test_several_passes_under_a_memory_limit(batches):
     runs = []
 
     def forward(model, batch):
@@ -293,9 +308,9 @@ def test_in_turns_under_a_budget_of_memory(batches):
         model(**batch)
 
     expected = layers_of(built("llama", batches))
-    found = layers_of(built("llama", batches, max_bytes=100_000, forward=forward))
+    limited = layers_of(built("llama", batches, max_bytes=100_000, forward=forward))
     assert len(runs) > 2 * len(batches)
     for name, layer in expected.items():
-        assert torch.equal(found[name].lora_A["default"].weight, layer.lora_A["default"].weight)
+        assert torch.equal(limited[name].lora_A["default"].weight, layer.lora_A["default"].weight)
     with pytest.raises(SettingError, match=r"layer 'model.layers.0.self_attn.q_proj'.*max_bytes"):
         built("llama", batches, max_bytes=1000)

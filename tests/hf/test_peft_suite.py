@@ -1,4 +1,4 @@
-"""PEFT's own tests of custom models, on models prepared here; see CONTRIBUTING.md."""
+"""PEFT's tests of custom models, run on initialized models; see CONTRIBUTING.md."""
 
 import os
 import re
@@ -16,7 +16,9 @@ SOURCE = os.environ.get("IPA_PEFT_SOURCE")
 @pytest.mark.skipif(not SOURCE, reason="IPA_PEFT_SOURCE names no copy of PEFT's source")
 def test_saving_loading_merging_mixing_disabling_and_deleting(tmp_path):
     version = (Path(SOURCE) / "src" / "peft" / "__init__.py").read_text(encoding="utf-8")
-    assert f'__version__ = "{peft.__version__}"' in version, "another version than the installed"
+    assert f'__version__ = "{peft.__version__}"' in version, (
+        "IPA_PEFT_SOURCE is not the source of the installed PEFT"
+    )
     settings = tmp_path / "pytest.ini"
     settings.write_text("[pytest]\n", encoding="utf-8")
     options = ["-p", "peft_plugin", "-p", "no:cacheprovider", "--import-mode=importlib", "-q"]

@@ -1,4 +1,4 @@
-"""A PEFT model begun in several processes, each with a share of the data."""
+"""Initialization in several processes, each with a shard of the data."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_all_have_what_one_learns_from_all_data(tmp_path):
+def test_every_rank_has_the_result_of_all_data(tmp_path):
     paths = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -28,8 +28,8 @@ def test_all_have_what_one_learns_from_all_data(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     expected = learned(text_batches())
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert len(expected) == 10
     for name, a in expected.items():
-        assert torch.equal(one[name], two[name])
-        torch.testing.assert_close(one[name], a, atol=1e-4, rtol=1e-3)
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], a, atol=1e-4, rtol=1e-3)

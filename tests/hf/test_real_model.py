@@ -1,4 +1,4 @@
-"""MiniLM with its real weights on real reviews, as the demo uses them."""
+"""MiniLM with real weights on real reviews, as in the demo."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.assets, pytest.mark.slow]
 STOCK = """
 import sys, warnings
 for name in ("benchmarks", "ipa_core", "ipa_torch", "ipa_hf", "ipa_timm"):
-    sys.modules[name] = None  # importing it now fails
+    sys.modules[name] = None  # makes its import fail
 warnings.simplefilter("ignore")
 import torch
 from peft import PeftModel
@@ -70,8 +70,8 @@ def test_stock_peft_gives_the_same_logits(task, projectors, tmp_path):
     save_file(batch, tmp_path / "batch.safetensors")
     command = [sys.executable, "-I", "-c", STOCK, task.folder, tmp_path / "adapter", tmp_path]
     subprocess.run(list(map(str, command)), cwd=tmp_path, check=True)
-    found = load_file(tmp_path / "logits.safetensors")["logits"]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    logits = load_file(tmp_path / "logits.safetensors")["logits"]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 def test_frozen_methods_train_half(task, projectors):

@@ -1,4 +1,4 @@
-"""Adapters saved here and loaded by stock PEFT, in a process that cannot import our packages."""
+"""Saved adapters load in stock PEFT, in a process that cannot import our packages."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import ipa_hf
 
 from .models import config, make, outputs, text_batches, train
 
-# Each case is a family and what its adapter is like.
+# Family, settings of LoRA and options of get_ipa_model of each case.
 CASES = {
     "bert": ("bert", {}, {}),
     "llama": ("llama", {}, {}),
@@ -31,7 +31,7 @@ CASES = {
 STOCK = """
 import sys, warnings
 for name in ("ipa_core", "ipa_torch", "ipa_hf", "ipa_timm"):
-    sys.modules[name] = None  # importing it now fails
+    sys.modules[name] = None  # makes its import fail
 warnings.simplefilter("ignore")
 import torch
 from pathlib import Path
@@ -47,20 +47,20 @@ def base(folder):
 
 root = Path(sys.argv[1])
 batch = load_file(root / "batch.safetensors")
-found = {}
+results = {}
 for case in sys.argv[2:]:
     for merged in (False, True):
         model = PeftModel.from_pretrained(base(root / case / "base"), root / case / "adapter")
         model = model.merge_and_unload() if merged else model
         with torch.no_grad():
-            found[case + "/merged" * merged] = model.eval()(**batch)[0].contiguous()
-save_file(found, root / "found.safetensors")
+            results[case + "/merged" * merged] = model.eval()(**batch)[0].contiguous()
+save_file(results, root / "results.safetensors")
 """
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Return what stock PEFT computed for each case, and what we had."""
+def outputs_by_case(tmp_path_factory):
+    """Return the outputs of stock PEFT for each case, and the expected ones."""
     root, batches, expected = tmp_path_factory.mktemp("stock"), text_batches(), {}
     torch.manual_seed(0)
     for case, (family, lora, options) in CASES.items():
@@ -75,24 +75,24 @@ def found(tmp_path_factory):
     save_file(batches[0], root / "batch.safetensors")
     command = [sys.executable, "-I", "-c", STOCK, str(root), *CASES]
     subprocess.run(command, cwd=root, check=True)
-    return load_file(root / "found.safetensors"), expected
+    return load_file(root / "results.safetensors"), expected
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stock_peft_gives_the_same_outputs(found, case):
-    ours, theirs = found[1][case], found[0][case]
+def test_stock_peft_gives_the_same_outputs(outputs_by_case, case):
+    ours, theirs = outputs_by_case[1][case], outputs_by_case[0][case]
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_merged_too(found, case):
-    ours, theirs = found[1][case], found[0][f"{case}/merged"]
+def test_merged_too(outputs_by_case, case):
+    ours, theirs = outputs_by_case[1][case], outputs_by_case[0][f"{case}/merged"]
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
 
-def test_training_had_an_effect(found):
+def test_training_had_an_effect(outputs_by_case):
     untrained = outputs(make("llama"), text_batches()[0])
-    assert (found[1]["llama"] - untrained).abs().max() > 1e-3
+    assert (outputs_by_case[1]["llama"] - untrained).abs().max() > 1e-3
 
 
 def test_loading_in_this_process(family, batches, tmp_path):
@@ -101,6 +101,6 @@ def test_loading_in_this_process(family, batches, tmp_path):
     train(model, batches)
     model.save_pretrained(tmp_path)
     expected = outputs(model, batches[0])
-    for load in (PeftModel.from_pretrained, ipa_hf.load):
+    for load in (PeftModel.from_pretrained, ipa_hf.load_adapter):
         again = outputs(load(make(family), tmp_path), batches[0])
         torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The worked example on SmolLM2-135M with its real weights, cut to a few steps."""
+"""The worked example on SmolLM2-135M with real weights, limited to a few steps."""
 
 import pytest
 

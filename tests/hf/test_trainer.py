@@ -1,4 +1,4 @@
-"""Training by transformers.Trainer: nothing but the model is ours."""
+"""Training by an unmodified transformers.Trainer."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import ipa_hf
 
 from .models import config, make, outputs, text_batches
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the trainer's own dependencies
+pytestmark = pytest.mark.filterwarnings("ignore")  # raised by the trainer's dependencies
 
 
 @pytest.fixture
@@ -53,10 +53,10 @@ def test_only_b_is_trained(rows, tmp_path):
     assert not any(torch.equal(b[name], value) for name, value in lora_A_and_B(model, "B").items())
 
 
-def test_checkpoints_are_adapters_with_their_record(rows, tmp_path):
+def test_checkpoints_are_adapters_with_metadata(rows, tmp_path):
     model = learned()
     trainer(model, rows, tmp_path, 2).train()
-    again = ipa_hf.load(make("llama"), tmp_path / "checkpoint-2", is_trainable=True)
+    again = ipa_hf.load_adapter(make("llama"), tmp_path / "checkpoint-2", is_trainable=True)
     batch = text_batches()[0]
     torch.testing.assert_close(outputs(again, batch), outputs(model, batch))
     assert not any(p.requires_grad for n, p in again.named_parameters() if "lora_A" in n)

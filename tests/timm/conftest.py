@@ -3,7 +3,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-# Where timm is not on the path (make test-timm puts it there), each test file skips and says so.
+# Without timm on the path (see make test-timm), each test file skips with the reason.
 if find_spec("timm") is not None:
     import benchmarks.vision  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Families of timm: nothing changes at first, everything has an effect, merging is exact."""
+"""Families of timm: outputs start unchanged, each adapter has an effect, merging is exact."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from ipa_timm.targets import FAMILIES as KNOWN
 BLOCKS = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}
 SWIN = {"depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4), "img_size": 64, "window_size": 4}
 
-#: Model, size of the images, options, and how many layers get an adapter by default.
+#: Model, image size, options, and number of layers with an adapter by default.
 FAMILIES = {
     "vision_transformer": ("vit_tiny_patch16_224", 64, BLOCKS, 8),
     "deit": ("deit_tiny_distilled_patch16_224", 64, BLOCKS, 8),
@@ -27,25 +27,25 @@ FAMILIES = {
     "mobilenetv3": ("mobilenetv3_small_050", 64, {}, 23),
     "mobilenetv3, the fourth": ("mobilenetv4_hybrid_medium", 64, {}, 80),
     "efficientnet, mixed": ("mixnet_s", 64, {}, 53),
-    "no family of its own": ("regnetx_002", 64, {}, 43),
+    "family without default targets": ("regnetx_002", 64, {}, 43),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family):
     model, pixels, options, layers = FAMILIES[family]
-    found = check(model, pixels, **options)
-    assert found.works, found
-    assert (found.layers, found.missing) == (layers, {})
+    result = check(model, pixels, **options)
+    assert result.works, result
+    assert (result.layers, result.missing) == (layers, {})
 
 
 def test_every_family_with_targets_of_its_own_is_tried():
     tried = {name.partition(",")[0] for name in FAMILIES}
-    # Its models are vision transformers with another bias.
+    # Vision transformers with another position bias.
     assert KNOWN.keys() - tried == {"vision_transformer_relpos"}
 
 
-def test_weights_that_are_standardised_are_refused():
-    found = check("resnetv2_50x1_bit", 64)
-    assert found.verdict == "refused"
-    assert "got StdConv2d with a forward of its own" in str(found.missing)
+def test_weights_that_are_standardized_are_refused():
+    result = check("resnetv2_50x1_bit", 64)
+    assert result.verdict == "refused"
+    assert "got StdConv2d with a forward of its own" in str(result.missing)

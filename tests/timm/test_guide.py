@@ -1,4 +1,4 @@
-"""The guide's code runs, and its table is of the families there are."""
+"""The guide's code runs, and the table lists every family of timm."""
 
 import re
 from pathlib import Path

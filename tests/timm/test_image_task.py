@@ -1,4 +1,4 @@
-"""Images as a task of the evidence: a cut ViT is the whole one, and adapters of all kinds train."""
+"""The image task: the split ViT equals the whole one, and adapters of all kinds train."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from benchmarks.evidence.training import train
 from ipa_timm import preprocess
 
 SETTINGS = Settings(rank=2, steps=40, batch_size=16, learn_from=32)
-COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
 
 
 def tiny(**options):
@@ -28,12 +28,12 @@ def tiny(**options):
 
 def rows(count):
     rng = np.random.default_rng(0)
-    made = []
+    labeled = []
     for number in range(count):
         noise = rng.integers(-30, 31, (VIT_PIXELS, VIT_PIXELS, 3))
-        image = np.clip(noise + COLOURS[number % 3], 0, 255).astype(np.uint8)
-        made.append((Image.fromarray(image), number % 3))
-    return made
+        image = np.clip(noise + COLORS[number % 3], 0, 255).astype(np.uint8)
+        labeled.append((Image.fromarray(image), number % 3))
+    return labeled
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def task():
 def test_features_are_those_of_the_whole_model(task):
     batch = next(batches(task.training(0), 16, 1, 0))
     model = task.fresh(0)
-    own = model.features(model.body, batch)
+    features = model.features(model.body, batch)
     vit = tiny().eval()
     images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in rows(140)]))
     with torch.no_grad():
         every = vit(preprocess(vit, images.permute(0, 3, 1, 2)))
-        distance, places = torch.cdist(own, every).min(1)
-    torch.testing.assert_close(own, every[places], atol=1e-4, rtol=1e-4)
+        distance, places = torch.cdist(features, every).min(1)
+    torch.testing.assert_close(features, every[places], atol=1e-4, rtol=1e-4)
     labels = torch.tensor([label for _, label in rows(140)])
     assert torch.equal(labels[places], batch["labels"])
 

@@ -1,4 +1,4 @@
-"""The optimum in float64 of inputs captured by hand is the oracle for every kind of layer."""
+"""Excess error over the float64 optimum of captured inputs, for every kind of layer."""
 
 import copy
 
@@ -14,7 +14,7 @@ from ipa_core import ExactCovariance
 from ipa_timm.same_padding import SamePaddingView
 from ipa_torch._layers.matmul_view import view_of
 
-#: A model and options, a layer of it, and what that layer is like: kernel, stride, groups.
+#: Model, options, layer name, and the layer's kernel, stride and groups.
 RESNEXT = ("resnet18", {"block": timm.models.resnet.Bottleneck, "cardinality": 4, "base_width": 4})
 LITE = ("tf_efficientnet_lite0", {})
 VIT = ("test_vit", {})
@@ -35,18 +35,18 @@ LAYERS = {
 
 
 def captured(model, name, batches):
-    seen = []
+    inputs = []
     layer = model.get_submodule(name)
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     with torch.no_grad():
         for batch in batches:
             model(batch)
     handle.remove()
-    return torch.cat([by_hand(layer, x) for x in seen])
+    return torch.cat([by_hand(layer, x) for x in inputs])
 
 
 def by_hand(layer, x):
-    """Rows of an input; a convolution with one-hot kernels gives each entry of its patches."""
+    """Return the rows of an input; one-hot kernels extract the patches of a convolution."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     probe, size = copy.deepcopy(layer), layer.weight[0].numel()
@@ -58,9 +58,9 @@ def by_hand(layer, x):
 
 
 def excess(projector, rows):
-    """Error of rebuilding the rows over the least possible one, less one, in float64."""
+    """Return the relative excess of the reconstruction error over the minimum, in float64."""
     x = rows.double().numpy()
-    # Of the span: rows of float32 have lengths that are one to rounding only.
+    # Orthonormalized: float32 components are orthonormal only up to rounding.
     components = np.linalg.qr(projector.components.double().numpy().T)[0].T
     scatter = x.T @ x
     lost = np.trace(scatter) - np.trace(components @ scatter @ components.T)
@@ -69,7 +69,7 @@ def excess(projector, rows):
 
 
 def sized(model):
-    """Odd sizes, where padding is not the same on both sides."""
+    """Return an odd image size, so that SAME padding is asymmetric."""
     return 160 if hasattr(model, "pos_embed") else 67
 
 
@@ -110,9 +110,9 @@ def test_same_padding_merges_exactly(size, kernel, stride, dilation):
     view = view_of(layer)
     assert isinstance(view, SamePaddingView)
     x, features = torch.randn(2, 4, *size), layer.weight[0].numel()
-    projection, lift = torch.randn(3, features), torch.randn(6, 3)
+    projection, lora_B = torch.randn(3, features), torch.randn(6, 3)
     with torch.no_grad():
-        beside = layer(x) + view.expand(view.project(x, projection), lift)
-        layer.weight += view.delta_weight(lift @ projection, layer.weight)
+        beside = layer(x) + view.expand(view.project(x, projection), lora_B)
+        layer.weight += view.delta_weight(lora_B @ projection, layer.weight)
         torch.testing.assert_close(layer(x), beside, rtol=1e-4, atol=1e-4)
     assert view.row_shape(x) == (2, *beside.shape[-2:])

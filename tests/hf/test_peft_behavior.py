@@ -1,4 +1,4 @@
-"""What PEFT promises of its models holds for ours."""
+"""Documented behavior of PEFT models holds for initialized models."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from .models import base_state, config, make, outputs, same_state, train
 
 @pytest.fixture
 def model(llama, batches):
-    """Give a Llama with two trained adapters: frozen 'default' and trainable 'free', active."""
+    """Return a Llama with two trained adapters: frozen 'default', and 'free', which is active."""
     model = ipa_hf.get_ipa_model(llama, config(), batches, progress=False)
     train(model, batches, rate=0.1)
     model.add_adapter("free", config(r=2))
@@ -27,8 +27,8 @@ def with_adapter(model, name, batch):
     return outputs(model, batch)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_adapters_differ_and_can_be_switched_off(model, batches):
@@ -81,8 +81,8 @@ def test_weighted_combination(model, batches):
 
 def test_generation(model):
     ids = torch.tensor([[3, 5, 7]])
-    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
-    assert made.shape[1] > 3
+    generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    assert generated.shape[1] > 3
 
 
 @pytest.mark.filterwarnings("ignore:.*_checkpointing:FutureWarning")

@@ -1,4 +1,4 @@
-"""What loaders yield, and what a model takes."""
+"""Preprocessing of loader batches into model inputs."""
 
 import pytest
 import torch
@@ -38,14 +38,14 @@ def test_images_are_found(batch):
 
 
 @pytest.mark.parametrize(
-    "batch,found", [({"label": 1, "pixels": 2}, r"keys \['label', 'pixels'\]"), ("x", "str")]
+    "batch,received", [({"label": 1, "pixels": 2}, r"keys \['label', 'pixels'\]"), ("x", "str")]
 )
-def test_no_images(batch, found):
-    with pytest.raises(ArrayTypeError, match=f"expected a batch of images.*got {found}"):
+def test_no_images(batch, received):
+    with pytest.raises(ArrayTypeError, match=f"expected a batch of images.*got {received}"):
         ipa_timm.fit_projectors(vit(), [batch], 2, progress=False)
 
 
-def test_bytes_are_normalised_by_the_data_config():
+def test_bytes_are_normalized_by_the_data_config():
     model = vit()
     config = resolve_model_data_config(model)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
@@ -56,7 +56,7 @@ def test_bytes_are_normalised_by_the_data_config():
     torch.testing.assert_close(preprocess(model, small), ((0.2 - mean) / std).expand(2, 3, *size))
 
 
-def test_floating_images_are_taken_as_they_are_in_the_dtype_of_the_model():
+def test_floating_images_are_cast_to_the_dtype_of_the_model():
     model = vit()
     assert preprocess(model, IMAGES) is IMAGES
     assert preprocess(model.bfloat16(), IMAGES).dtype == torch.bfloat16
@@ -65,7 +65,7 @@ def test_floating_images_are_taken_as_they_are_in_the_dtype_of_the_model():
     assert model(preprocess(model, IMAGES)).dtype == torch.bfloat16
 
 
-def test_what_is_no_batch_of_images():
+def test_other_shapes_and_dtypes_are_refused():
     with pytest.raises(ShapeError, match="expected images of shape .* got \\(3, 64, 64\\)"):
         preprocess(vit(), IMAGES[0])
     with pytest.raises(ArrayTypeError, match="floating or uint8, got torch.int64"):

@@ -10,7 +10,7 @@ from .models import TARGETS, config, make, text_batches
 
 @pytest.fixture(scope="module")
 def projectors():
-    """Give projectors of mean rank 4, counting those that layers share once."""
+    """Return projectors of mean rank 4, where a shared projector counts once."""
     options = {"targets": TARGETS["llama"], "learner": ExactCovariance, "progress": False}
     learned = fit_projectors(make("llama"), text_batches(), 8, **options)
     return learned.allocate(4 * len(learned.shared))
@@ -39,6 +39,6 @@ def test_survives_saving(projectors, tmp_path):
     lora = ipa_hf.match_ranks(config(), projectors)
     model = ipa_hf.get_ipa_model(make("llama"), lora, projectors)
     model.save_pretrained(tmp_path)
-    again = ipa_hf.load(make("llama"), tmp_path)
+    again = ipa_hf.load_adapter(make("llama"), tmp_path)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)

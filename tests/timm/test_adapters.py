@@ -1,4 +1,4 @@
-"""What adapting does to a model, what training may change, and that it can all be undone."""
+"""Adapters of timm models: attach, train, merge and detach."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ timm = pytest.importorskip("timm", reason="needs timm on the path: make test-tim
 
 import ipa_timm
 from ipa_core.errors import SettingError
-from ipa_timm.classifier import head_parameters
+from ipa_timm.classifier import classifier_parameters
 from ipa_torch import LayerError, disable_adapter
 from ipa_torch._adapters.replace import adapter_layers
 
@@ -40,16 +40,16 @@ def adapt(model, **options):
 
 
 def trained(model, steps=3):
-    """Train what wants a gradient for a few steps; return the losses."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    """Train the trainable parameters for a few steps; return the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     images, target = loader(1)[0]
     losses = []
     model.train()
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = F.cross_entropy(model(images), target)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     model.eval()
     return losses
@@ -59,19 +59,19 @@ def everything(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def same(one, other, names):
-    return all(torch.equal(one[name], other[name]) for name in names)
+def same(state, other, names):
+    return all(torch.equal(state[name], other[name]) for name in names)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_b_and_the_head_are_trained_and_p_if_asked_for(trainable):
     model = vit()
     adapt(model, trainable=trainable)
-    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    lora_B = {name for name in wanted if ".lora_B." in name}
-    projections = {name for name in wanted if ".projections." in name}
+    trainable_names = {name for name, p in model.named_parameters() if p.requires_grad}
+    lora_B = {name for name in trainable_names if ".lora_B." in name}
+    projections = {name for name in trainable_names if ".projections." in name}
     assert (len(lora_B), len(projections)) == (8, 8 * trainable)
-    assert wanted == lora_B | projections | {"head.weight", "head.bias"}
+    assert trainable_names == lora_B | projections | {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("make", [vit, beit, convnet])
@@ -84,7 +84,7 @@ def test_training_changes_nothing_but_adapter_and_head(make):
     adapt(model)
     losses = trained(model, steps=20)
     assert losses[-1] < 0.5 * losses[0]
-    head = head_parameters(model)
+    head = classifier_parameters(model)
     ipa_timm.detach(model)
     after = everything(model)
     assert after.keys() == before.keys()
@@ -111,7 +111,7 @@ def test_batch_norms_keep_to_their_statistics_in_training():
     assert not torch.equal(model.bn1.running_mean, before)
 
 
-def test_attention_that_reads_past_its_qkv_calls_it_while_adapted():
+def test_attention_with_direct_qkv_weight_calls_the_layer_while_adapted():
     model = beit()
     switches = [block.attn for block in model.blocks]
     ipa_timm.fit_projectors(model, loader(), 4, progress=False)
@@ -121,7 +121,7 @@ def test_attention_that_reads_past_its_qkv_calls_it_while_adapted():
     assert all(attention.qkv_bias_separate for attention in switches)
     ipa_timm.merge_and_unload(model)
     assert not any(attention.qkv_bias_separate for attention in switches)
-    assert not hasattr(model, "_ipa_timm_separated")
+    assert not hasattr(model, "_ipa_timm_separate_qkv_bias")
 
 
 def test_a_switch_that_was_set_stays_set():
@@ -133,7 +133,7 @@ def test_a_switch_that_was_set_stays_set():
 
 
 class Bypassing(nn.Module):
-    """Attention that reads past its qkv, and has no switch."""
+    """Attention that uses the qkv weight without calling the layer, and has no switch."""
 
     def __init__(self):
         super().__init__()
@@ -157,13 +157,13 @@ def test_attention_without_the_switch_is_refused_with_the_reason():
 
 def test_the_classifier_is_trained_and_not_adapted():
     model = vit()
-    with pytest.warns(UserWarning, match="'head': it belongs to the classifier, all of which is"):
+    with pytest.warns(UserWarning, match="'head': it belongs to the classifier, which is trained"):
         projectors = adapt(model, targets=["head", "qkv"])
     assert list(projectors) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
     assert type(model.head) is nn.Linear
 
 
-def test_standardised_weights_are_refused_with_the_reason():
+def test_standardized_weights_are_refused_with_the_reason():
     model = timm.create_model("nf_resnet26", num_classes=3)
     with pytest.raises(LayerError, match="and 25 more: .* got ScaledStdConv2d with a forward of"):
         ipa_timm.fit_projectors(model, loader(), 4, progress=False)
@@ -178,7 +178,7 @@ def test_layers_of_one_input_share_one_projector():
     assert projectors[attention[0]] is projectors[attention[1]] is projectors[attention[2]]
 
 
-def test_own_targets_reach_depth_wise_convolutions_and_ranks_are_capped():
+def test_explicit_targets_include_depthwise_convolutions_and_limit_ranks():
     model = timm.create_model("test_efficientnet", num_classes=3)
     targets = [r"conv_dw", "conv_pwl"]
     projectors = ipa_timm.fit_projectors(model, loader(), 12, targets=targets, progress=False)
@@ -189,7 +189,7 @@ def test_own_targets_reach_depth_wise_convolutions_and_ranks_are_capped():
     assert {p.rank for p in few.values()} == {2}
 
 
-def test_default_targets_spare_stem_head_and_depth_wise_convolutions():
+def test_default_targets_exclude_stem_head_and_depthwise_convolutions():
     names = ipa_timm.default_targets(timm.create_model("regnetx_002"))
     assert names and not [name for name in names if name.startswith(("stem", "head"))]
     assert not [

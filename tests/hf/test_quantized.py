@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits; `make test-quantised` installs what makes them."""
+"""Quantized base models; `make test-quantized` installs the packages."""
 
 import copy
 
@@ -12,7 +12,7 @@ from ipa_torch import fit_projectors
 
 from .models import TARGETS, config, outputs, text_batches, train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages themselves, at import
+pytestmark = pytest.mark.filterwarnings("ignore")  # raised by the packages at import
 KINDS = {
     "bitsandbytes-4bit": "Linear4bit",
     "bitsandbytes-8bit": "Linear8bitLt",
@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-def quantisation(kind):
+def quantization(kind):
     if kind == "torchao":
         torchao = pytest.importorskip("torchao", reason="torchao is not installed")
         return transformers.TorchAoConfig(torchao.quantization.Int8WeightOnlyConfig(version=2))
@@ -39,8 +39,8 @@ def kind(request):
 
 @pytest.fixture
 def load(kind, tmp_path):
-    """Return a function that loads a quantised model."""
-    chosen = quantisation(kind)
+    """Return a function that loads a quantized model."""
+    quantization_config = quantization(kind)
     torch.manual_seed(1)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 64}
     settings = transformers.LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
@@ -48,10 +48,12 @@ def load(kind, tmp_path):
 
     def loaded(repacks=False):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "model", quantization_config=copy.deepcopy(chosen), dtype=torch.float32
+            tmp_path / "model",
+            quantization_config=copy.deepcopy(quantization_config),
+            dtype=torch.float32,
         )
         for module in model.modules():
-            # As on CPUs without bfloat16 instructions; others evaluate with rounded scales.
+            # As on CPUs without bfloat16 instructions. Other CPUs evaluate with rounded scales.
             if hasattr(module, "support_avx512bf16_for_cpu") and not repacks:
                 module.support_avx512bf16_for_cpu = False
         return model
@@ -64,7 +66,7 @@ def prepared(model, **settings):
 
 
 def stored(model):
-    """Return all that the base weights are, scales included."""
+    """Return the dequantized base weights."""
     plain = getattr(model, "get_base_model", lambda: model)()
     return {
         name.replace(".base_layer.", "."): value.dequantize() if hasattr(value, "qdata") else value
@@ -73,18 +75,18 @@ def stored(model):
     }
 
 
-def test_learned_from_what_the_quantised_layers_see(load, kind):
+def test_fit_to_the_inputs_of_quantized_layers(load, kind):
     model = load()
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == KINDS[kind]
     expected = fit_projectors(model, text_batches(), 4, targets=TARGETS["llama"], progress=False)
-    found = prepared(load()).get_base_model()
+    initialized = prepared(load()).get_base_model()
     assert len(expected) == 10
     for name, projector in expected.items():
-        a = found.get_submodule(name).lora_A["default"].weight
+        a = initialized.get_submodule(name).lora_A["default"].weight
         torch.testing.assert_close(a / a[0].norm(), projector.components)
 
 
-def test_begins_as_the_base_and_leaves_it_as_it_was(load):
+def test_base_outputs_and_weights_are_kept(load):
     base, batch = load(), text_batches()[0]
     weights, before = stored(base), outputs(base, batch)
     model = prepared(base)
@@ -114,9 +116,9 @@ def test_dora(load):
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes-4bit"])
-def test_learning_lets_no_layer_repack_its_weights(load):
+def test_a_fit_prevents_repacking(load):
     base = load(repacks=True)
     weights = {name: p.detach().clone() for name, p in base.named_parameters()}
     model = prepared(base).unload()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    outputs(model, text_batches()[0])  # bitsandbytes itself may now
+    outputs(model, text_batches()[0])  # bitsandbytes may repack now
