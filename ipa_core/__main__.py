@@ -1,4 +1,4 @@
-"""Command line for people with files: fit, show, compare."""
+"""Command line: fit a projector to files of activations, show and compare projectors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LEARNERS: dict[str, type[Learner]] = {
 
 
 class _ProgressStream:
-    """The batches of a file, counted by a progress bar; can be read again."""
+    """Batches of a file with a progress bar; can be read repeatedly."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class _ProgressStream:
 
 
 def fit(args: argparse.Namespace) -> None:
-    """Learn a projector from files and write it, whole or not at all."""
+    """Learn a projector from files and write it atomically."""
     if not args.out.parent.is_dir():
         raise StreamError(f"expected the folder {args.out.parent} to exist, got none; make it")
     learner: Callable[[int], Learner] = partial(
@@ -83,17 +83,17 @@ def show(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Print the principal angles between the projectors of two files, by name."""
-    one, other = _named(args.one, "projector"), _named(args.other, "projector")
-    common = [name for name in one if name in other]
+    first, second = _named(args.first, "projector"), _named(args.second, "projector")
+    common = [name for name in first if name in second]
     if not common:
-        raise StreamError(f"expected a name that is in both files, got {[*one]} and {[*other]}")
+        raise StreamError(f"expected a name that is in both files, got {[*first]} and {[*second]}")
     rows: list[tuple[str, ...]] = [("", "smallest", "median", "largest angle (degrees)")]
     for name in common:
-        degrees = to_numpy(principal_angles(one[name], other[name])) * (180.0 / math.pi)
-        middle = degrees[len(degrees) // 2]
-        rows.append((name, *(f"{value:.4f}" for value in (degrees[0], middle, degrees[-1]))))
+        degrees = to_numpy(principal_angles(first[name], second[name])) * (180.0 / math.pi)
+        median = degrees[len(degrees) // 2]
+        rows.append((name, *(f"{value:.4f}" for value in (degrees[0], median, degrees[-1]))))
     print(_align(rows))
-    for name in sorted(set(one) ^ set(other)):
+    for name in sorted(set(first) ^ set(second)):
         print(f"in one file only: {name}")
 
 
@@ -138,21 +138,21 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"ipa-projectors {__version__}")
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
-    one = _command(commands, "fit", fit)
-    one.add_argument("activations", type=Path, help=".npy, .safetensors, or a folder of them")
-    one.add_argument("--rank", type=int, required=True)
-    one.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    one.add_argument("--learner", choices=sorted(LEARNERS), default="randomized-svd")
-    one.add_argument("--center", action="store_true", help="learn about the mean")
-    one.add_argument("--seed", type=int, default=0)
+    command = _command(commands, "fit", fit)
+    command.add_argument("activations", type=Path, help=".npy, .safetensors, or a folder of them")
+    command.add_argument("--rank", type=int, required=True)
+    command.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    command.add_argument("--learner", choices=sorted(LEARNERS), default="randomized-svd")
+    command.add_argument("--center", action="store_true", help="learn about the mean")
+    command.add_argument("--seed", type=int, default=0)
 
-    two = _command(commands, "show", show)
-    two.add_argument("projectors", type=Path)
-    two.add_argument("--plot", type=Path, help="write a scree plot to this file")
+    command = _command(commands, "show", show)
+    command.add_argument("projectors", type=Path)
+    command.add_argument("--plot", type=Path, help="write a scree plot to this file")
 
-    three = _command(commands, "compare", compare)
-    three.add_argument("one", type=Path)
-    three.add_argument("other", type=Path)
+    command = _command(commands, "compare", compare)
+    command.add_argument("first", type=Path)
+    command.add_argument("second", type=Path)
     return main
 
 
@@ -164,7 +164,7 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Run a command: 0 if it worked, 1 with one line if not, 2 on wrong usage, 130 if stopped."""
+    """Run a command; return 0, or 1 after an error, 2 on wrong usage, 130 if interrupted."""
     args = parser().parse_args(None if arguments is None else list(arguments))
     try:
         args.run(args)
@@ -173,7 +173,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
 

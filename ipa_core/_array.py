@@ -1,4 +1,4 @@
-"""The only module that knows array libraries: namespaces, dtypes, devices, host transfer."""
+"""Seam to the array libraries: namespaces, dtypes, devices, transfer to and from the host."""
 
 from __future__ import annotations
 
@@ -81,15 +81,15 @@ def wide_dtype(xp: Namespace, on: Device) -> DType:
 
 
 def ignore_overflow() -> AbstractContextManager[None]:
-    """Return a context in which NumPy does not warn of an overflow that is looked for anyway."""
+    """Return a context without NumPy's overflow warnings, for results that are checked later."""
     return np.errstate(over="ignore", invalid="ignore", under="ignore")
 
 
 def squared_norms_async(xp: Namespace, rows: Array) -> Callable[[], HostArray]:
-    """Ask for the squared length of each row of (n, d); the call of what is returned waits for it.
+    """Start to compute the squared row lengths of (n, d); the returned callable waits for them.
 
-    One pass without a temporary. NumPy's ``vecdot`` does that; torch's builds the products first
-    and takes up to fifty times as long as its norm.
+    One pass without a temporary: ``vecdot`` in NumPy; torch's ``vecdot`` stores the products and
+    takes up to fifty times as long as its norm.
     """
     if array_api_compat.is_numpy_namespace(xp):
         return partial(on_host, xp.vecdot(rows, rows))
@@ -98,15 +98,15 @@ def squared_norms_async(xp: Namespace, rows: Array) -> Callable[[], HostArray]:
 
 
 def on_host(array: Array) -> HostArray:
-    """Return a copy in float64 on the host, where sums are taken that decide what is done next."""
+    """Return a float64 copy on the host, for the sums that control the computation."""
     return np.array(to_numpy(array), dtype=np.float64)
 
 
 def to_host_async(array: Array) -> Callable[[], HostArray]:
-    """Send an array to the host; the call of what is returned waits for it.
+    """Start to copy an array to the host; the returned callable waits for the copy.
 
-    torch's CUDA devices go on with what was queued behind it meanwhile, as it is an event that is
-    waited for, not the device. JAX computes ahead of the host by itself.
+    On CUDA it waits for an event, not for the device, which continues with later work. JAX is
+    asynchronous by itself.
     """
     if array_api_compat.is_torch_array(array) and array.is_cuda:
         import torch
@@ -126,19 +126,19 @@ def to_host_async(array: Array) -> Callable[[], HostArray]:
 def eigh(xp: Namespace, matrix: Array) -> tuple[Array, Array]:
     """Return eigenvalues, increasing, and eigenvectors of a symmetric matrix.
 
-    Small matrices of an accelerator are decomposed on the host: LAPACK and the transfer take less
-    time than the device's solvers, some of which fail on zeros and on equal eigenvalues.
+    Small matrices of an accelerator are decomposed on the host: LAPACK and the transfer are faster
+    than the device's solvers, some of which fail on zeros and on equal eigenvalues.
     """
     if matrix.shape[0] > _SMALL or not _on_accelerator(matrix):
         values, vectors = xp.linalg.eigh(matrix)
         return values, vectors
-    found = np.linalg.eigh(to_numpy(matrix))
-    values, vectors = (from_numpy(xp, part, device(matrix), matrix.dtype) for part in found)
+    decomposition = np.linalg.eigh(to_numpy(matrix))
+    values, vectors = (from_numpy(xp, part, device(matrix), matrix.dtype) for part in decomposition)
     return values, vectors
 
 
 def _on_accelerator(array: Array) -> bool:
-    """Return whether an array is where torch and CuPy hand decompositions to other solvers."""
+    """Return whether an array is on a device with solvers other than LAPACK."""
     if array_api_compat.is_torch_array(array):
         return bool(array.device.type != "cpu")
     return bool(array_api_compat.is_cupy_array(array))
@@ -163,7 +163,7 @@ def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
 
 
 def to_numpy(array: Array) -> Any:
-    """Return a NumPy copy or view of ``array``, from whatever device it is on."""
+    """Return a NumPy copy or view of ``array``, from any device."""
     if array_api_compat.is_torch_array(array):
         return array.detach().cpu().numpy()
     if array_api_compat.is_cupy_array(array):
@@ -184,11 +184,11 @@ def convert(array: Array, xp: Namespace, on: Device | None, dtype: DType | None)
 
 
 def random_signs(shape: tuple[int, ...], seed: int, stream: int) -> Any:
-    """Draw +1 / -1 on the host, so that every library and every worker draws the same."""
+    """Draw +1 / -1 on the host: equal numbers for every library and every worker."""
     generator = np.random.default_rng([seed, stream])
     return generator.choice(np.array([-1.0, 1.0]), size=shape)
 
 
 def random_normal(shape: tuple[int, ...], seed: int, stream: int) -> Any:
-    """Draw standard normal numbers on the host, the same for every library."""
+    """Draw standard normal numbers on the host: equal numbers for every library."""
     return np.random.default_rng([seed, stream]).standard_normal(shape)

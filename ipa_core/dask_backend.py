@@ -1,4 +1,4 @@
-"""Learning from arrays and shards that outgrow a machine, on any Dask cluster."""
+"""Dask backend: learn from arrays and shards larger than one machine's memory."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def fit_projector(
 ) -> Projector:
     """Learn a projection as `ipa_core.fit_projector` does, on a Dask cluster.
 
-    Blocks or shards, in their order, are divided into two runs for each thread of the cluster. A
-    run's learner absorbs them one after the other, where they are; then summaries are merged in a
-    binary tree. When a worker is lost, Dask learns its runs again.
+    Consecutive blocks or shards form two runs for each thread of the cluster. A run has one
+    learner, which absorbs the blocks in order, where they are stored; the learners are then merged
+    in a binary tree. If a worker is lost, Dask repeats its runs.
 
     Parameters
     ----------
     source : dask.array.Array, path, iterable of paths, or StoredLayer
         An array (..., features), any chunks; or shards that every worker can read: ``.npy``,
         ``.safetensors``, ``.zarr``, a folder of them, or a layer of an `ActivationStore`. A file is
-        read by one task.
+        read by a single task.
     rank : int
         Number of directions.
     learner : callable, default `RandomizedSVD`
-        Makes the learner from the rank; one that needs a single pass.
+        Factory, rank -> `Learner`; the learner must need a single pass.
 
     Returns
     -------
@@ -60,17 +60,17 @@ def fit_projector(
     Raises
     ------
     StreamError
-        If this is neither, or the learner asks for several passes.
+        If the source is none of these, or the learner needs several passes.
     EmptyStreamError
-        If there is no row.
+        If there are no rows of positive weight.
     ArrayTypeError, ShapeError, RankError, NonFiniteError, FileFormatError
-        If a block is unfit; the message has its number, or its path.
+        If a block is not valid; the message has its number or path.
 
     Notes
     -----
     Memory of a worker, for each thread: one learner and one block, or 8,192 rows of a file. The
-    number of runs follows the cluster's threads, so that another cluster's result differs, within
-    what the learner guarantees. Where there is no cluster, Dask's own threads do the work.
+    number of runs depends on the cluster's threads, so results of two clusters may differ within
+    the learner's guarantee. Without a cluster, Dask's local threads are used.
 
     Examples
     --------
@@ -84,26 +84,26 @@ def fit_projector(
 
 
 def _learn(source: Any | Shards, learner: Learner) -> Projector:
-    """Learn from the parts of a source in parallel runs, and merge these in pairs."""
+    """Learn from the parts of a source in parallel runs; merge the runs in pairs."""
     if learner.passes > 1:
         raise StreamError(
-            f"expected a learner of one pass on Dask, got a {type(learner).__name__} that asks for "
-            f"{learner.passes}; ask for one"
+            f"expected a learner of one pass on Dask, got a {type(learner).__name__} of "
+            f"{learner.passes} passes; set epochs=1"
         )
     parts = _parts(source)
     if not parts:
         return learner.finalize()
-    done = [_run(learner, run) for run in _divided(parts, 2 * _threads())]
-    while len(done) > 1:
-        pairs = [done[start : start + 2] for start in range(0, len(done), 2)]
-        done = [_merged(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-    (whole,) = compute(*done)  # type: ignore[no-untyped-call]
+    learners = [_learn_run(learner, run) for run in _split(parts, 2 * _threads())]
+    while len(learners) > 1:
+        pairs = [learners[start : start + 2] for start in range(0, len(learners), 2)]
+        learners = [_merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    (whole,) = compute(*learners)  # type: ignore[no-untyped-call]
     projector: Projector = whole.finalize()
     return projector
 
 
 def _parts(source: Any) -> list[tuple[str, Any]]:
-    """Return streams with their names: delayed blocks, or paths, or shards."""
+    """Return (name, stream) pairs: blocks, paths or shards."""
     if isinstance(source, dask.array.Array):
         array: Any = source.rechunk({source.ndim - 1: -1})  # type: ignore[no-untyped-call]
         return [(f"block {number}", block) for number, block in enumerate(_blocks(array))]
@@ -121,9 +121,9 @@ def _parts(source: Any) -> list[tuple[str, Any]]:
 
 
 class _Block:
-    """A block that is computed within the task that learns from it.
+    """Block computed inside the task that learns from it.
 
-    As a task of its own it would be computed ahead of its turn, and wait in memory with others.
+    As a separate task, it would be computed early and held in memory.
     """
 
     def __init__(self, graph: dict[Any, Any], key: Any) -> None:
@@ -135,7 +135,7 @@ class _Block:
 
 
 def _blocks(array: Any) -> list[Any]:
-    """Return the blocks of an array: to be computed, or delayed if a cluster holds data of it."""
+    """Return the blocks of an array: `_Block`, or delayed if a cluster holds data of the array."""
     if any(map(_is_future, dict(array.__dask_graph__()).values())):
         return list(array.to_delayed().ravel())
     (array,) = optimize(array)  # type: ignore[no-untyped-call]
@@ -150,7 +150,7 @@ def _is_future(node: Any) -> bool:
 
 
 def _threads() -> int:
-    """Return the threads of the cluster that Dask would use now."""
+    """Return the number of threads of the current Dask cluster, or of this machine."""
     try:
         from distributed import get_client
 
@@ -160,34 +160,34 @@ def _threads() -> int:
         return int(CPU_COUNT)
 
 
-def _divided(parts: list[Any], count: int) -> list[list[Any]]:
+def _split(parts: list[Any], count: int) -> list[list[Any]]:
     """Divide a list into at most ``count`` runs of about equal length."""
     count = min(count, len(parts))
     borders = [len(parts) * number // count for number in range(count + 1)]
     return [parts[a:b] for a, b in zip(borders, borders[1:], strict=False)]
 
 
-def _run(learner: Learner, parts: list[tuple[str, Any]]) -> Any:
-    """Return the task of learning from some parts one after the other."""
-    learned: Any = learner
+def _learn_run(learner: Learner, parts: list[tuple[str, Any]]) -> Any:
+    """Return the task that learns from parts in order."""
+    task: Any = learner
     following = [part if isinstance(part, str) else None for _, part in parts[1:]]
     for (name, part), next_file in zip(parts, [*following, None], strict=True):
-        learned = _absorbed(learned, part, name, next_file)
-    return _compact(learned)
+        task = _absorb(task, part, name, next_file)
+    return _compact(task)
 
 
 @delayed(pure=False)  # type: ignore[untyped-decorator]
-def _absorbed(learner: Learner, stream: Any, name: str, next_file: str | None) -> Learner:
-    after = copy.copy(learner)
+def _absorb(learner: Learner, stream: Any, name: str, next_file: str | None) -> Learner:
+    updated = copy.copy(learner)
     if next_file is not None:
         prefetch(Path(next_file))
     try:
         stream = stream.compute() if isinstance(stream, _Block) else stream
         for batch, weights in iterate(stream):
-            after.update(batch, weights)
+            updated.update(batch, weights)
     except IPAError as error:
         raise with_context(error, name) from error
-    return after
+    return updated
 
 
 @delayed(pure=False)  # type: ignore[untyped-decorator]
@@ -196,5 +196,5 @@ def _compact(learner: Learner) -> Learner:
 
 
 @delayed(pure=False)  # type: ignore[untyped-decorator]
-def _merged(left: Learner, right: Learner) -> Learner:
+def _merge(left: Learner, right: Learner) -> Learner:
     return left.merge(right).compact()

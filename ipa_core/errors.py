@@ -1,4 +1,4 @@
-"""The exception family: one base class, each member also the built-in a caller would expect."""
+"""Exceptions: one base class; every subclass is also the matching built-in exception."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import ClassVar
 
 
 class IPAError(Exception):
-    """Base class of every error this library raises on purpose.
+    """Base class of the library's errors.
 
-    Its message says what to do; a note below the traceback names the page of the documentation
-    that helps further.
+    The message says what to do; a note below the traceback names the page of the documentation
+    with more.
 
     Attributes
     ----------
     page : str
-        Where that page lies in the repository.
+        Path of that page in the repository.
     """
 
     page: ClassVar[str] = "docs/questions.md"
@@ -55,25 +55,25 @@ class WeightError(IPAError, ValueError):
 
 
 class SettingError(IPAError, ValueError):
-    """A setting is out of range, or two learners that should agree in a setting do not."""
+    """A setting is out of range, or two learners differ in a setting that must be equal."""
 
     page = "docs/learners.md"
 
 
 class EmptyStreamError(IPAError, ValueError):
-    """A projector was asked for before any row was seen."""
+    """No row of positive weight has been learned from."""
 
     page = "docs/activations.md"
 
 
 class StreamError(IPAError, TypeError):
-    """An object is not an activation stream, or cannot be read as often as a learner needs."""
+    """An object is not an activation stream, or cannot be read as often as a learner needs it."""
 
     page = "docs/activations.md#what-a-stream-can-be"
 
 
 class FileFormatError(IPAError, ValueError):
-    """A file or a state is not one of this library's, is damaged, or is of a newer version."""
+    """A file or a state is of another format or version, or is damaged."""
 
     page = "docs/activations.md#what-you-get"
 

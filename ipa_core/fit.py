@@ -1,4 +1,4 @@
-"""The one call: from a stream of activations to a projector."""
+"""Fit a projector to a stream of activations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fit_projector(
     *,
     learner: Callable[[int], Learner] = RandomizedSVD,
 ) -> Projector:
-    r"""Learn the projection of ``rank`` directions from which the activations are best rebuilt.
+    r"""Learn the projection of ``rank`` directions with the least reconstruction error.
 
     .. math:: \min_{P P^\top = I_r} \sum_i w_i \|x_i - P^\top P x_i\|^2
 
@@ -32,8 +32,8 @@ def fit_projector(
     rank : int
         Number of directions, between 1 and the number of features.
     learner : callable, default `RandomizedSVD`
-        Makes the learner from the rank: a `Learner` class, or ``functools.partial`` of one with
-        its settings.
+        Factory, rank -> `Learner`: a `Learner` class, or ``functools.partial`` of a class with
+        settings.
 
     Returns
     -------
@@ -43,11 +43,12 @@ def fit_projector(
     Raises
     ------
     StreamError
-        If this is no activation stream, or can be read once only and the learner needs more.
+        If the object is not an activation stream, or can be read only once and the learner needs
+        several passes.
     EmptyStreamError
         If the stream yields no row of positive weight.
     ArrayTypeError, ShapeError, RankError, WeightError, NonFiniteError
-        If a batch is unfit; the message has its number.
+        If a batch is not valid; the message has its number.
 
     Notes
     -----
@@ -64,7 +65,7 @@ def fit_projector(
     Projector(rank=8, features=100, captured=0.932, samples=1280, numpy float64 on cpu)
     """
     if hasattr(activation_stream, "__dask_graph__"):
-        # Dask is imported only where the caller has done so.
+        # Imported here: only callers with a Dask array have Dask.
         from ipa_core import dask_backend
 
         return dask_backend.fit_projector(activation_stream, rank, learner=learner)
@@ -72,7 +73,7 @@ def fit_projector(
 
 
 def _learn(stream: ActivationStream, learner: Learner) -> Projector:
-    """Read the stream as often as the learner asks for; return its projector."""
+    """Make the learner's passes over the stream; return its projector."""
     if learner.passes > 1 and is_one_shot(stream):
         raise StreamError(
             f"expected a stream that can be read {learner.passes} times, as "

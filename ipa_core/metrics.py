@@ -1,4 +1,4 @@
-"""How good a projector is, and how near two of them are."""
+"""Metrics of projectors: principal angles, excess error, effective rank, rank for an energy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ipa_core.learners.covariance import ExactCovariance
 from ipa_core.projector import Projector
 
 
-def principal_angles(one: Projector, other: Projector) -> Array:
+def principal_angles(first: Projector, second: Projector) -> Array:
     r"""Return the principal angles between the row spaces of two projectors, in radians.
 
     .. math:: \theta_i = \operatorname{atan2}(s_i, c_i)
 
     with c the singular values of :math:`P_1 P_2^\top` and s those of the part of the smaller space
-    outside the larger one: accurate for small angles and for large ones.
+    outside the larger space: accurate for small and for large angles.
 
     Parameters
     ----------
-    one, other : Projector
-        Of equal features, in one library; ranks may differ.
+    first, second : Projector
+        Of equal features, in the same library and on the same device; ranks may differ.
 
     Returns
     -------
@@ -44,13 +44,15 @@ def principal_angles(one: Projector, other: Projector) -> Array:
     >>> float(principal_angles(fit_projector(x, 2), fit_projector(10 * x, 3)).max().round(6))
     0.0
     """
-    if one.features != other.features:
+    if first.features != second.features:
         raise ShapeError(
-            f"expected projectors of equal features, got {one.features} and {other.features}"
+            f"expected projectors of equal features, got {first.features} and {second.features}"
         )
-    xp = namespace(one.components, other.components)
-    wide = wide_dtype(xp, device(one.components))
-    small, large = sorted((one.components, other.components), key=lambda rows: int(rows.shape[0]))
+    xp = namespace(first.components, second.components)
+    wide = wide_dtype(xp, device(first.components))
+    small, large = sorted(
+        (first.components, second.components), key=lambda rows: int(rows.shape[0])
+    )
     small, large = cast(xp, small, wide), cast(xp, large, wide)
     overlap = small @ large.T
     cosines = xp.linalg.svdvals(overlap)
@@ -59,14 +61,14 @@ def principal_angles(one: Projector, other: Projector) -> Array:
 
 
 def excess_error(projector: Projector, held_out: ActivationStream) -> float:
-    """Return how far the projector's reconstruction error lies above the optimum of a stream.
+    """Return the relative excess of a projector's reconstruction error over the optimum.
 
     Parameters
     ----------
     projector : Projector
         Of any learner.
     held_out : activation stream
-        Rows to judge it on, in the projector's library; read once.
+        Held-out rows, in the projector's library; read once.
 
     Returns
     -------
@@ -108,7 +110,7 @@ def effective_rank(projector: Projector) -> float:
 
     .. math:: \frac{(\sum_i e_i)^2}{\sum_i e_i^2}
 
-    the number of directions that share the captured energy evenly. All-zero data gives 0.
+    It is the rank if all directions carry the same energy. All-zero data gives 0.
 
     Examples
     --------
@@ -131,7 +133,7 @@ def rank_for_energy(projector: Projector, share: float) -> int:
     Parameters
     ----------
     projector : Projector
-        Its energies are the spectrum that is known.
+        Its energies are the known part of the spectrum.
     share : float
         Between 0 (not included) and 1.
 
@@ -153,6 +155,6 @@ def rank_for_energy(projector: Projector, share: float) -> int:
         if projector.captured(rank) >= share:
             return rank
     raise RankError(
-        f"expected a share of at most {projector.captured():.4f}, what all {projector.rank} "
+        f"expected a share of at most {projector.captured():.4f}, which all {projector.rank} "
         f"directions capture, got {share}; learn a projector of a larger rank"
     )

@@ -1,4 +1,4 @@
-"""Pictures of projectors, on matplotlib (the extra ``plot``)."""
+"""Plots of projectors (matplotlib, the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ipa_core.projector import Projector
 
 
 def scree(projectors: Projector | Mapping[str, Projector]) -> Any:
-    """Draw the share of the energy that each direction captures, and all up to it.
+    """Plot the share of the energy of each direction, and its cumulative sum.
 
     Parameters
     ----------
     projectors : Projector or mapping of str to Projector
-        A mapping gives one line a name.
+        A mapping gives a line for each name.
 
     Returns
     -------
@@ -37,37 +37,37 @@ def scree(projectors: Projector | Mapping[str, Projector]) -> Any:
     >>> from ipa_core import fit_projector
     >>> figure = scree(fit_projector(np.diag([3.0, 2.0, 1.0]), rank=2))
     >>> [axes.get_ylabel() for axes in figure.axes]
-    ['share of the energy', 'captured so far']
+    ['share of the energy', 'cumulative share']
     """
     named = {"": projectors} if isinstance(projectors, Projector) else projectors
     figure = _figure(9, 3.6)
-    each, summed = figure.subplots(1, 2)
+    single, cumulative = figure.subplots(1, 2)
     for name, projector in named.items():
         shares = to_numpy(projector.energies) / (projector.total_energy or 1.0)
         directions = range(1, projector.rank + 1)
-        each.semilogy(directions, shares, marker=".", label=name)
-        summed.plot(directions, shares.cumsum(), marker=".", label=name)
-    each.set_ylabel("share of the energy")
-    summed.set_ylabel("captured so far")
-    summed.set_ylim(0, 1)
-    for axes in (each, summed):
+        single.semilogy(directions, shares, marker=".", label=name)
+        cumulative.plot(directions, shares.cumsum(), marker=".", label=name)
+    single.set_ylabel("share of the energy")
+    cumulative.set_ylabel("cumulative share")
+    cumulative.set_ylim(0, 1)
+    for axes in (single, cumulative):
         axes.set_xlabel("direction")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _tidy(axes)
+        _style(axes)
     if 1 < len(named) <= 12:
         figure.legend(
-            *each.get_legend_handles_labels(), loc="outside right center", fontsize="small"
+            *single.get_legend_handles_labels(), loc="outside right center", fontsize="small"
         )
     return figure
 
 
 def captured(projectors: Mapping[str, Projector]) -> Any:
-    """Draw what each layer's projector captures at every rank up to its own, as a heat map.
+    """Plot the captured energy of each layer against the rank, as a heat map.
 
     Parameters
     ----------
     projectors : mapping of str to Projector
-        From layer names, as `ipa_torch.fit_projectors` gives it.
+        By layer name, as from `ipa_torch.fit_projectors`.
 
     Returns
     -------
@@ -106,10 +106,10 @@ def captured(projectors: Mapping[str, Projector]) -> Any:
 
 
 def angles(projectors: Mapping[str, Projector]) -> Any:
-    """Draw the mean principal angle between every two projectors, in degrees, as a heat map.
+    """Plot the mean principal angle of every pair of projectors, in degrees, as a heat map.
 
-    0: the smaller span lies in the larger one; 90: they have nothing in common. Left blank where
-    projectors have different features.
+    0: the smaller span lies in the larger span; 90: the spans are orthogonal. Pairs of different
+    features are left blank.
 
     Parameters
     ----------
@@ -126,14 +126,14 @@ def angles(projectors: Mapping[str, Projector]) -> Any:
 
     Notes
     -----
-    Cost: a QR and a small SVD for each pair.
+    Cost: two small SVDs for each pair.
 
     Examples
     --------
     >>> import numpy as np
     >>> from ipa_core import fit_projector
-    >>> one, other = fit_projector(np.eye(4)[:2], 2), fit_projector(np.eye(4)[2:], 2)
-    >>> figure = angles({"one": one, "other": other})
+    >>> q, k = fit_projector(np.eye(4)[:2], 2), fit_projector(np.eye(4)[2:], 2)
+    >>> figure = angles({"q": q, "k": k})
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['0', '90', '90', '0']
     """
@@ -150,7 +150,7 @@ def heat_map(
     label: str = "cosine",
     limits: tuple[float, float] = (0, 1),
 ) -> Any:
-    """Draw how alike things are, pair by pair: adapters of several tasks, say.
+    """Plot a matrix of pairwise similarities, for example of adapters of several tasks.
 
     Parameters
     ----------
@@ -158,9 +158,9 @@ def heat_map(
         NaN is left blank.
     names : sequence of n str
     label : str, default "cosine"
-        Beside the scale of colours.
+        Label of the color bar.
     limits : pair of float, default (0, 1)
-        Ends of that scale.
+        Ends of the color scale.
 
     Returns
     -------
@@ -169,7 +169,7 @@ def heat_map(
     Raises
     ------
     ShapeError
-        If the values are not one for each pair of names.
+        If the values are not n x n for n names.
     MissingDependencyError
         If matplotlib is not installed.
 
@@ -182,7 +182,7 @@ def heat_map(
     count = len(names)
     if [len(row) for row in values] != [count] * count:
         raise ShapeError(
-            f"expected {count} x {count} values, one for each pair of names, got rows of "
+            f"expected {count} x {count} values for {count} names, got rows of "
             f"{[len(row) for row in values]}"
         )
     figure = _figure(2.4 + 0.4 * count, 1.6 + 0.4 * count)
@@ -195,20 +195,20 @@ def heat_map(
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if not math.isnan(value):
-                    colour = "white" if value < middle else "black"
+                    color = "white" if value < middle else "black"
                     text = f"{value:.2f}".rstrip("0").rstrip(".")
-                    axes.text(j, i, text, ha="center", va="center", c=colour, fontsize=7)
+                    axes.text(j, i, text, ha="center", va="center", c=color, fontsize=7)
     figure.colorbar(image, ax=axes, label=label)
     return figure
 
 
 def trade_off(runs: Mapping[str, tuple[int, Sequence[float]]]) -> Any:
-    """Draw accuracy against the number of trained parameters, with the spread over seeds.
+    """Plot accuracy against the number of trained parameters, with the deviation over seeds.
 
     Parameters
     ----------
     runs : mapping of str to (int, sequence of float)
-        For each method its trained parameters and the accuracies of its seeds.
+        By method: the number of trained parameters, and the accuracy of each seed.
 
     Returns
     -------
@@ -232,17 +232,17 @@ def trade_off(runs: Mapping[str, tuple[int, Sequence[float]]]) -> Any:
         axes.errorbar(
             parameters, statistics.fmean(accuracies), spread, fmt="o", capsize=3, label=name
         )
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy, and its deviation")
-    _tidy(axes)
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy, mean and deviation")
+    _style(axes)
     figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
-def _angle(one: Projector, other: Projector) -> float:
-    if one.features != other.features:
+def _angle(first: Projector, second: Projector) -> float:
+    if first.features != second.features:
         return math.nan
-    found = to_numpy(principal_angles(one, other))
-    return float(abs(math.degrees(found.mean())))
+    mean = to_numpy(principal_angles(first, second)).mean()
+    return float(abs(math.degrees(mean)))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -250,12 +250,11 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            "expected matplotlib to be installed, which draws; "
-            "run pip install 'ipa-projectors[plot]'"
+            "expected matplotlib to be installed; run pip install 'ipa-projectors[plot]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _tidy(axes: Any) -> None:
+def _style(axes: Any) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The projector: a frozen value, the result of learning."""
+"""`Projector`: an immutable value, the result of learning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ipa_core.errors import RankError, ShapeError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Projector:
-    r"""A linear projection P learned from activations, ready to be the A of a low-rank adapter.
+    r"""Linear projection P learned from activations, to be used as A of a low-rank adapter.
 
     For rows x of d features it gives :math:`z = P (x - \mu)` and
     :math:`\hat x = P^\top z + \mu`, with :math:`\mu = 0` unless learned with ``center=True``.
@@ -23,16 +23,17 @@ class Projector:
     mean : array of shape (features,)
         :math:`\mu`, zeros for a projector learned about the origin.
     energies : array of shape (rank,)
-        Mean square that each row captures, in squared units of x, as the learner estimated it.
+        Mean squared coordinate along each row, in squared units of x, as estimated by the learner.
     total_energy : float
         Mean squared length of :math:`x - \mu`.
     samples : int
-        Rows learned from (rows of weight zero do not count).
+        Rows learned from. Rows of weight zero do not count; a row counts once, however many passes
+        were made over it.
 
     Notes
     -----
     Projectors are compared as subspaces (`principal_angles`), never entry by entry: rows of equal
-    energy may turn among themselves. The arrays are shared, not copied; treat them as constants.
+    energy are determined up to a rotation. The arrays are shared, not copied: do not modify them.
 
     Examples
     --------
@@ -124,7 +125,7 @@ class Projector:
     def captured(self, rank: int | None = None) -> float:
         """Return the share of the energy that the leading ``rank`` rows capture, between 0 and 1.
 
-        All-zero data, of which nothing can be lost, counts as fully captured.
+        All-zero data counts as fully captured.
 
         Raises
         ------
@@ -138,7 +139,7 @@ class Projector:
         return min(1.0, float(kept) / self.total_energy)
 
     def truncate(self, rank: int) -> Projector:
-        """Return the projector of a smaller rank: the leading rows, no computation.
+        """Return the projector of a smaller rank: the leading rows, without computation.
 
         Raises
         ------
@@ -168,7 +169,7 @@ class Projector:
         library : module
             ``numpy``, ``torch``, ``cupy``, ``jax.numpy`` or another array-API namespace.
         device, dtype : optional
-            Of that library; its defaults, and the present dtype, if left out.
+            Of that library; default: its default device, and the present dtype.
 
         Examples
         --------
@@ -202,7 +203,7 @@ class Projector:
             return self.rank
         if not 1 <= rank <= self.rank:
             raise RankError(
-                f"expected a rank between 1 and {self.rank}, the projector's own, got {rank}; "
+                f"expected a rank between 1 and {self.rank}, the projector's rank, got {rank}; "
                 "learn a projector of a larger rank"
             )
         return rank

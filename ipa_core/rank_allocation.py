@@ -1,4 +1,4 @@
-"""Spreading a total rank over the layers of a model."""
+"""Allocation of a total rank to the layers of a model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ipa_core.errors import RankError
 def allocate_ranks(
     spectra: Mapping[str, Sequence[float]], budget: int, *, floor: int = 1, cap: int | None = None
 ) -> dict[str, int]:
-    """Spread a total rank over layers by marginal captured energy.
+    """Allocate a total rank to layers by marginal captured energy.
 
-    Every layer gets ``floor``; then, one at a time, the layer whose next direction captures most
-    gets one more. With spectra that decrease this is the allocation that captures most in all.
+    Every layer gets ``floor``; then the layer whose next direction captures most energy gets one
+    more, until the budget is spent. For decreasing spectra this captures the most energy.
 
     Parameters
     ----------
     spectra : mapping of str to sequence of float
-        Energies of the directions of each layer, decreasing. Give them as shares
-        (``projector.energies / projector.total_energy``) where layers of small activations shall
-        count as much as those of large ones.
+        Energies of the directions of each layer, decreasing. Pass shares
+        (``projector.energies / projector.total_energy``) to give layers of small and of large
+        activations equal weight.
     budget : int
         Sum of the ranks.
     floor, cap : int, optional
@@ -39,7 +39,7 @@ def allocate_ranks(
 
     Notes
     -----
-    Cost O(budget log layers). Ties go to the layer named first.
+    Cost O(budget log layers). Ties go to the first layer.
 
     Examples
     --------

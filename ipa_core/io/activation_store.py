@@ -1,4 +1,4 @@
-"""Stored activations of many layers: shards of half precision, and an index of what they hold."""
+"""On-disk activation dataset of many layers: half-precision shards and an index."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from safetensors.numpy import load as load_numpy
 
 from ipa_core._array import Array
 from ipa_core.errors import FileFormatError, MissingDependencyError, SettingError
+from ipa_core.io.envelope import FileFormat
 from ipa_core.io.serialization import replace_file
 
-FORMAT_VERSION = 1
+_FORMAT = FileFormat("ipa-activations", 2)
 INDEX = "index.json"
 OnDamaged: TypeAlias = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of rows: ``rows`` (n, features), and ``weights`` (n,) unless all are one.
+    """File of ``rows`` (n, features), and of ``weights`` (n,) unless all are 1.
 
     Parameters
     ----------
     file : str
-        Its name in the folder of the store.
+        File name in the folder of the store.
     rows, bytes : int
-        What it holds.
+        Number of rows, and size of the file.
     sha256 : str
         Digest of the file.
     """
@@ -47,47 +48,42 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What a store holds.
+    """Index of a store: the shards of each layer, and the state of the writer.
 
     Parameters
     ----------
     layers : mapping of str to tuple of Shard
-        In the order in which they were written. Layers that saw the same inputs have the same.
+        In the order of writing. Layers with equal inputs share their shards.
     dtype : str
         "float16" or "bfloat16".
     batches : int
         Batches that the model was run on.
     ended : str or None
-        Why writing ended; None while it goes on, or was interrupted.
-    writer : mapping
-        What the writer needs to go on.
+        Reason for which writing ended; None while it continues, or after an interruption.
+    writer_state : mapping
+        State from which an interrupted writer resumes.
     """
 
     layers: Mapping[str, tuple[Shard, ...]]
     dtype: str
     batches: int
     ended: str | None
-    writer: Mapping[str, Any]
+    writer_state: Mapping[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write the index, whole or not at all."""
-        shards = {shard.file: shard for own in self.layers.values() for shard in own}
+        """Write the index atomically."""
+        shards = {shard.file: shard for layer in self.layers.values() for shard in layer}
         content = {
-            "layers": {name: [shard.file for shard in own] for name, own in self.layers.items()},
+            "layers": {
+                name: [shard.file for shard in layer] for name, layer in self.layers.items()
+            },
             "shards": {file: vars(shard) for file, shard in shards.items()},
             "dtype": self.dtype,
             "batches": self.batches,
             "ended": self.ended,
-            "writer": dict(self.writer),
+            "writer_state": dict(self.writer_state),
         }
-        text = json.dumps(content)
-        whole = {
-            "format": "ipa-activations",
-            "format_version": FORMAT_VERSION,
-            "sha256": _digest(text.encode()),
-            "content": text,
-        }
-        replace_file(folder / INDEX, json.dumps(whole).encode())
+        replace_file(folder / INDEX, json.dumps(_FORMAT.seal(content)).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -96,53 +92,42 @@ class Index:
         Raises
         ------
         FileFormatError
-            If it is damaged, of another kind, or was written by a newer version.
+            If the index is damaged, or of another format or version.
         FileNotFoundError
-            If there is none.
+            If there is no index.
         """
         path = folder / INDEX
         try:
-            whole = json.loads(path.read_bytes())
-            kind, version = whole["format"], whole["format_version"]
-            text = whole["content"]
-            if kind != "ipa-activations" or version != FORMAT_VERSION:
-                raise FileFormatError(
-                    f"{path}: expected format 'ipa-activations' of version {FORMAT_VERSION}, got "
-                    f"{kind!r} of {version!r}; update ipa-projectors"
-                )
-            if whole["sha256"] != _digest(text.encode()):
-                raise ValueError("contents that do not fit their digest")
-            content = json.loads(text)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, FileFormatError):
-                raise
+            header = json.loads(path.read_bytes())
+        except ValueError as error:
             raise FileFormatError(
-                f"{path}: expected the index of a store of activations, got {error}"
+                f"{path}: expected the index of an activation store, got {error}"
             ) from error
+        content = _FORMAT.unseal(header, path)
         shards = {file: Shard(**entry) for file, entry in content["shards"].items()}
         named = content.pop("layers").items()
-        layers = {name: tuple(shards[file] for file in own) for name, own in named}
+        layers = {name: tuple(shards[file] for file in files) for name, files in named}
         del content["shards"]
         return cls(layers=layers, **content)
 
 
 class ActivationStore(Mapping[str, "StoredLayer"]):
-    """Activations on disk, by layer, as `ipa_torch.store_activations` wrote them.
+    """Activations on disk by layer, written by `ipa_torch.store_activations`.
 
     Parameters
     ----------
     folder : path-like
-        The store.
+        Folder of the store.
     on_damaged : {"raise", "skip"}, default "raise"
-        What to do about a shard that is missing or not what was written: refuse it, or leave it out
-        with a warning. Both name it. None is ever read as activations.
+        Treatment of a missing or damaged shard: raise, or skip it with a warning. Both name the
+        shard; a damaged shard is never read as activations.
 
     Raises
     ------
     FileFormatError
         If the index is damaged.
     FileNotFoundError
-        If there is none.
+        If there is no index.
 
     Examples
     --------
@@ -185,19 +170,21 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all shards, those that layers share once."""
-        shards = {shard.file: shard.bytes for own in self.index.layers.values() for shard in own}
+        """Bytes of all shards; a shard that layers share counts once."""
+        shards = {
+            shard.file: shard.bytes for layer in self.index.layers.values() for shard in layer
+        }
         return sum(shards.values())
 
     def damaged(self) -> dict[str, str]:
-        """Read all shards; return those that are missing or damaged, and what is wrong."""
-        found = {}
-        for shard in {shard for own in self.index.layers.values() for shard in own}:
+        """Read all shards; return the missing and damaged files with their errors."""
+        errors = {}
+        for shard in {shard for layer in self.index.layers.values() for shard in layer}:
             try:
                 self.read(shard)
             except FileFormatError as error:
-                found[shard.file] = str(error)
-        return dict(sorted(found.items()))
+                errors[shard.file] = str(error)
+        return dict(sorted(errors.items()))
 
     def read(self, shard: Shard) -> tuple[Array, Array | None]:
         """Return rows and weights of a shard.
@@ -205,7 +192,7 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
         Raises
         ------
         FileFormatError
-            If it is missing or not what was written.
+            If the shard is missing or damaged.
         """
         path = self.folder / shard.file
         try:
@@ -214,15 +201,15 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
             raise FileFormatError(f"{path}: expected a shard, got {error.strerror}") from error
         if _digest(data) != shard.sha256:
             raise FileFormatError(
-                f"{path}: expected the {shard.bytes:,} bytes that were written, got others; the "
-                "shard is damaged: write it anew, or open the store with on_damaged='skip'"
+                f"{path}: expected {shard.bytes:,} bytes that match the index's digest, got a "
+                "damaged shard; write the store again, or open it with on_damaged='skip'"
             )
         return _decoded(data, self.index.dtype, path)
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """The activations of one layer: a stream that can be read again and again.
+    """Activations of a layer: a stream that can be read repeatedly.
 
     Memory: one shard at a time.
     """
@@ -233,16 +220,16 @@ class StoredLayer:
 
     @property
     def samples(self) -> int:
-        """Number of its rows."""
+        """Number of rows."""
         return sum(shard.rows for shard in self.shards)
 
     def parts(self) -> list[StoredLayer]:
-        """Return one stream for each shard, light enough to be sent to where it is read."""
+        """Return one stream for each shard, small enough to be sent to a worker."""
         parts = []
         for shard in self.shards:
-            own = copy.copy(self.store)
-            own.index = replace(own.index, layers={self.name: (shard,)}, writer={})
-            parts.append(StoredLayer(own, self.name, (shard,)))
+            store = copy.copy(self.store)
+            store.index = replace(store.index, layers={self.name: (shard,)}, writer_state={})
+            parts.append(StoredLayer(store, self.name, (shard,)))
         return parts
 
     def __iter__(self) -> Iterator[tuple[Array, Array] | Array]:
@@ -253,7 +240,7 @@ class StoredLayer:
                 if self.store.on_damaged == "raise":
                     raise
                 warnings.warn(
-                    f"left out {shard.rows:,} rows of {self.name!r}: {error}", stacklevel=2
+                    f"skipped {shard.rows:,} rows of {self.name!r}: {error}", stacklevel=2
                 )
                 continue
             yield rows if weights is None else (rows, weights)

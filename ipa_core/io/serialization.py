@@ -1,8 +1,7 @@
-"""Projectors and learner states on disk: safetensors with a version and a digest, no pickle."""
+"""Serialization of projectors and learner states: safetensors with version and digest."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -19,16 +18,17 @@ from safetensors.numpy import save as to_bytes
 from ipa_core import _array
 from ipa_core._array import Array, Device
 from ipa_core.errors import FileFormatError
+from ipa_core.io.envelope import FileFormat
 from ipa_core.projector import Projector
 
-FORMAT_VERSION = 1
-_PROJECTORS, _STATE = "ipa-projectors", "ipa-learner-state"
+_PROJECTORS = FileFormat("ipa-projectors", 1)
+_STATE = FileFormat("ipa-learner-state", 2)
 
 
 def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLike[str]) -> None:
     """Write a projector, or a mapping from layer names to projectors, to a safetensors file.
 
-    A projector that several names share is written once. The file appears whole or not at all.
+    A projector that several names share is written once. The file is written atomically.
 
     Parameters
     ----------
@@ -75,14 +75,14 @@ def load(
     path : path-like
         The file.
     library, device : optional
-        Where the arrays shall live; default NumPy.
+        Library and device of the arrays; default NumPy.
 
     Raises
     ------
     FileFormatError
-        If the file is not one of `save`'s, is damaged, or was written by a newer version.
+        If the file was not written by `save`, is damaged, or is of another version.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
 
     Examples
     --------
@@ -94,17 +94,18 @@ def load(
     Projector(rank=2, features=3, captured=0.667, samples=3, numpy float64 on cpu)
     """
     content, tensors = _read(path, _PROJECTORS)
-    own = {
+    entries = content["projectors"]
+    distinct = {
         name: _projector(name, entry, tensors, path).to(library, device=device)
-        for name, entry in content["projectors"].items()
+        for name, entry in entries.items()
         if "same_as" not in entry
     }
-    named = {name: own[entry.get("same_as", name)] for name, entry in content["projectors"].items()}
+    named = {name: distinct[entry.get("same_as", name)] for name, entry in entries.items()}
     return named[""] if content["single"] else named
 
 
 def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a learner's `state_dict` to a safetensors file, whole or not at all.
+    """Write a learner's `state_dict` to a safetensors file, atomically.
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
-    """Return the bytes that `save_state` writes: what processes send each other."""
+    """Return the bytes that `save_state` writes, for example to send them to another process."""
     tensors = {key: value for key, value in state.items() if _array.is_array(value)}
     plain = {key: value for key, value in state.items() if key not in tensors}
     return _pack(_STATE, plain, tensors)
@@ -142,7 +143,7 @@ def load_state(
     Raises
     ------
     FileFormatError
-        If the file is not one of `save_state`'s, is damaged, or was written by a newer version.
+        If the file was not written by `save_state`, is damaged, or is of another version.
 
     Examples
     --------
@@ -161,12 +162,12 @@ def load_state(
 def unpack_state(
     data: bytes, *, library: ModuleType = np, device: Device | None = None
 ) -> dict[str, Any]:
-    """Return the state of which `pack_state` made ``data``.
+    """Return the state from the bytes of `pack_state`.
 
     Raises
     ------
     FileFormatError
-        If the bytes are others.
+        If the bytes are not those of a state, or are damaged.
     """
     try:
         size = int.from_bytes(data[:8], "little")
@@ -174,7 +175,8 @@ def unpack_state(
         arrays = from_bytes(data)
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileFormatError(f"expected the bytes of a state, got {error}") from error
-    return _state(*_checked(header, arrays, _STATE, "a packed state"), library, device)
+    content = _STATE.unseal(header, "a packed state", arrays)
+    return _state(content, arrays, library, device)
 
 
 def _state(
@@ -205,21 +207,14 @@ def _projector(
     return projector
 
 
-def _pack(kind: str, content: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
+def _pack(kind: FileFormat, content: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
     arrays = {key: np.ascontiguousarray(_array.to_numpy(value)) for key, value in tensors.items()}
-    text = json.dumps(content, allow_nan=False)
-    header = {
-        "format": kind,
-        "format_version": str(FORMAT_VERSION),
-        "content": text,
-        "sha256": _digest(kind, text, arrays),
-    }
-    data: bytes = to_bytes(arrays, metadata=header)
+    data: bytes = to_bytes(arrays, metadata=kind.seal(content, arrays))
     return data
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` in one step: a reader sees the old file or the new one."""
+    """Write ``data`` to ``path`` atomically: a reader sees the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -232,7 +227,7 @@ def replace_file(path: Path, data: bytes) -> None:
         raise
 
 
-def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: str | os.PathLike[str], kind: FileFormat) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
@@ -241,30 +236,4 @@ def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileFormatError(f"{path}: expected a safetensors file, got {error}") from error
-    return _checked(header, arrays, kind, path)
-
-
-def _checked(
-    header: Mapping[str, str], arrays: dict[str, Any], kind: str, path: str | os.PathLike[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    if header.get("format") != kind:
-        raise FileFormatError(f"{path}: expected format {kind!r}, got {header.get('format')!r}")
-    if header.get("format_version") != str(FORMAT_VERSION):
-        raise FileFormatError(
-            f"{path}: expected format version {FORMAT_VERSION}, got "
-            f"{header.get('format_version')!r}; update ipa-projectors"
-        )
-    text = header.get("content", "")
-    if header.get("sha256") != _digest(kind, text, arrays):
-        raise FileFormatError(f"{path}: expected contents that fit their digest; file is damaged")
-    return json.loads(text), arrays
-
-
-def _digest(kind: str, text: str, arrays: Mapping[str, Any]) -> str:
-    """Hash names, dtypes, shapes and bytes, so that no changed bit passes for a projector."""
-    total = hashlib.sha256(f"{kind}\n{FORMAT_VERSION}\n{text}\n".encode())
-    for key in sorted(arrays):
-        array = np.ascontiguousarray(arrays[key])
-        total.update(f"{key}\n{array.dtype}\n{array.shape}\n".encode())
-        total.update(array.data if array.size else b"")
-    return total.hexdigest()
+    return kind.unseal(header, path, arrays), arrays

@@ -1,4 +1,4 @@
-"""What counts as an activation stream, and how it is read."""
+"""Readers of activation streams: arrays, iterables, loaders and files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Batch: TypeAlias = "Array | tuple[Array, Array]"
 ActivationStream: TypeAlias = "Array | Iterable[Batch | str | PathLike[str]] | str | PathLike[str]"
 
 _ROWS_AT_A_TIME = 8192
-# Bytes of a file's beginning that the disk is told of ahead of their turn, and of a call that tells
-# it: Linux cuts longer ones down to the device's readahead, without a word.
-_BEGINNING, _TOLD = 128 << 20, 1 << 20
+# Bytes of the next file to prefetch, and bytes of one call: Linux silently cuts a longer request
+# down to the device's readahead.
+_PREFETCH_BYTES, _ADVICE_BYTES = 128 << 20, 1 << 20
 
 
 def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
-    """Yield (batch, weights or None) from anything that counts as an activation stream.
+    """Yield (batch, weights or None) from an activation stream.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
 
 
 def is_one_shot(stream: object) -> bool:
-    """Return whether a second ``iter`` would go on where the first one stopped."""
+    """Return whether the stream can be read only once, as a generator."""
     return hasattr(stream, "__next__")
 
 
@@ -92,7 +92,7 @@ def _pair(item: Batch, number: int) -> tuple[Array, Array | None]:
 
 
 def _cut(array: Array) -> Iterator[tuple[Array, None]]:
-    """Cut an array along its first axis, so that a memory-mapped one is never read whole."""
+    """Cut an array along its first axis, so that a memory-mapped file is never read whole."""
     if array.ndim < 2:
         yield array, None
         return
@@ -108,39 +108,36 @@ def _read_path(path: Path) -> Iterator[tuple[Array, None]]:
         yield from _read(file)
 
 
-def prefetch(file: Path, start: int = 0, size: int = _BEGINNING) -> None:
-    """Let the disk bring some bytes of a file while something else is done.
-
-    Where the system takes no such advice, or the file is none, nothing happens.
-    """
+def prefetch(file: Path, start: int = 0, size: int = _PREFETCH_BYTES) -> None:
+    """Prefetch part of a file (``posix_fadvise``); a no-op where unsupported."""
     if not (hasattr(os, "posix_fadvise") and file.is_file()):
         return
     with file.open("rb") as raw:
-        for at in range(start, min(start + size, file.stat().st_size), _TOLD):
-            os.posix_fadvise(raw.fileno(), at, _TOLD, os.POSIX_FADV_WILLNEED)
+        for offset in range(start, min(start + size, file.stat().st_size), _ADVICE_BYTES):
+            os.posix_fadvise(raw.fileno(), offset, _ADVICE_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files of a folder in the order of their names; a file, or a Zarr array, is one.
+    """Return the files of a folder, sorted by name; a file or a Zarr array gives itself.
 
     Raises
     ------
     StreamError
-        If there are none, or the folder holds the activations of several layers.
+        If the folder has no such files, or holds an `ActivationStore` of several layers.
     """
     if not path.is_dir() or path.suffix == ".zarr":
         return [path]
     if (path / "index.json").exists():
         raise StreamError(
-            f"expected activations of one layer in the folder {path}, got a store of several; "
-            "read one of them with ipa_core.ActivationStore(folder)[name]"
+            f"expected activations of one layer in the folder {path}, got an activation store of "
+            "several; read a layer with ipa_core.ActivationStore(folder)[name]"
         )
-    found = sorted(file for file in path.iterdir() if file.suffix in _READERS)
-    if not found:
+    files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+    if not files:
         raise StreamError(
             f"expected .npy, .safetensors or .zarr files in the folder {path}, got none"
         )
-    return found
+    return files
 
 
 def _read(file: Path) -> Iterator[tuple[Array, None]]:
@@ -174,14 +171,14 @@ def _read_safetensors(file: Path) -> Iterator[tuple[Array, None]]:
                 count = rows.get_shape()[0]
                 for start in range(0, count, _ROWS_AT_A_TIME):
                     batch = rows[start : min(start + _ROWS_AT_A_TIME, count)]
-                    # bfloat16 comes as a torch tensor; the stream is NumPy whatever the dtype.
+                    # bfloat16 comes as a torch tensor; the stream is NumPy for every dtype.
                     yield (batch.float().numpy() if hasattr(batch, "numpy") else batch), None
     except SafetensorError as error:
         raise FileFormatError(f"{file}: expected a safetensors file, got {error}") from error
 
 
 def _framework(file: Path) -> str:
-    """Return the library that can read the file's dtypes: NumPy knows no bfloat16."""
+    """Return the safetensors framework for the file's dtypes: NumPy has no bfloat16."""
     with safe_open(file, framework="numpy") as tensors:
         if all(tensors.get_slice(key).get_dtype() != "BF16" for key in tensors.keys()):
             return "numpy"
@@ -194,7 +191,7 @@ def _framework(file: Path) -> str:
 
 
 def _read_zarr(file: Path) -> Iterator[tuple[Array, None]]:
-    """Read some 8,192 rows at a time, in whole chunks: each is decompressed once."""
+    """Read about 8,192 rows at a time, in whole chunks: each chunk is decompressed once."""
     if find_spec("zarr") is None:
         raise MissingDependencyError(
             f"{file}: expected zarr to be installed; run pip install 'ipa-projectors[dask]'"

@@ -1,4 +1,4 @@
-"""What the two rules that step after every micro-batch have in common."""
+"""Base class of the stochastic-approximation rules, which step after every micro-batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ipa_core.learners.base import Learner
 
 
 class StochasticRule(Learner):
-    """A rule that moves its directions by a step after every micro-batch of 256 rows.
+    """Learner that moves its directions by a step after every micro-batch of 256 rows.
 
-    Its summary can be turned into a factor F, with F^T F the second moment that the rule believes
-    in, and back: that is how two of them merge.
+    The state converts to a factor F, with F^T F the estimated second moment, and back: two learners
+    merge through their factors.
     """
 
     _numbers: ClassVar[tuple[str, ...]] = (*Learner._numbers, "_rows_stepped", "_unit")
@@ -30,24 +30,24 @@ class StochasticRule(Learner):
         super().__init__(rank, center=center, seed=seed)
         self._directions: Array = None
         self._rows_stepped = 0
-        self._unit = 1.0  # energies are carried in its square
+        self._unit = 1.0  # energies are stored in units of its square
 
     @property
     @abstractmethod
     def _width(self) -> int:
-        """Number of directions that are carried."""
+        """Number of directions in the state."""
 
     @abstractmethod
     def _step(self, xp: Namespace, rows: Rows, weight: float, size: float) -> None:
-        """Move the directions towards what ``rows``, of total ``weight``, ask for."""
+        """Move the directions towards the leading ones of ``rows``, of total ``weight``."""
 
     @abstractmethod
     def _to_factor(self, xp: Namespace) -> Array:
-        """Return F, the believed second moment of all rows being F^T F."""
+        """Return F, with F^T F the estimated second moment of all rows."""
 
     @abstractmethod
     def _from_factor(self, xp: Namespace, factor: Array, weight: float) -> None:
-        """Take over the ``_width`` orthogonal rows of a factor of rows of total ``weight``."""
+        """Set the state from a factor of ``_width`` orthogonal rows, of total ``weight``."""
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         first = self._directions is None
@@ -64,7 +64,7 @@ class StochasticRule(Learner):
         return min(1.0, numerator * weight / (self._weight + (numerator - 1) * usual))
 
     def _start(self, xp: Namespace, rows: Rows) -> None:
-        """Start from randomly signed sums of the first rows: directions that matter already."""
+        """Start from randomly signed sums of the first rows."""
         signs = _array.from_numpy(
             xp,
             _array.random_signs((self._width, rows.count), self.seed, 0),

@@ -1,4 +1,4 @@
-"""From what a caller passes to rows: every check of a batch is here."""
+"""Validation of a batch and its weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ipa_core.learners._row_blocks import Rows
 
 
 def template_of(batch: Array) -> Array:
-    """Return the (0, features) array that stands for library, device, dtype and features."""
+    """Return a (0, features) array that records library, device, dtype and features."""
     xp, features = _form_of(batch)
     dtype = _array.state_dtype(xp, batch)
     return xp.zeros((0, features), dtype=dtype, device=_array.device(batch))
 
 
 def validate(batch: Array, weights: Array | None, template: Array) -> PendingBatch:
-    """Hold a batch to the template and return its rows of positive weight, lengths to come.
+    """Check a batch against the template; return its rows of positive weight, norms pending.
 
-    Rows of weight zero are dropped before anything else, whatever they hold; weights that are all
-    one are forgotten.
+    Rows of weight zero are dropped first, whatever their values; weights that are all 1 become
+    None.
     """
     xp = match(batch, template)
     count = math.prod(batch.shape[:-1])
@@ -36,7 +36,7 @@ def validate(batch: Array, weights: Array | None, template: Array) -> PendingBat
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """Rows of which the device has been asked the squared lengths."""
+    """Validated batch whose squared row norms are being copied to the host."""
 
     xp: Namespace
     x: Array
@@ -49,12 +49,12 @@ class PendingBatch:
         return int(self.x.shape[0])
 
     def result(self) -> Rows:
-        """Wait for the lengths, which tell whether the rows are finite, and return the rows.
+        """Wait for the norms, which show whether the rows are finite; return the rows.
 
         Raises
         ------
         NonFiniteError
-            If they are not, or if their squares over- or underflow the dtype.
+            If the rows are not finite, or their squares over- or underflow the dtype.
         """
         squares = self.squares()
         host_weights = (
@@ -66,7 +66,7 @@ class PendingBatch:
 
 
 def _form_of(batch: Array) -> tuple[Namespace, int]:
-    """Return the library and the number of features of what can be a batch."""
+    """Return library and number of features of a batch, if its form is valid."""
     xp = _array.namespace(batch)
     if not _array.is_floating(xp, batch):
         raise ArrayTypeError(
@@ -79,16 +79,16 @@ def _form_of(batch: Array) -> tuple[Namespace, int]:
 
 
 def match(batch: Array, template: Array) -> Namespace:
-    """Return a batch's library, or refuse it if features, library or device are others."""
+    """Return a batch's library; raise if features, library or device differ from the template's."""
     xp, features = _form_of(batch)
     if features != template.shape[1]:
         raise ShapeError(
-            f"expected batches of {template.shape[1]} features as the first one had, got {features}"
+            f"expected batches of {template.shape[1]} features like the first one, got {features}"
         )
     same_library = xp is _array.namespace(template)
     if not same_library or _array.device(batch) != _array.device(template):
         raise ArrayTypeError(
-            f"expected batches as the first one, {_array.describe(template)}, "
+            f"expected batches like the first one, {_array.describe(template)}, "
             f"got {_array.describe(batch)}"
         )
     return xp
@@ -113,25 +113,25 @@ def _drop_absent(
     if not ((host_weights >= 0).all() and math.isfinite(host_weights.sum())):
         raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")
     if not host_weights.all():
-        (places,) = host_weights.nonzero()
-        index = _array.from_numpy(xp, places, _array.device(x), xp.int64)
+        (present,) = host_weights.nonzero()
+        index = _array.from_numpy(xp, present, _array.device(x), xp.int64)
         x, weights = xp.take(x, index, axis=0), xp.take(weights, index)
-        host_weights = host_weights[places]
+        host_weights = host_weights[present]
     return (x, None, None) if (host_weights == 1).all() else (x, weights, host_weights)
 
 
 def _check_range(xp: Namespace, rows: Rows) -> None:
-    """Refuse rows that are not finite, or whose squares over- or underflow the dtype."""
+    """Raise if rows are not finite, or if their squares over- or underflow the dtype."""
     dtype = rows.x.dtype
     energy = float(rows.squares.sum())
     # Lengths are squared on the host, in float64; products of rows are taken in their dtype.
-    held = rows.squares.max(initial=0.0) <= float(xp.finfo(dtype).max)
-    if not (held and math.isfinite(rows.energy())):
+    in_range = rows.squares.max(initial=0.0) <= float(xp.finfo(dtype).max)
+    if not (in_range and math.isfinite(rows.energy())):
         bad = int(xp.count_nonzero(~xp.all(xp.isfinite(rows.x), axis=1)))
         if bad:
             raise NonFiniteError(
                 f"expected finite values, got NaN or infinity in {bad} of {rows.count} rows; "
-                "give such rows weight 0 or mend what makes them"
+                "give such rows weight 0, or correct their source"
             )
         raise NonFiniteError(
             f"expected rows whose squares {dtype} can hold, got an overflow; "

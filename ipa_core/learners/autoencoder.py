@@ -18,15 +18,15 @@ class ReconstructionAutoencoder(StochasticRule):
 
     The gradient of :math:`\|x - Q P x\|^2` at an encoder W of orthonormal rows is
     :math:`S W - Z^\top X / n` (up to the factor 2), with codes Z = X W^T and S = Z^T Z / n. It is
-    preconditioned by a running mean A of S, which makes the step free of scale and equally fast
-    in all directions:
+    preconditioned by a running mean A of S, so that the step does not depend on the scale of the
+    data and convergence is equally fast in all directions:
 
     .. math:: A \leftarrow (1 - a) A + a S, \qquad
               W \leftarrow W + a A^{-1} (Z^\top X / n - S W), \qquad
               a_t = \min\left(1, \frac{3}{t + 2}\right),
 
-    then W is orthonormalised and A carried along. W has r + 8 rows; P is its leading r directions
-    according to A.
+    then W is orthonormalized and A transformed with it. W has r + 8 rows; P is its leading r
+    directions according to A.
 
     Guarantee: statistical, on streams that do not drift. Time O(4 (r + 8) d) for a row and pass,
     memory O((r + 8) d).
@@ -36,7 +36,7 @@ class ReconstructionAutoencoder(StochasticRule):
     rank, center, seed
         As for every `Learner`.
     epochs : int, default 1
-        Passes over the stream that `fit_projector` makes; more are more accurate.
+        Passes over the stream; more passes are more accurate.
 
     Raises
     ------
@@ -74,18 +74,18 @@ class ReconstructionAutoencoder(StochasticRule):
 
     def _step(self, xp: Namespace, rows: Rows, weight: float, size: float) -> None:
         encoder = self._directions
-        seen = rows.x @ (encoder.T / self._unit)
-        weighed = rows.apply_weights(seen)
-        scatter = self._wide(xp, weighed.T @ seen) / weight
+        codes = rows.x @ (encoder.T / self._unit)
+        weighted = rows.apply_weights(codes)
+        scatter = self._wide(xp, weighted.T @ codes) / weight
         old = scatter if self._covariance is None else self._covariance
         covariance = (1.0 - size) * old + size * scatter
-        target = weighed.T @ rows.x / (weight * self._unit)
+        target = weighted.T @ rows.x / (weight * self._unit)
         gradient = target - _array.cast(xp, scatter, encoder.dtype) @ encoder
         step = _array.cast(xp, _inverse(xp, covariance, encoder.dtype), encoder.dtype)
         self._orthonormalize(xp, encoder + size * (step @ gradient), covariance)
 
     def _orthonormalize(self, xp: Namespace, encoder: Array, covariance: Array) -> None:
-        """Turn W = R^T Q^T into Q^T, and A = R^T A' R into A'."""
+        """Replace W = R^T Q^T by Q^T, and A = R^T A' R by A'."""
         basis, triangle = xp.linalg.qr(encoder.T, mode="reduced")
         inverse = xp.linalg.inv(self._wide(xp, triangle))
         self._directions = basis.T
@@ -107,7 +107,7 @@ class ReconstructionAutoencoder(StochasticRule):
 
 
 def _inverse(xp: Namespace, covariance: Array, dtype: object) -> Array:
-    """Invert the covariance of the codes on the directions that carry energy beyond rounding."""
+    """Invert the covariance of the codes on the directions of energy above rounding."""
     values, vectors = top_eigh(xp, covariance, covariance.shape[0])
     noise = values[0] * (covariance.shape[0] * float(xp.finfo(dtype).eps))
     root = inverse_root(xp, values, noise)

@@ -1,4 +1,4 @@
-"""Generalised Hebbian rule with a step that knows no scale."""
+"""Generalized Hebbian rule with a scale-invariant step."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ipa_core.learners.base import Guarantee
 
 
 class HebbianRule(StochasticRule):
-    r"""Sanger's rule, every direction carrying its eigenvalue as its length.
+    r"""Sanger's rule; the length of a direction is its eigenvalue.
 
-    With U the rows of V orthonormalised in order, and Z = X U^T for a micro-batch X of n rows,
+    With U the rows of V orthonormalized in order, and Z = X U^T for a micro-batch X of n rows,
 
     .. math:: V \leftarrow (1 - a) V + \frac{a}{n}
               \left(Z^\top X - \operatorname{tril}_{-1}(Z^\top Z)\, U\right), \qquad
               a_t = \min\left(1, \frac{5}{t + 4}\right).
 
-    The step is a / eigenvalue by construction, so that scaling the data changes nothing, where
-    the textbook rule with a fixed step is useless at small and diverges at large scale.
+    The step is a / eigenvalue by construction, so that the result does not depend on the scale of
+    the data; with a fixed step the rule stalls at small scales and diverges at large ones.
 
     Guarantee: statistical, on streams that do not drift. Time O(4 r d) for a row, memory O(r d).
 
     Notes
     -----
-    The least memory of all and the least accurate rule: expect an excess error of 1e-3 to 1e-2
-    after some 50,000 rows, and 0.2 where the stream is sorted. `RandomizedSVD` costs about as much
-    time. Orthonormalising the rows in every step, which Sanger's rule leaves to the limit, costs
-    O(r^2 d) for 256 rows and makes steep spectra learnable: the excess falls from 0.1 to 1e-3.
+    This learner needs the least memory and is the least accurate: expect an excess error of 1e-3 to
+    1e-2 after some 50,000 rows, and 0.2 on a sorted stream. `RandomizedSVD` takes about the same
+    time. Sanger's rule makes the rows orthogonal only in the limit; orthonormalizing them in every
+    step costs O(r^2 d) for 256 rows and reduces the excess on steep spectra from 0.1 to 1e-3.
 
     References
     ----------
@@ -57,26 +57,26 @@ class HebbianRule(StochasticRule):
 
     def _step(self, xp: Namespace, rows: Rows, weight: float, size: float) -> None:
         unit = self._normalized(xp)
-        seen = rows.x @ (unit.T / self._unit)
-        weighed = rows.apply_weights(seen)
-        deflation = xp.tril(weighed.T @ seen, k=-1)
-        target = (weighed.T @ rows.x / self._unit - deflation @ unit) / weight
+        codes = rows.x @ (unit.T / self._unit)
+        weighted = rows.apply_weights(codes)
+        deflation = xp.tril(weighted.T @ codes, k=-1)
+        target = (weighted.T @ rows.x / self._unit - deflation @ unit) / weight
         self._directions = (1.0 - size) * self._directions + size * target
 
     def _normalized(self, xp: Namespace) -> Array:
-        """Return the rows orthonormalised in their order, signs kept.
+        """Return the rows orthonormalized in order, signs kept.
 
-        The rule makes them orthogonal in the limit only. A row that is nothing but rounding must
-        not point along an earlier one, or the deflation would feed on it.
+        The rule makes them orthogonal only in the limit. A row of rounding noise must be orthogonal
+        to the earlier rows, or the deflation would amplify it.
         """
         basis, triangle = xp.linalg.qr(self._directions.T, mode="reduced")
         flips = 1.0 - 2.0 * _array.cast(xp, xp.linalg.diagonal(triangle) < 0, basis.dtype)
         return (basis * flips).T
 
     def _to_factor(self, xp: Namespace) -> Array:
-        """Return the factor: a row of length l stands for the energy l, the factor has its root.
+        """Return the factor: a direction of length l has energy l, its factor row length sqrt(l).
 
-        Rows below rounding are left out: their directions are noise.
+        Rows below rounding become zero: their directions are noise.
         """
         squares = xp.vecdot(self._directions, self._directions)
         noise = xp.max(squares) * float(xp.finfo(squares.dtype).eps) ** 2

@@ -1,4 +1,4 @@
-"""Incremental PCA: the paper's rule, with a buffer and spare directions."""
+"""Incremental PCA with a row buffer and oversampled directions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ipa_core.learners.base import Guarantee, Learner
 
 
 class IncrementalPCA(Learner):
-    r"""Merge-and-truncate PCA: stack what is kept on what is new, keep the leading directions.
+    r"""Merge-and-truncate PCA: stack the factor and the new rows, keep the leading directions.
 
-    With F the kept factor (2.5 r rows, :math:`F^\top F \approx \sum_i w_i x_i x_i^\top`) and X
-    the next 5r rows (64 at least),
+    With F the factor (2.5 r rows, :math:`F^\top F \approx \sum_i w_i x_i x_i^\top`) and X the next
+    5r rows (at least 64),
 
     .. math:: F \leftarrow \text{leading } 2.5\,r \text{ rows of } \Lambda^{1/2} V^\top, \qquad
               F^\top F + X^\top W X = V \Lambda V^\top .
 
-    Keeping more directions than asked for is what makes one pass accurate under drift; the
-    paper's code keeps r. The decomposition goes through the small Gram matrix in float64.
+    Keeping 2.5 r directions instead of r makes a single pass accurate under drift. The
+    decomposition is that of the small Gram matrix in float64.
 
     Guarantee: bounded. Time O(30 r d) for a row, memory O(15 r d).
 
@@ -47,7 +47,7 @@ class IncrementalPCA(Learner):
 
     @property
     def _block_rows(self) -> int:
-        # Below 64 rows the decompositions cost more in calls than in arithmetic.
+        # Below 64 rows the call overhead of the decompositions exceeds their arithmetic.
         return max(64, 5 * self.rank)
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:

@@ -1,4 +1,4 @@
-"""The array libraries and the learners that every law is tested on."""
+"""Fixtures: the array libraries and the learners of the laws."""
 
 import importlib
 from functools import partial

@@ -1,4 +1,4 @@
-"""The laws of a learner as functions that raise AssertionError: the tests and the mutants use them.
+"""Laws of a learner: functions that raise AssertionError, for the tests and the mutants.
 
 A law takes an array library, a factory rank -> Learner, a stream and a dtype name. Where the
 learner's guarantee is exact, two results must agree to rounding; where it is bounded, both must
@@ -29,7 +29,7 @@ def learn(xp, factory, rank, batches, dtype="float64", weights=None):
 
 
 class Judge:
-    """Holds projectors to the guarantee of a learner on one stream of rows."""
+    """Check of projectors against the guarantee of a learner on a stream of rows."""
 
     def __init__(self, factory, rank, x, dtype, weights=None):
         learner = factory(rank)
@@ -63,19 +63,17 @@ class Judge:
         if self.guarantee.kind != "statistical":
             assert residual <= (1 + self.guarantee.excess) * self.best + self.noise
 
-    def same(self, one, other):
-        """Check that two projectors are equally good to rounding."""
-        difference = oracle.residual(self.c, one.components) - oracle.residual(
-            self.c, other.components
-        )
-        assert abs(difference) <= self.noise
+    def same(self, first, second):
+        """Check that two projectors have equal residuals to rounding."""
+        residuals = [oracle.residual(self.c, p.components) for p in (first, second)]
+        assert abs(residuals[0] - residuals[1]) <= self.noise
 
-    def agree(self, one, other):
-        """Check two results that the guarantee says are as good as equal."""
-        self.keeps_guarantee(one)
-        self.keeps_guarantee(other)
+    def agree(self, first, second):
+        """Check two results that the guarantee makes equivalent."""
+        self.keeps_guarantee(first)
+        self.keeps_guarantee(second)
         if self.guarantee.kind == "exact":
-            self.same(one, other)
+            self.same(first, second)
 
 
 def law_optimality(xp, factory, stream, dtype):
@@ -92,7 +90,7 @@ def law_partition(xp, factory, stream, dtype):
 
 
 def law_merge(xp, factory, stream, dtype):
-    """Merged parts are as good as the whole, whatever the order; the last one dominates."""
+    """Merged parts are as good as the whole in any order; the last part dominates."""
     x = stream.x
     third = (len(x) + 2) // 3
     x[2 * third :] = 5 * x[2 * third :, ::-1]
@@ -119,7 +117,7 @@ def law_neutral(xp, factory, stream, dtype):
 
 
 def law_purity(xp, factory, stream, dtype):
-    """No batch, no operand and no snapshot is changed by what follows."""
+    """Later calls change no batch, no operand and no snapshot."""
     x = xp.asarray(np.array(stream.x, dtype=dtype))
     before = oracle.host(x).copy()
     learner = factory(stream.rank).update(x)
@@ -239,7 +237,7 @@ def law_statistical(xp, factory, stream, dtype):
         assert oracle.residual(judge.c, projector.components) <= bound
 
 
-#: The laws that hold for every learner on every stream.
+#: Laws of every learner on every stream.
 LAWS = [
     law_optimality,
     law_partition,

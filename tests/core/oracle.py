@@ -1,4 +1,4 @@
-"""The float64 optimum, and the two figures by which projectors are compared."""
+"""Float64 optimum, and two measures that compare projectors."""
 
 import numpy as np
 import scipy.linalg

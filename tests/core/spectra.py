@@ -1,4 +1,4 @@
-"""What Hypothesis draws: the spectrum of a stream, its seed and its cutting; never entries."""
+"""Hypothesis strategy of streams: spectrum, seed and cutting are drawn, never entries."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The command line, as a person with files meets it."""
+"""Command line of the core."""
 
 import subprocess
 import sys

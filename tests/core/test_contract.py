@@ -1,4 +1,4 @@
-"""Every law, for every learner, about the origin and the mean, on every array library."""
+"""Every law for every learner, about the origin and the mean, on every array library."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,4 +1,4 @@
-"""JAX as it comes, without float64: the small cores are float32 then, with a bound of their own."""
+"""JAX without float64 (its default): float32 cores, with wider bounds."""
 
 import subprocess
 import sys

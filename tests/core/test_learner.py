@@ -1,4 +1,4 @@
-"""What every learner refuses, and that it is then as it was."""
+"""Inputs that every learner refuses, without a change of its state."""
 
 import copy
 import pickle
@@ -107,9 +107,9 @@ def test_any_leading_shape(xp, learner_class):
 def test_non_contiguous_and_read_only(learner_class):
     x = np.random.default_rng(0).standard_normal((6, 90))
     x.flags.writeable = False
-    one = learner_class(2).update(x.T).finalize()
-    other = learner_class(2).update(np.ascontiguousarray(x.T)).finalize()
-    assert np.allclose(one.components, other.components)
+    strided = learner_class(2).update(x.T).finalize()
+    contiguous = learner_class(2).update(np.ascontiguousarray(x.T)).finalize()
+    assert np.allclose(strided.components, contiguous.components)
 
 
 def test_a_batch_may_be_overwritten_afterwards(learner_class):
@@ -123,12 +123,14 @@ def test_a_batch_may_be_overwritten_afterwards(learner_class):
 
 def test_a_whole_block_may_be_overwritten_afterwards(learner_class):
     """As many rows as a block has at this rank: none of them waits in a copy."""
-    made = learner_class(64)
-    x = np.random.default_rng(0).standard_normal((made.update(np.zeros((0, 400)))._block_rows, 400))
-    made.update(x)
-    before = made.finalize().components.copy()
+    learner = learner_class(64)
+    x = np.random.default_rng(0).standard_normal(
+        (learner.update(np.zeros((0, 400)))._block_rows, 400)
+    )
+    learner.update(x)
+    before = learner.finalize().components.copy()
     x[:] = 0.0
-    np.testing.assert_array_equal(made.finalize().components, before)
+    np.testing.assert_array_equal(learner.finalize().components, before)
 
 
 def test_an_update_in_two_halves(xp, learner_class):
@@ -163,15 +165,15 @@ def test_halves_may_not_cross(learner_class):
         assert_frozen(learner, image)
 
 
-def test_an_update_of_its_own_is_refused():
-    with pytest.raises(TypeError, match="expected Own to override begin_update"):
+def test_an_override_of_update_is_refused():
+    with pytest.raises(TypeError, match="expected Custom to override begin_update"):
 
-        class Own(RandomizedSVD):
+        class Custom(RandomizedSVD):
             def update(self, batch, weights=None):
                 return self
 
 
-def test_merge_refuses_strangers(learner_class):
+def test_merge_refuses_other_classes_and_settings(learner_class):
     other = IncrementalPCA if learner_class is not IncrementalPCA else RandomizedSVD
     with pytest.raises(SettingError, match="to merge with"):
         learner_class(2).merge(other(2))
@@ -179,12 +181,12 @@ def test_merge_refuses_strangers(learner_class):
         learner_class(2).merge(learner_class(3))
     with pytest.raises(SettingError, match="equal center"):
         learner_class(2).merge(learner_class(2, center=True))
-    one, two = learner_class(2).update(np.ones((3, 4))), learner_class(2).update(np.ones((3, 5)))
+    narrow, wide = (learner_class(2).update(np.ones((3, features))) for features in (4, 5))
     with pytest.raises(ShapeError):
-        one.merge(two)
+        narrow.merge(wide)
 
 
-def test_load_state_dict_refuses_strangers(learner_class):
+def test_load_state_dict_refuses_other_states(learner_class):
     state = learner_class(2).update(np.eye(4)).state_dict()
     with pytest.raises(SettingError, match="rank=3"):
         learner_class(3).load_state_dict(state)

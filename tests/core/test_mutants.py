@@ -1,4 +1,4 @@
-"""Learners that are wrong on purpose: the contract suite must tell."""
+"""Faulty learners that the laws must catch."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ class WrongFactor(ExactCovariance):
 
 
 class NoMeanCorrection(ExactCovariance):
-    """Centres each block about its own mean and forgets that the means differ."""
+    """Centers each block about its own mean and forgets that the means differ."""
 
     def _move_mean(self, xp, mean, weight):
         shift = super()._move_mean(xp, mean, weight)

@@ -1,4 +1,4 @@
-"""Hard numbers: outliers, far means, extreme scales, degenerate data, long streams."""
+"""Numerical stress: outliers, far means, extreme scales, degenerate data, long streams."""
 
 import numpy as np
 import pytest
@@ -92,8 +92,8 @@ def test_weights_along_a_direction(learner_class):
     x = spectrum_rows(rows=20_000)
     weights = np.where(x[:, 5] > 0.2, 10.0, 0.1)
     learner = learner_class(RANK)
-    for rows, own in zip(np.split(x, 4), np.split(weights, 4), strict=True):
-        learner.update(rows, own)
+    for rows, row_weights in zip(np.split(x, 4), np.split(weights, 4), strict=True):
+        learner.update(rows, row_weights)
     assert oracle.excess(oracle.moment(x, weights), learner.finalize().components) < allowed(
         learner_class
     )
@@ -181,7 +181,7 @@ def test_ten_million_rows_do_not_drift(learner_class):
 
 
 def test_without_float64(monkeypatch):
-    """Where a library has no float64, the float32 core keeps the bounds of the guide."""
+    """Without float64 in the library, the float32 core keeps the documented bounds."""
     torch = pytest.importorskip("torch")
     from ipa_core import _array, _linalg
 

@@ -1,4 +1,4 @@
-"""The projector as a value, and the figures about it."""
+"""`Projector` as a value, and its metrics."""
 
 import dataclasses
 
@@ -94,12 +94,12 @@ def test_is_a_value():
 
 @pytest.mark.parametrize("angle", [0.0, 1e-9, 1e-4, 0.5, np.pi / 2])
 def test_principal_angles(xp, angle):
-    one = np.eye(2, 5)
-    two = one.copy()
-    two[1] = np.cos(angle) * one[1] + np.sin(angle) * np.eye(5)[3]
-    angles = principal_angles(plain(xp, one), plain(xp, two))
+    first = np.eye(2, 5)
+    second = first.copy()
+    second[1] = np.cos(angle) * first[1] + np.sin(angle) * np.eye(5)[3]
+    angles = principal_angles(plain(xp, first), plain(xp, second))
     assert oracle.host(angles) == pytest.approx([0.0, angle], abs=1e-15, rel=1e-6)
-    assert oracle.host(principal_angles(plain(xp, two[1:]), plain(xp, one))) == pytest.approx(
+    assert oracle.host(principal_angles(plain(xp, second[1:]), plain(xp, first))) == pytest.approx(
         [angle], abs=1e-15, rel=1e-6
     )
 

@@ -39,7 +39,7 @@ def inputs():
 
 @pytest.fixture(scope="module", params=["up", "down"])
 def judged(request, inputs):
-    """The batches of a layer, and their float64 second moment."""
+    """Batches of a layer, and their float64 second moment."""
     batches = [batch.numpy() for batch in inputs[request.param]]
     oracle = ExactCovariance(RANK)
     for batch in batches:
@@ -48,7 +48,7 @@ def judged(request, inputs):
 
 
 @pytest.mark.parametrize(
-    "learner_class", BOUNDS, ids=lambda made: getattr(made, "__name__", "epochs")
+    "learner_class", BOUNDS, ids=lambda factory: getattr(factory, "__name__", "epochs")
 )
 def test_excess_error(judged, learner_class):
     batches, oracle = judged

@@ -1,4 +1,4 @@
-"""Every kind of stream, through the one call."""
+"""Every kind of stream through `fit_projector`."""
 
 import os
 from functools import partial
@@ -156,12 +156,12 @@ def test_nothing_to_learn_from(stream):
     ("stream", "words"),
     [(3, "got int"), ([3], "batch 0"), ([(X, X, X)], "batch 0"), ([{"x": X}], "got dict")],
 )
-def test_what_is_no_stream(stream, words):
+def test_other_objects_are_refused(stream, words):
     with pytest.raises(StreamError, match=words):
         fit(stream)
 
 
-def test_files_that_are_no_activations(tmp_path):
+def test_files_without_activations_are_refused(tmp_path):
     with pytest.raises(StreamError, match="in the folder"):
         fit(tmp_path)
     (tmp_path / "x.txt").write_text("1 2 3")
@@ -182,24 +182,24 @@ def test_files_that_are_no_activations(tmp_path):
         fit(tmp_path / "absent.safetensors")
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux tells the disk ahead")
-def test_the_disk_is_told_of_what_is_read_next(tmp_path, monkeypatch):
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="prefetching needs posix_fadvise")
+def test_the_next_bytes_are_prefetched(tmp_path, monkeypatch):
     wide = np.ones((20_000, 64), dtype="float32")
     files = [tmp_path / "0.npy", tmp_path / "1.npy"]
     for file in files:
         np.save(file, wide)
-    told = {}
+    advised = {}
 
     def advise(number, start, size, kind):
         assert size <= 1 << 20, "Linux would cut it"
         name = os.path.basename(os.readlink(f"/proc/self/fd/{number}"))
-        told[name] = max(told.get(name, 0), start + size)
+        advised[name] = max(advised.get(name, 0), start + size)
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     beginning = 3 << 20  # a batch and a half
     monkeypatch.setattr(streams.prefetch, "__defaults__", (0, beginning))
     sizes = {file.name: file.stat().st_size for file in files}
     for number, (batch, _) in enumerate(streams.iterate(tmp_path)):
-        assert told["0.npy"] >= min((number + 2) * batch.nbytes, sizes["0.npy"])
-        assert told["1.npy"] >= beginning
+        assert advised["0.npy"] >= min((number + 2) * batch.nbytes, sizes["0.npy"])
+        assert advised["1.npy"] >= beginning
     assert number == 5

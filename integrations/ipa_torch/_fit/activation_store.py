@@ -202,7 +202,7 @@ class _Writer:
         if (folder / INDEX).exists():
             self.index = Index.read(folder)
             own = {"dtype": dtype, **settings}
-            got = {"dtype": self.index.dtype, **self.index.writer["settings"]}
+            got = {"dtype": self.index.dtype, **self.index.writer_state["settings"]}
             if own != got:
                 raise SettingError(
                     f"expected a store of settings {own} in {folder}, got {got}; "
@@ -211,7 +211,7 @@ class _Writer:
         else:
             self.index = Index({}, dtype, 0, None, {"settings": settings, "digest": "", "files": 0})
         self._batches = self.index.batches
-        self._digest: str = self.index.writer["digest"]
+        self._digest: str = self.index.writer_state["digest"]
         shards = {shard.file: shard.bytes for own in self.index.layers.values() for shard in own}
         self._written = sum(shards.values())
 
@@ -223,7 +223,7 @@ class _Writer:
                 unfinished.unlink()
         if self._batches:
             skip(left, self._batches, self._digest, self._folder)
-            state = bytearray.fromhex(self.index.writer["random"])
+            state = bytearray.fromhex(self.index.writer_state["random"])
             torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
         return left
 
@@ -257,7 +257,7 @@ class _Writer:
 
     def _flush(self, ended: str | None) -> None:
         layers = {name: list(own) for name, own in self.index.layers.items()}
-        number = self.index.writer["files"]
+        number = self.index.writer_state["files"]
         made: dict[int, Shard] = {}
         for node in self._nodes():
             data: bytes = to_bytes(node.learner.tensors())
