@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ipa_core._array import Array, is_array
 from ipa_core.errors import FileFormatError, MissingDependencyError, StreamError
+from ipa_core.io._sparse import dense_blocks, is_sparse
 
 Batch: TypeAlias = "Array | tuple[Array, Array]"
 ActivationStream: TypeAlias = "Array | Iterable[Batch | str | PathLike[str]] | str | PathLike[str]"
@@ -31,7 +32,8 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     ----------
     stream : array, iterable or path
         An array of shape (..., features), memory-mapped or not, of the array API or with
-        ``__dlpack__``; an iterable (list, generator, ``DataLoader``) of such arrays, of pairs
+        ``__dlpack__``; a sparse matrix or array of SciPy, of which 8 MB (float32) at a time are made
+        dense; an iterable (list, generator, ``DataLoader``) of such arrays, of pairs
         (batch, weights) or of paths; a ``.npy`` file, a ``.safetensors`` file (each tensor a
         batch), a ``.zarr`` array, or a folder of them, read in the order of their names, at most
         8,192 rows at a time.
@@ -51,6 +53,8 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     """
     if isinstance(stream, (str, PathLike)):
         yield from _read_path(Path(stream))
+    elif is_sparse(stream):
+        yield from dense_blocks(stream, None, _ROWS_AT_A_TIME)
     elif _is_arraylike(stream):
         yield from _cut(_as_array(stream))
     elif isinstance(stream, Iterable):
@@ -58,7 +62,11 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
             if isinstance(item, (str, PathLike)):
                 yield from _read_path(Path(item))
             else:
-                yield _pair(item, number)
+                batch, weights = _pair(item, number)
+                if is_sparse(batch):
+                    yield from dense_blocks(batch, weights, _ROWS_AT_A_TIME)
+                else:
+                    yield batch, weights
     else:
         raise StreamError(
             "expected an array, an iterable of batches or a path as activation stream, "
@@ -72,11 +80,11 @@ def is_one_shot(stream: object) -> bool:
 
 
 def _is_arraylike(value: object) -> bool:
-    return is_array(value) or hasattr(value, "__dlpack__")
+    return is_array(value) or hasattr(value, "__dlpack__") or is_sparse(value)
 
 
 def _as_array(value: Any) -> Array:
-    return value if is_array(value) else np.from_dlpack(value)
+    return value if is_array(value) or is_sparse(value) else np.from_dlpack(value)
 
 
 def _pair(item: Batch, number: int) -> tuple[Array, Array | None]:
