@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,24 @@ def test_formulas_of_pages_and_docstrings_are_drawn():
     ):
         drawn = hook(source)
         assert drawn.count("<math") == 1 and "<msub>" in drawn and "math:" not in drawn
+
+
+PUBLIC = runpy.run_path(str(DOCS / "hooks" / "public_names.py")) if find_spec("griffe") else {}
+
+
+@pytest.mark.parametrize("package", ["ipa_core", "ipa_torch"])
+def test_reference_lists_every_public_name(package):
+    pytest.importorskip("griffe")
+    listed = PUBLIC["public_names"]()[package]
+    module = importlib.import_module(package)
+    assert set(listed) == set(module.__all__)
+    for name, line in listed.items():
+        assert inspect.getdoc(getattr(module, name)).startswith(line.split("`")[0].split("$")[0])
+
+
+def test_reference_page_holds_the_tables():
+    pytest.importorskip("griffe")
+    page = PUBLIC["on_page_markdown"]((DOCS / "reference.md").read_text(encoding="utf-8"))
+    for module, lines in PUBLIC["public_names"]().items():
+        assert f"### {module}\n" in page and f"::: {module}\n" in page
+        assert lines and all(f"(#{module}.{name})" in page for name in lines)
