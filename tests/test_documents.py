@@ -116,7 +116,7 @@ def test_formulas_of_pages_and_docstrings_are_drawn():
 PUBLIC = runpy.run_path(str(DOCS / "hooks" / "public_names.py")) if find_spec("griffe") else {}
 
 
-@pytest.mark.parametrize("package", ["ipa_core", "ipa_torch"])
+@pytest.mark.parametrize("package", ["ipa_core", "ipa_torch", "ipa_hf"])
 def test_reference_lists_every_public_name(package):
     pytest.importorskip("griffe")
     listed = PUBLIC["public_names"]()[package]
