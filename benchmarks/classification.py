@@ -15,7 +15,7 @@ import transformers
 
 from benchmarks.assets import AssetError
 from benchmarks.evidence.cells import FOLDER, Cells
-from benchmarks.evidence.labelled import Labelled
+from benchmarks.evidence.labeled import Labeled
 from benchmarks.evidence.methods import BEYOND, COMPARED, LEARNED, METHODS, Adapter
 from benchmarks.evidence.study import Study
 from benchmarks.evidence.task import Settings
@@ -59,7 +59,7 @@ def main() -> int:
     arguments = parser.parse_args()
     quieten()
     try:
-        task = labelled(arguments.task)
+        task = labeled(arguments.task)
     except (AssetError, MissingDependencyError) as error:
         print(error)
         return 1
@@ -79,7 +79,7 @@ def main() -> int:
     return 0
 
 
-def labelled(name: str) -> Labelled:
+def labeled(name: str) -> Labeled:
     """Return a task by its name: of texts, or of images, for which timm has to be there."""
     if name in SOURCES:
         return TextTask(name)

@@ -19,7 +19,7 @@ INPUTS: Mapping[str, str] = {
     "intermediate.dense": "up",
     "output.dense": "down",
 }
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 MARKERS = ("o", "s", "^", "D")
 
 
@@ -32,14 +32,14 @@ def plot(projectors: LayerProjectors, runs: Sequence[Run], path: Path) -> None:
 
 
 def _captured(axes: Axes, projectors: LayerProjectors) -> None:
-    for (suffix, label), colour, marker in zip(INPUTS.items(), COLOURS, MARKERS, strict=True):
+    for (suffix, label), color, marker in zip(INPUTS.items(), COLORS, MARKERS, strict=True):
         shares = [
             100 * projector.captured()
             for name, projector in projectors.items()
             if name.split(".", 3)[-1] == suffix  # encoder.layer.N.SUFFIX
         ]
         blocks = range(1, len(shares) + 1)
-        axes.plot(blocks, shares, color=colour, marker=marker, markersize=5, label=label)
+        axes.plot(blocks, shares, color=color, marker=marker, markersize=5, label=label)
     rank = next(iter(projectors.values())).rank
     axes.set(
         title=f"Energy of the layers' inputs that {rank} directions keep",
@@ -52,14 +52,14 @@ def _captured(axes: Axes, projectors: LayerProjectors) -> None:
 
 
 def _accuracy(axes: Axes, runs: Sequence[Run]) -> None:
-    for run, colour, marker in zip(runs, COLOURS, MARKERS, strict=True):
+    for run, color, marker in zip(runs, COLORS, MARKERS, strict=True):
         equal = [other.method for other in runs if other.trainable == run.trainable]
         aside = 4 * (equal.index(run.method) - (len(equal) - 1) / 2)  # so that bars do not overlap
         axes.errorbar(
             run.trainable / 1000 + aside,
             100 * run.accuracy,
             100 * run.standard_error,
-            color=colour,
+            color=color,
             marker=marker,
             markersize=7,
             capsize=4,

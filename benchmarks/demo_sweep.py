@@ -16,7 +16,7 @@ from ipa_torch import LayerProjectors
 
 RESULTS = Path(__file__).parent / "results" / "demo_sweep.json"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-# Where the search of each method begins; it goes on until the best rate has worse neighbours.
+# Where the search of each method begins; it goes on until the best rate has worse neighbors.
 BEGIN = {LORA: 1e-3, RANDOM: 1e-2, FROZEN: 1e-2, TRAINABLE: 3e-3}
 
 

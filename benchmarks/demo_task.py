@@ -58,7 +58,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of one method; times in seconds."""
+    """Result of one method; times in seconds."""
 
     method: str
     trainable: int

@@ -56,7 +56,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done."""
+    """Number of steps and examples of a run."""
 
     steps: int
     batch: int

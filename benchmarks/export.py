@@ -1,10 +1,10 @@
-"""Writing an adapter in the form that all servers read, beside PEFT's own files.
+"""Time of `export_lora` beside PEFT's `save_pretrained`.
 
     python -m benchmarks.export [--quick]
 
 LoRA of rank 32 on all 210 linear layers of SmolLM2-135M's blocks, started from projections; two
-threads, in turns. `ipa_hf.export_lora` folds scalings and pads ranks; PEFT's `save_pretrained`
-writes what it has. The floor is one plain write of the adapter's numbers to the same folder.
+threads, interleaved. `ipa_hf.export_lora` folds scalings and pads ranks; `save_pretrained` writes
+the weights unchanged. The floor is one plain write of the adapter's numbers to the same folder.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import ipa_hf
 from benchmarks import assets, record
-from benchmarks.timing import in_turns, medians, ratio
+from benchmarks.timing import interleaved, medians, ratio
 from benchmarks.torch_learning import PACKAGES, THREADS, blocks
 from ipa_torch import select_layers
 
@@ -46,7 +46,7 @@ def numbers(model: PeftModel) -> bytes:
 
 def measure(model: PeftModel, folder: Path, repeats: int) -> dict[str, Any]:
     content, plain = numbers(model), folder / "plain"
-    times = in_turns(
+    times = interleaved(
         {
             "ours": lambda: ipa_hf.export_lora(model, folder / "ours"),
             "PEFT": lambda: model.save_pretrained(str(folder / "peft")),

@@ -1,4 +1,4 @@
-"""What the machine itself reaches, and the time below which nothing on it can fall.
+"""Speed of the machine, and lower bounds of times that follow from it.
 
 A figure's floor is the time of the operations and bytes that cannot be left out, at the speed of a
 large matrix product and of a large copy, both measured in the same run.
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.timing import in_turns
+from benchmarks.timing import interleaved
 from ipa_core import Projector, RandomizedSVD
 
 
@@ -36,7 +36,7 @@ def machine(
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = in_turns({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 7)
+    times = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 7)
     return Machine(2 * size**3 / min(times["product"]), 2 * copied / min(times["copy"]))
 
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floor, record
 from benchmarks.memory import peak_bytes
-from benchmarks.timing import Action, in_turns, medians, ratio
+from benchmarks.timing import Action, interleaved, medians, ratio
 from benchmarks.torch_peers import Late, Loader
 from ipa_core import IncrementalPCA, Learner, RandomizedSVD
 from ipa_torch import attach, fit_projectors, select_layers
@@ -65,7 +65,7 @@ def learners(features: int, rows: int, batches: int, machine: floor.Machine) -> 
         for library, data in libraries.items()
         for make in (RandomizedSVD, IncrementalPCA)
     }
-    times = in_turns(actions, 3)
+    times = interleaved(actions, 3)
     entries = batches * rows * features
     least = machine.seconds(floor.two_products(RANK, entries), 4 * entries)
     figures: dict[str, Any] = {
@@ -132,7 +132,7 @@ def learning(
                 body(**batch)
 
     learn = partial(fit_projectors, body, batches, rank, targets=targets, progress=False)
-    times = in_turns({"bare": bare, "learning": learn}, 3)
+    times = interleaved({"bare": bare, "learning": learn}, 3)
     seconds = medians(times)
     projectors = learn()
     least = wide.seconds(floor.two_products(rank, floor.entries(projectors)))
@@ -197,9 +197,9 @@ def lost(body: nn.Module, found: Mapping[str, torch.Tensor], batch: Any) -> floa
 def training(
     model: nn.Module, batch: Any, rank: int, machine: floor.Machine
 ) -> dict[str, dict[str, Any]]:
-    """Compare a training step, frozen and shared projections against LoRA and DoRA, in turns.
+    """Compare a training step, frozen and shared projections against LoRA and DoRA, interleaved.
 
-    Peaks are above what stays between two steps: weights, adapters, states of the optimiser.
+    Peaks are above what stays between two steps: weights, adapters, states of the optimizer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -216,7 +216,7 @@ def training(
     with FlopCounterMode(display=False) as counter:
         steps["ipa"]()
     least = machine.seconds(counter.get_total_flops())
-    times = in_turns(steps, 5)
+    times = interleaved(steps, 5)
     figures: dict[str, dict[str, Any]] = {
         name: {"seconds": taken, "peak_bytes": peak_bytes(steps[name])}
         for name, taken in medians(times).items()
@@ -231,12 +231,12 @@ def training(
 
 def stepper(model: nn.Module, batch: Any) -> Action:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step() -> None:
         model(**batch, labels=batch["input_ids"]).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()  # at the end: gradients belong to the peak of their own step
+        optimizer.step()
+        optimizer.zero_grad()  # at the end: gradients belong to the peak of their own step
 
     return step
 

@@ -1,4 +1,4 @@
-"""How the cost of learning grows with rows, features, rank and layers.
+"""Growth of the cost of learning with rows, features, rank and layers.
 
     python -m benchmarks.growth [--quick]
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import record
 from benchmarks.learners import decaying
-from benchmarks.timing import Action, in_turns, medians
+from benchmarks.timing import Action, interleaved, medians
 from ipa_core import RandomizedSVD
 from ipa_torch import fit_projectors
 
@@ -64,7 +64,7 @@ def cases(quick: bool) -> dict[str, dict[int, Action]]:
 
 
 def measure(sizes: dict[int, Action], repeats: int) -> Growth:
-    times = medians(in_turns({str(size): action for size, action in sizes.items()}, repeats))
+    times = medians(interleaved({str(size): action for size, action in sizes.items()}, repeats))
     logs = [(math.log(int(size)), math.log(value)) for size, value in times.items()]
     slope, _ = np.polyfit(*zip(*logs, strict=True), 1)
     return {"seconds": times, "slope": float(slope)}

@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass, and what an action needs at its peak."""
+"""Memory saved for the backward pass, and peak memory of an action."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a batch costs the default learner and its peers, and how well each learns.
+"""Time of a batch and excess error: the default learner beside its peers.
 
     python -m benchmarks.peers [--quick]
 

@@ -175,7 +175,7 @@ def data(folder: Path, count: int) -> list[Path]:
 
 
 def measure(paths: list[Path], rank: int, rounds: int) -> dict[str, Any]:
-    """Read, multiply and learn in turns; the ratio is that of medians."""
+    """Read, multiply and learn, interleaved; the ratio is that of medians."""
     bare = partial(products, width=rank + RandomizedSVD(rank).oversample)
     clocks: dict[str, list[Clock]] = {"read": [], "two_products": [], "learning": []}
     for _ in range(rounds):

@@ -2,10 +2,10 @@
 
     python -m benchmarks.scaling_kills [--quick]
 
-Each run that is killed is started again, until it is through; its result is then held against that
-of a run that nobody disturbed, to the bit (on Dask to rounding, with exact covariance). Whatever is
-on disk after a kill is read and checked. A kill that is not over in five minutes ends the benchmark
-with the stacks of all threads.
+Each killed run is started again until it completes; its result must then equal that of an
+uninterrupted run bit by bit (on Dask up to rounding, with exact covariance). All files on disk are
+read and checked after a kill. A repetition of more than five minutes ends the benchmark with the
+stacks of all threads.
 """
 
 import argparse
@@ -142,8 +142,8 @@ def workers(kills: int) -> list[dict[str, Any]]:
         assert ours.samples == len(x) and 1 - inside < 1e-9
         found.append({"seconds": round(seconds, 3), "had_ended": over, "done_after": whole})
         print("dask", found[-1], flush=True)
-        # Closed too early, a cluster waits for ever for a killed worker's successor, which looks
-        # for a scheduler that is gone.
+        # A cluster that is closed too early waits without end for the replacement of the killed
+        # worker, which looks for a scheduler that is gone.
         client.wait_for_workers(2, timeout=60)
         client.close()
         cluster.close(timeout=60)

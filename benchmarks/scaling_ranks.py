@@ -1,4 +1,4 @@
-"""What 1, 2 and 4 processes learn together over MiniLM, and what they send each other.
+"""Results and traffic of 1, 2 and 4 processes that learn over MiniLM together.
 
     python -m benchmarks.scaling_ranks [--quick]
 
@@ -38,14 +38,14 @@ class Meter:
         self._names = ["send", "broadcast", "all_gather", "all_reduce"]
 
     def __enter__(self) -> "Meter":
-        self._plain = {name: getattr(distributed, name) for name in self._names}
+        self._originals = {name: getattr(distributed, name) for name in self._names}
         for name in self._names:
-            setattr(distributed, name, self._counting(name, self._plain[name]))
+            setattr(distributed, name, self._counting(name, self._originals[name]))
         return self
 
     def __exit__(self, *_: object) -> None:
         for name in self._names:
-            setattr(distributed, name, self._plain[name])
+            setattr(distributed, name, self._originals[name])
 
     def _counting(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         me, others = distributed.get_rank(), distributed.get_world_size() - 1
@@ -98,7 +98,7 @@ def gather(model: nn.Module, batches: list[Any]) -> tuple[int, float, int]:
 
 
 def work(folder: Path, count: int) -> None:
-    """What one process does."""
+    """Learn in one process and write its result and traffic to the folder."""
     distributed.init_process_group("gloo")
     rank, size = distributed.get_rank(), distributed.get_world_size()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""One table of all results, floors and targets: python -m benchmarks.summary [--quick]."""
+"""Table of all results, floors and targets: python -m benchmarks.summary [--quick]."""
 
 import argparse
 import json

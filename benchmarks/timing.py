@@ -1,4 +1,4 @@
-"""Seconds of actions, taken in turns, so that whatever else the machine does falls on all."""
+"""Interleaved timing of actions, so that other load on the machine affects all of them."""
 
 import statistics
 import time
@@ -18,8 +18,8 @@ def seconds(action: Action) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(actions: Mapping[str, Action], count: int) -> dict[str, list[float]]:
-    """Return ``count`` times of each; a round before them warms up."""
+def interleaved(actions: Mapping[str, Action], count: int) -> dict[str, list[float]]:
+    """Return ``count`` times of each action, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(count + 1):
         for name, action in actions.items():
@@ -29,9 +29,9 @@ def in_turns(actions: Mapping[str, Action], count: int) -> dict[str, list[float]
     return times
 
 
-def ratio(times: Mapping[str, list[float]], one: str, other: str) -> float:
-    """Return the median, over turns, of one's time over the other's."""
-    pairs = zip(times[one], times[other], strict=True)
+def ratio(times: Mapping[str, list[float]], action: str, other: str) -> float:
+    """Return the median, over rounds, of the ratio of two actions' times."""
+    pairs = zip(times[action], times[other], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 

@@ -35,7 +35,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a model."""
+    """Result of the check of a model."""
 
     model: str
     layers: int
@@ -50,7 +50,7 @@ class Found:
 
     @property
     def works(self) -> bool:
-        """Whether adapters change nothing at first, something when trained, and merge exactly."""
+        """True if outputs start unchanged, every B has an effect, and merging is exact."""
         return (
             self.layers > 0
             and not self.error
@@ -61,7 +61,7 @@ class Found:
 
     @property
     def verdict(self) -> str:
-        """One word."""
+        """Verdict in one word."""
         if self.works:
             return "works"
         return "refused" if not self.layers and self.missing and not self.error else "FAILS"
@@ -121,7 +121,7 @@ def check(
         return Found(name, 0, missing)
     begun = _difference(_outputs(model, x), base)
     silent = _without_gradient(model, x)
-    _randomise(model)
+    _randomize(model)
     adapted = _outputs(model, x)
     ipa_timm.merge_and_unload(model)
     merged = _outputs(model, x)
@@ -148,7 +148,7 @@ def _adapted(model: nn.Module, x: torch.Tensor) -> LayerProjectors:
         return LayerProjectors({}, missing={"all": str(error)})
 
 
-def _randomise(model: nn.Module) -> None:
+def _randomize(model: nn.Module) -> None:
     """Give B, and the head, some trained values."""
     generator = torch.Generator().manual_seed(2)
     for _, layer in adapter_layers(model):

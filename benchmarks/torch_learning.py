@@ -1,4 +1,4 @@
-"""What learning costs beside bare forward passes.
+"""Cost of learning beside bare forward passes.
 
     python -m benchmarks.torch_learning [--quick]
 

@@ -4,7 +4,7 @@
 
 MiniLM, all linear layers of the encoder, rank 16, 512 movie reviews, two threads, default settings
 of all. Batches of 32, but for CorDA, which takes one text at a time. Each runs in a fresh process,
-in turns. Peak memory is what it adds to that of the model. Excess is the reconstruction error of
+interleaved. Peak memory is what it adds to that of the model. Excess is the reconstruction error of
 the inputs from the rows of A, over the optimum, minus one; CorDA seeks another A, the one that
 keeps most of W x.
 """

@@ -1,11 +1,12 @@
-"""What a training step and a forward pass cost with frozen, shared projections, beside PEFT.
+"""Time and memory of training steps and forward passes with shared projections, beside PEFT.
 
     python -m benchmarks.torch_training [--quick]
 
 MiniLM in float32 and in bfloat16 with a linear head, rank 16 on all linear layers of the encoder,
-the same batch of 32 reviews, against PEFT's LoRA and DoRA, unmerged. All take turns, so that
-whatever else the machine does falls on all. The floor has the operations of all matrix products at
-the speed of a large one; of memory, what a gradient through the frozen model keeps, and P x.
+the same batch of 32 reviews, against PEFT's LoRA and DoRA, unmerged. Runs are interleaved,
+so that other load on the machine affects all of them. The floor has the operations of all matrix
+products at the speed of a large one; of memory, what a gradient through the frozen model keeps, and
+P x.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import floor, record
 from benchmarks.floor import Machine
 from benchmarks.memory import saved_for_backward
-from benchmarks.timing import Action, in_turns, medians, ratio
+from benchmarks.timing import Action, interleaved, medians, ratio
 from benchmarks.torch_learning import PACKAGES, RANK, THREADS, cut, linear, load
 from ipa_torch import LayerProjectors, attach, detach, fit_projectors, merge
 
@@ -37,12 +38,12 @@ class Classifier(nn.Module):
 def stepper(model: nn.Module, batch: Any) -> Action:
     labels = torch.arange(batch["input_ids"].shape[0]) % 2
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(**batch), labels).backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 
@@ -93,7 +94,7 @@ def compare(
         model.train().head.requires_grad_(True)
 
     least = {"step": operations(stepper(ipa, batches[0]))}
-    steps = in_turns({name: stepper(m, batches[0]) for name, m in models.items()}, repeats)
+    steps = interleaved({name: stepper(m, batches[0]) for name, m in models.items()}, repeats)
     memory = {
         name: saved_for_backward(model, partial(model, **batches[0]))[1]
         for name, model in models.items()
@@ -101,7 +102,7 @@ def compare(
     for model in models.values():
         model.eval()
     least["forward"] = operations(runner(ipa, batches[0]))
-    forwards = in_turns({name: runner(m, batches[0]) for name, m in models.items()}, repeats)
+    forwards = interleaved({name: runner(m, batches[0]) for name, m in models.items()}, repeats)
     with torch.no_grad():
         before = ipa(**batches[1])
         merge(ipa.body)

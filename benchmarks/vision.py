@@ -1,4 +1,4 @@
-"""Makes timm importable here: its packages lie in a folder of their own beside the environment's.
+"""Import path of timm, which is installed in a separate folder.
 
 timm needs torchvision, whose wheels on the package index have operators that look for CUDA. Beside
 a CPU build of torch they do not load, and take timm and transformers with them; two operators that

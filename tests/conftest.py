@@ -1,4 +1,4 @@
-"""How Hypothesis searches: the same examples everywhere by default, new ones on request."""
+"""Profiles of Hypothesis: the same examples everywhere by default, new ones on request."""
 
 from hypothesis import HealthCheck, settings
 

@@ -1,4 +1,4 @@
-"""What is shipped, and which package may import which."""
+"""Contents of the distributions, and permitted imports between packages."""
 
 import ast
 import subprocess

@@ -1,1 +1,1 @@
-"""Whether a learned projection helps: methods, tasks, training, statistics."""
+"""Comparison of initializations of A: methods, tasks, training, statistics."""

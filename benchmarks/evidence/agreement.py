@@ -1,16 +1,16 @@
-"""Whether an accuracy that was measured again agrees with the committed one."""
+"""Agreement of a repeated accuracy with the committed one."""
 
 
-def agrees(name: str, found: float, committed: float, tested: int) -> bool:
-    """Print both and return whether they are within one standard error.
+def agrees(name: str, accuracy: float, committed: float, tested: int) -> bool:
+    """Print both accuracies and return whether they are within one standard error.
 
-    It is the error of an accuracy on `tested` examples. On the machine of the table results are the
-    same to the digit; elsewhere matrix products round differently.
+    The standard error is that of an accuracy on `tested` examples. On the machine of the table
+    results are identical; on other machines matrix products round differently.
     """
     error = (committed * (1 - committed) / tested) ** 0.5
-    close = abs(found - committed) <= error
+    close = abs(accuracy - committed) <= error
     print(
-        f"{name}: {100 * found:.1f} %, committed {100 * committed:.1f} ± {100 * error:.1f} %, "
+        f"{name}: {100 * accuracy:.1f} %, committed {100 * committed:.1f} ± {100 * error:.1f} %, "
         f"{'agrees' if close else 'DIFFERS'}",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Cells of a table: one method, one seed, one learning rate; kept as lines of JSON.
+"""Cells of a table, each of one method, seed and learning rate, as lines of JSON.
 
 A line is written when its cell has ended, so a run that is stopped goes on where it was. Before the
 cells of a run stands a line with its command, machine, versions and date.
@@ -20,9 +20,9 @@ TUNING = 100
 
 @dataclass(frozen=True)
 class Cell:
-    """What a run is determined by, and what came of it.
+    """Settings and result of one run.
 
-    `test` is None while a learning rate is being chosen: only validation data is looked at.
+    `test` is None for runs that select a learning rate, which use validation data only.
     """
 
     study: str
@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What no two cells have in common."""
+        """Unique key of the cell."""
         settings = self.rank, self.steps, self.learn_from
         return self.study, self.task, self.method, *settings, self.seed, self.rate
 

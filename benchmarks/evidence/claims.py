@@ -21,7 +21,7 @@ MARGIN = 1.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method against another, better or equal."""
+    """Claim that a method is better than another, or equal to it."""
 
     claim: str
     method: str

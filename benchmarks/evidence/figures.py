@@ -22,7 +22,7 @@ from benchmarks.evidence.methods import COMPARED  # noqa: E402
 from benchmarks.evidence.statistics import mean_and_deviation, of_method  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs" / "figures"
-COLOURS = {
+COLORS = {
     "LoRA": "#0072b2",
     "IPA, frozen": "#e69f00",
     "IPA, trainable": "#009e73",
@@ -79,12 +79,12 @@ def methods(cells: Sequence[Cell]) -> Figure:
             if not values:
                 continue
             trained = COMPARED[name].trainable
-            colour = "#0072b2" if trained else "#e69f00"
-            place.plot(values, [height] * len(values), ".", color=colour, alpha=0.4)
+            color = "#0072b2" if trained else "#e69f00"
+            place.plot(values, [height] * len(values), ".", color=color, alpha=0.4)
             mean, deviation = mean_and_deviation(values)
             error = deviation / len(values) ** 0.5
             mark = "o" if trained else "s"
-            place.errorbar(mean, height, xerr=error, fmt=mark, color=colour, capsize=3)
+            place.errorbar(mean, height, xerr=error, fmt=mark, color=color, capsize=3)
         lora = [cell.accuracy for cell in of_method(of_task, "LoRA")]
         if lora:
             place.axvline(mean_and_deviation(lora)[0], color="0.7", linewidth=0.8, zorder=0)
@@ -126,13 +126,13 @@ def likeness(found: dict[str, Any]) -> Figure:
 
 
 def before_and_after(found: dict[str, Any]) -> Figure:
-    """Draw how alike A and A x are before and after fine-tuning: the paper's figure 5."""
+    """Draw the similarity of A and of A x before and after fine-tuning: the paper's figure 5."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for place, (key, title) in zip(
         axes,
         {
             "a_before_and_after": "cosine of A",
-            "features_before_and_after": "likeness of A x (linear CKA)",
+            "features_before_and_after": "similarity of A x (linear CKA)",
         }.items(),
         strict=True,
     ):
@@ -146,7 +146,7 @@ def before_and_after(found: dict[str, Any]) -> Figure:
 
 
 def _curves(place: Axes, cells: Sequence[Cell], varied: str, title: str) -> None:
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         steps = sorted({getattr(c, varied) for c in of_method(cells, name)})
         if len(steps) < 2:
             continue
@@ -158,7 +158,7 @@ def _curves(place: Axes, cells: Sequence[Cell], varied: str, title: str) -> None
         ]
         means, deviations = zip(*points, strict=True)
         place.errorbar(
-            steps, means, deviations, fmt="o-", color=colour, label=name, capsize=3, markersize=4
+            steps, means, deviations, fmt="o-", color=color, label=name, capsize=3, markersize=4
         )
     place.set(xscale="log", xlabel=title, ylabel="test accuracy (%)")
     if place.has_data():

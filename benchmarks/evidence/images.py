@@ -9,10 +9,10 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.evidence.cutting import TOLERANCE, Batch
-from benchmarks.evidence.labelled import Labelled
+from benchmarks.evidence.labeled import Labeled
 from benchmarks.evidence.task import Example, run
 from benchmarks.vtab.make_sets import SETS
-from benchmarks.vtab.make_sets import Labelled as Rows
+from benchmarks.vtab.make_sets import Labeled as Rows
 from benchmarks.vtab.models import VIT_PIXELS, before, saliency_vit
 from benchmarks.vtab.sets import squared
 from ipa_timm import preprocess
@@ -33,8 +33,8 @@ class Upper(nn.Module):
         return BaseModelOutput(last_hidden_state=self.norm(self.blocks(inputs_embeds)))
 
 
-class ImageTask(Labelled):
-    """One set of images.
+class ImageTask(Labeled):
+    """Classification of a set of images.
 
     Parameters
     ----------

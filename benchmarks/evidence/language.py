@@ -96,21 +96,21 @@ class LanguageTask:
         self.name = name
         folder = folder or smollm2()
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self._whole = transformers.AutoModelForCausalLM.from_pretrained(
+        self._full_model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32
         ).eval()
-        self._whole.requires_grad_(False)
-        blocks = blocks_of(self._whole)[1]
+        self._full_model.requires_grad_(False)
+        blocks = blocks_of(self._full_model)[1]
         self._first = len(blocks) - (adapted or len(blocks))
         self._targets, self._on_prompt = targets, on_prompt
         self._share, self._longest = share, longest
         self._questions = parts
         some = [next(iter(rows)) for rows in parts["train"].values()]
         batch = self._tokens([self._encoded(question, question.right) for question in some])
-        upper = cut(copy.deepcopy(self._whole), self._first, batch)
+        upper = cut(copy.deepcopy(self._full_model), self._first, batch)
         self._body, self._output = upper.base_model, upper.get_output_embeddings()
         self._check(batch)
-        for part in (self._body, self._output, self._whole):
+        for part in (self._body, self._output, self._full_model):
             part.to(dtype)
         self._pool = self._entering(
             [(question, question.right) for rows in parts["train"].values() for question in rows]
@@ -167,7 +167,7 @@ class LanguageTask:
 
     def assembled(self, model: nn.Module) -> nn.Module:
         """Return the whole model with the adapted blocks of `model` in their place."""
-        whole = copy.deepcopy(self._whole)
+        whole = copy.deepcopy(self._full_model)
         blocks = blocks_of(whole)[1]
         for index, block in enumerate(blocks_of(model.body)[1]):
             blocks[self._first + index] = block
@@ -212,7 +212,7 @@ class LanguageTask:
         for start in range(0, len(order), 32):
             places = order[start : start + 32]
             batch = self._tokens([encoded[place] for place in places])
-            hidden = entering(self._whole, batch, self._first)
+            hidden = entering(self._full_model, batch, self._first)
             for place, row, mask in zip(places, hidden, batch["attention_mask"], strict=True):
                 examples[place] = Example(row[mask.bool()].clone(), encoded[place][1])
         return [examples[place] for place in range(len(encoded))]
@@ -241,13 +241,13 @@ class LanguageTask:
     def _check(self, batch: Batch) -> None:
         """Check that decoder and output embedding are all there is."""
         there = batch["attention_mask"].bool()
-        wanted = self._whole(**batch).logits[there]
-        inputs = {**batch, "inputs_embeds": entering(self._whole, batch, self._first)}
+        wanted = self._full_model(**batch).logits[there]
+        inputs = {**batch, "inputs_embeds": entering(self._full_model, batch, self._first)}
         difference = (self._output(run(self._body, inputs))[there] - wanted).abs().max()
         if not difference <= TOLERANCE * wanted.abs().max():
             raise ValueError(
                 "expected logits that are the output embedding of the last hidden states, got "
-                f"others from {type(self._whole).__name__}"
+                f"others from {type(self._full_model).__name__}"
             )
 
 

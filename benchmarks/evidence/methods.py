@@ -12,7 +12,7 @@ from torch import nn
 import ipa_hf
 from benchmarks.evidence.cutting import Batch
 from benchmarks.evidence.projections import KINDS, Sample, target_names
-from benchmarks.evidence.refreshing import Refresh, Turn
+from benchmarks.evidence.refreshing import Refresh, ScheduledRefresh
 from benchmarks.evidence.task import Settings, Task, run, sample
 from ipa_torch import LayerProjectors
 
@@ -86,7 +86,7 @@ BEYOND: dict[str, Method] = {
 }
 #: How P of the inputs is learned and scaled, and from which texts.
 LEARNED: dict[str, Method] = {
-    "IPA centred, frozen": Method("inputs, centred", False),
+    "IPA centered, frozen": Method("inputs, centered", False),
     "IPA padding counted, frozen": Method("inputs, padding counted", False),
     "IPA by IncrementalPCA, frozen": Method("inputs, IncrementalPCA", False),
     "IPA by HebbianRule, frozen": Method("inputs, HebbianRule", False),
@@ -141,12 +141,14 @@ class Adapter:
             )
         return model, cost if self.settings.charged else 0.0
 
-    def turn(self, method: Method, model: nn.Module, seed: int) -> Turn | None:
+    def turn(self, method: Method, model: nn.Module, seed: int) -> ScheduledRefresh | None:
         """Return the refresh that is due in the training of an adapted model, if one is."""
         if method.refresh is None:
             return None
         some = self._batches(method, seed)
-        return Turn(method.refresh, Sample(model, some, self.task.loss, self.settings.rank, seed))
+        return ScheduledRefresh(
+            method.refresh, Sample(model, some, self.task.loss, self.settings.rank, seed)
+        )
 
     def _learn(
         self, model: nn.Module, method: Method, rank: int, seed: int

@@ -32,7 +32,7 @@ Matrices = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """What P is chosen from: the model as it is before adapters, and batches."""
+    """Input of a choice of P: the model without adapters, and batches."""
 
     model: nn.Module
     batches: Sequence[Batch]
@@ -306,7 +306,7 @@ def _wanting_gradients(layers: Mapping[str, nn.Module]) -> Iterator[None]:
 KINDS: dict[str, Kind] = {
     "inputs": Kind(inputs, 1),
     "inputs, spread ranks": Kind(spread, 1),
-    "inputs, centred": Kind(partial(inputs, learner=partial(ExactCovariance, center=True)), 1),
+    "inputs, centered": Kind(partial(inputs, learner=partial(ExactCovariance, center=True)), 1),
     "inputs, padding counted": Kind(partial(inputs, row_weights=None), 1),
     "inputs, IncrementalPCA": Kind(partial(inputs, learner=IncrementalPCA), 1),
     "inputs, HebbianRule": Kind(partial(inputs, learner=HebbianRule), 1),

@@ -1,4 +1,4 @@
-"""One cell of each table of texts, run again and held to the committed value.
+"""Repeat a cell of each table of texts and compare it with the committed value.
 
     python -m benchmarks.evidence.quick
 

@@ -1,4 +1,4 @@
-"""One training of the vision table, run again and held to the committed value.
+"""Repeat a training run of the vision table and compare it with the committed value.
 
     python -m benchmarks.evidence.quick_vision
 

@@ -1,4 +1,4 @@
-"""A frozen P that is chosen anew early in training, with B carried along."""
+"""Recomputation of a frozen P early in training, with B expressed in the new basis."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from ipa_torch import energy_scale
 
 @dataclass(frozen=True)
 class Refresh:
-    """When P is chosen anew, how, and what stays of the old one.
+    """Settings of a recomputation of P.
 
     Parameters
     ----------
@@ -37,8 +37,8 @@ class Refresh:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A refresh that is due in one training; called with the optimizer of it."""
+class ScheduledRefresh:
+    """A refresh in a training run; called with its optimizer."""
 
     refresh: Refresh
     sample: Sample

@@ -1,9 +1,9 @@
-"""How alike adapters are: the analysis of the paper's figures 1 and 5.
+"""Similarity of adapters: the analysis of the paper's figures 1 and 5.
 
     python -m benchmarks.evidence.similarity
 
-Trains LoRA from one common start on several sets of texts, and writes how alike their A, their B
-and their updates B A are, how far A moved, and whether it projects features alike.
+Trains LoRA from one common start on several sets of texts, and writes the similarity of their A,
+their B, their updates B A and their projected features, and the distance that A moved.
 """
 
 import json
@@ -19,7 +19,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from benchmarks import record
-from benchmarks.assets import bigbench, labelled
+from benchmarks.assets import bigbench, labeled
 from benchmarks.classification import quieten
 from benchmarks.evidence import questions
 from benchmarks.evidence.cells import FOLDER, PACKAGES
@@ -53,7 +53,7 @@ class Pair:
 
 
 Pairs = Mapping[str, Pair]
-Likeness = Callable[[Pair, Pair], float]
+Similarity = Callable[[Pair, Pair], float]
 
 
 def pairs_of(model: nn.Module) -> Pairs:
@@ -97,7 +97,7 @@ def of_update(one: Pair, other: Pair) -> float:
 
 
 def of_features(a: torch.Tensor, other: torch.Tensor, moment: torch.Tensor) -> float:
-    r"""Return how alike A x and A' x are up to rotation, over inputs with E[x x^T] = C.
+    r"""Return the similarity of A x and A' x up to rotation, over inputs with E[x x^T] = C.
 
     Linear CKA about the origin:
     :math:`\|A C A'^\top\|^2 / (\|A C A^\top\| \, \|A' C A'^\top\|)`.
@@ -106,11 +106,11 @@ def of_features(a: torch.Tensor, other: torch.Tensor, moment: torch.Tensor) -> f
     return _cosine((a @ moment @ other.T).square().sum(), norms)
 
 
-def matrix(adapters: Sequence[Pairs], likeness: Likeness) -> list[list[float]]:
-    """Return the mean over layers of a likeness, for each two adapters of the same layers."""
+def matrix(adapters: Sequence[Pairs], similarity: Similarity) -> list[list[float]]:
+    """Return the mean over layers of a similarity, for each pair of adapters of the same layers."""
     rows = [[0.0] * len(adapters) for _ in adapters]
     for (i, one), (j, other) in product(enumerate(adapters), repeat=2):
-        rows[i][j] = sum(likeness(one[name], other[name]) for name in one) / len(one)
+        rows[i][j] = sum(similarity(one[name], other[name]) for name in one) / len(one)
     return rows
 
 
@@ -119,9 +119,9 @@ def _cosine(inner: torch.Tensor, norms: torch.Tensor) -> float:
 
 
 def sources() -> dict[str, list[Row]]:
-    """Return sets of labelled texts; of Social IQa, each answer is labelled right or wrong."""
+    """Return sets of labeled texts; of Social IQa, each answer is labeled right or wrong."""
     found = {name: load() for name, load in SOURCES.items()}
-    found |= {name: labelled(examples) for name, examples in bigbench(*BIGBENCH).items()}
+    found |= {name: labeled(examples) for name, examples in bigbench(*BIGBENCH).items()}
     found["social_iqa"] = [
         (f"{question.instruction} {choice}", int(index == question.right))
         for question in questions.social_iqa()

@@ -19,7 +19,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """True if the interval excludes zero."""
         return abs(self.mean) > self.half
 
     def __str__(self) -> str:

@@ -42,7 +42,7 @@ class Study:
 
     def best_rate(self, adapter: Adapter, name: str) -> float:
         """Return the rate that is best on validation data, searched outwards until it has worse
-        neighbours or the grid ends.
+        neighbors or the grid ends.
         """
         tried: dict[int, float] = {}
         seeds = range(TUNING, TUNING + self.tuned_on)

@@ -1,4 +1,4 @@
-"""What every task is to the runner, and batches of about equal length."""
+"""Task protocol of the runner, and batches of similar length."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from benchmarks.evidence.cutting import Batch
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the methods have in common."""
+    """Settings shared by all methods."""
 
     rank: int = 8
     steps: int = 100  # forward and backward passes, those spent on P included
@@ -27,7 +27,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Example:
-    """What enters the adapted part, shape (positions, width), and what is wanted."""
+    """Input of the upper blocks, of shape (positions, width), and its label."""
 
     hidden: torch.Tensor
     label: torch.Tensor  # () for a class, (positions,) for tokens, -100 where none is wanted

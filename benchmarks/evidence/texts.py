@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.assets import adjectives, minilm, movie_reviews, sarcastic_headlines
 from benchmarks.evidence.cutting import Batch, blocks_of, cut, entering
-from benchmarks.evidence.labelled import Labelled
+from benchmarks.evidence.labeled import Labeled
 from benchmarks.evidence.questions import social_iqa
 from benchmarks.evidence.task import Example, run
 
@@ -22,7 +22,7 @@ SOURCES: dict[str, Callable[[], list[Row]]] = {
     "adjectives": adjectives,
 }
 #: Texts that P alone is chosen from: questions about people, beside all the tasks.
-UNLABELLED: dict[str, Callable[[], list[Row]]] = {
+UNLABELED: dict[str, Callable[[], list[Row]]] = {
     "social_iqa": lambda: [(question.instruction, 0) for question in social_iqa()],
 }
 LONGEST = 64  # tokens
@@ -36,8 +36,8 @@ def pooled(body: nn.Module, batch: Batch) -> torch.Tensor:
     return (run(body, batch) * mask).sum(1) / mask.sum(1)
 
 
-class TextTask(Labelled):
-    """One set of texts.
+class TextTask(Labeled):
+    """Classification of a set of texts.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class TextTask(Labelled):
         if name == self.name:
             return self.training(seed)
         if name not in self._others:
-            rows = (SOURCES | UNLABELLED)[name]()
+            rows = (SOURCES | UNLABELED)[name]()
             other = TextTask(
                 name, adapted=self._adapted, rows=rows, folder=self._folder, sizes=OTHERS
             )

@@ -1,4 +1,4 @@
-"""Training one method once, and what it costs."""
+"""Training run of one method, with its cost."""
 
 import time
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.evidence.refreshing import Turn
+from benchmarks.evidence.refreshing import ScheduledRefresh
 from benchmarks.evidence.task import Settings, Task, batches
 from benchmarks.memory import saved_for_backward
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training took: seconds, steps, trained parameters and memory beside the weights."""
+    """Cost of a training run: seconds, steps, trained parameters and memory beside the weights."""
 
     seconds: float
     steps: int
@@ -30,7 +30,7 @@ def train(
     rate: float,
     seed: int,
     spent: float,
-    turn: Turn | None = None,
+    turn: ScheduledRefresh | None = None,
 ) -> Cost:
     """Train the adapters, and the head, for the steps that are left; return the cost.
 
@@ -42,7 +42,7 @@ def train(
         Learning rate of the adapters.
     spent : float
         Steps that choosing P was worth, taken off the budget.
-    turn : Turn, optional
+    turn : ScheduledRefresh, optional
         A refresh of P, when its steps have been trained.
     """
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The cells of the vision table, as those of the others are."""
+"""Cells of the vision table, in the form of the other tables."""
 
 import json
 from collections.abc import Iterator

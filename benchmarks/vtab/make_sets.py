@@ -1,6 +1,6 @@
 """Make sets in the layout of VTAB-1k from packages: python -m benchmarks.vtab.make_sets FOLDER.
 
-They are no members of the benchmark, but small labelled sets that need no download of their own:
+They do not belong to the benchmark, but are small labeled sets that need no separate download:
 CIFAR-10 and MNIST from what packages carry, scikit-learn's digits, and drawn sprites, of which the
 orientation is asked for, as in the benchmark's own dsprites_ori.
 """
@@ -21,19 +21,19 @@ from benchmarks.vtab.sets import TRAIN, VALIDATION
 TEST = 2000
 ORIENTATIONS = 8
 
-Labelled = list[tuple[Image.Image, int]]
+Labeled = list[tuple[Image.Image, int]]
 
 
-def cifar10() -> Labelled:
+def cifar10() -> Labeled:
     return [(Image.open(io.BytesIO(png)), label) for png, label in assets.cifar10()]
 
 
-def mnist5k() -> Labelled:
+def mnist5k() -> Labeled:
     images, labels = assets.mnist()
     return [(Image.fromarray(one), int(c)) for one, c in zip(images, labels, strict=True)]
 
 
-def digits() -> Labelled:
+def digits() -> Labeled:
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -41,7 +41,7 @@ def digits() -> Labelled:
     return [(Image.fromarray(one), int(c)) for one, c in zip(images, found.target, strict=True)]
 
 
-def sprites_ori() -> Labelled:
+def sprites_ori() -> Labeled:
     """Draw 3,000 figures, each without symmetry, turned into one of 8 directions."""
     rng = np.random.default_rng(0)
     return [_sprite(rng, number % ORIENTATIONS) for number in range(TRAIN + VALIDATION + TEST)]
@@ -70,7 +70,7 @@ def _sprite(rng: np.random.Generator, label: int) -> tuple[Image.Image, int]:
     return image, label
 
 
-SETS: dict[str, Callable[[], Labelled]] = {
+SETS: dict[str, Callable[[], Labeled]] = {
     "cifar10": cifar10,
     "digits": digits,
     "mnist5k": mnist5k,
@@ -78,14 +78,14 @@ SETS: dict[str, Callable[[], Labelled]] = {
 }
 
 
-def write(folder: Path, labelled: Labelled, seed: int = 0) -> None:
+def write(folder: Path, labeled: Labeled, seed: int = 0) -> None:
     """Write images and lists: 1,000 drawn at random to learn from, and up to 2,000 to test on."""
-    order = np.random.default_rng(seed).permutation(len(labelled))
+    order = np.random.default_rng(seed).permutation(len(labeled))
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     lines = []
     for place in order[: TRAIN + VALIDATION + TEST]:
-        image, label = labelled[place]
+        image, label = labeled[place]
         image.save(images / f"{place:05d}.png")
         lines.append(f"images/{place:05d}.png {label}\n")
     (folder / "test.txt").write_text("".join(lines[TRAIN + VALIDATION :]))
@@ -99,11 +99,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     data = parser.parse_args().folder
     failed = 0
-    for name, labelled in SETS.items():
+    for name, labeled in SETS.items():
         if (data / name / "train800val200.txt").is_file():
             continue
         try:
-            write(data / name, labelled())
+            write(data / name, labeled())
             print(f"{name}: made")
         except assets.AssetError as error:
             print(f"{name}: left out, {error}")

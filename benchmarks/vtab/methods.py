@@ -1,4 +1,4 @@
-"""What is compared: where A comes from, and what is trained."""
+"""Compared methods: initialization of A, and trained parameters."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,4 +1,4 @@
-"""Backbones with real weights, cut in two: what stays frozen is computed once for each image."""
+"""Backbones with real weights, split so that frozen blocks run once per image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -69,7 +69,7 @@ class VtabSet:
 
     @property
     def classes(self) -> int:
-        """How many there are, by the labels of training, validation and test."""
+        """Number of classes, by the labels of training, validation and test."""
         parts = (self.train, self.validation, self.test)
         return 1 + max(int(part.labels.max()) for part in parts)
 

@@ -1,4 +1,4 @@
-"""One table of all cells: python -m benchmarks.vtab.table [RESULTS]."""
+"""Table of all cells: python -m benchmarks.vtab.table [RESULTS]."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One cell of the table: a method on a set, its learning rate and epochs chosen on validation."""
+"""Training of a cell of the table, with learning rate and epochs chosen on validation data."""
 
 import copy
 import time
@@ -30,7 +30,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: how it was made, and the best of its epochs on validation."""
+    """Settings of a training run, and its best epoch on validation data."""
 
     seed: int
     rate: float
@@ -76,8 +76,8 @@ class Cell:
             "layers": len(self.projections),
             "test_images": len(self.data.test),
             "settings": asdict(self.settings),
-            "sweep": [_plain(run) for run in swept],
-            "runs": [_plain(run) | {"test": test} for run, test in zip(runs, tests, strict=True)],
+            "sweep": [_as_dict(run) for run in swept],
+            "runs": [_as_dict(run) | {"test": test} for run, test in zip(runs, tests, strict=True)],
         }
 
     def _model(self, method: str, seed: int) -> nn.Module:
@@ -93,21 +93,21 @@ class Cell:
         began = time.perf_counter()
         model = self._model(method, seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         x, labels = self.train
         size = self.settings.batch_size
         steps = self.settings.epochs * -(-len(labels) // size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, rate, steps, pct_start=self.settings.warm_up, cycle_momentum=False
+            optimizer, rate, steps, pct_start=self.settings.warm_up, cycle_momentum=False
         )
         order = torch.Generator().manual_seed(seed)
         best: Run | None = None
         for epoch in range(self.settings.epochs):
             for chosen in torch.randperm(len(labels), generator=order).split(size):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 outputs = after(model, x[chosen], self.backbone.first)
                 nn.functional.cross_entropy(outputs, labels[chosen]).backward()
-                optimiser.step()
+                optimizer.step()
                 schedule.step()
             accuracy, loss = self._validated(model)
             seconds = time.perf_counter() - began
@@ -164,5 +164,5 @@ def _trained(model: nn.Module) -> State:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def _plain(run: Run) -> dict[str, object]:
+def _as_dict(run: Run) -> dict[str, object]:
     return {key: value for key, value in vars(run).items() if key != "state"}

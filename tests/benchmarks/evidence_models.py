@@ -68,7 +68,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def rows(count: int) -> list[tuple[str, int]]:
-    """Return different texts, labelled by whether their one telling word is a good one."""
+    """Return different texts, labeled by whether their one telling word is a good one."""
     generator = torch.Generator().manual_seed(0)
 
     def words(source: tuple[str, ...], number: int) -> list[str]:

@@ -24,8 +24,8 @@ def index(tmp_path, monkeypatch):
     return folder
 
 
-def publish(index: Path, members: dict[str, str]) -> Package:
-    """Put a wheel with these members into the index."""
+def publish(index: Path, files: dict[str, str]) -> Package:
+    """Put a wheel with these files into the index."""
     path = index / "toy-1.0-py3-none-any.whl"
     metadata = {
         "toy-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n",
@@ -33,7 +33,7 @@ def publish(index: Path, members: dict[str, str]) -> Package:
         "toy-1.0.dist-info/RECORD": "",
     }
     with zipfile.ZipFile(path, "w") as wheel:
-        for name, text in (members | metadata).items():
+        for name, text in (files | metadata).items():
             wheel.writestr(name, text)
     return Package("toy", "1.0", path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -134,7 +134,7 @@ def test_tasks_of_bigbench(tmp_path, monkeypatch):
             tar.add(file, f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json")
     monkeypatch.setattr(assets, "fetch", lambda package: path)
     found = assets.bigbench("toys/one")
-    assert {name: assets.labelled(some) for name, some in found.items()} == {
+    assert {name: assets.labeled(some) for name, some in found.items()} == {
         "toys/one": [("so? 0", 0), ("so? 1", 1)]
     }
     with pytest.raises(AssetError, match=r"expected the tasks \['other', 'toy'\] .* got \['toy'\]"):

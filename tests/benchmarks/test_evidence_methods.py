@@ -195,7 +195,7 @@ def test_joined_keeps_the_first_rows():
 
 @pytest.mark.parametrize("kept", [0.0, 0.5])
 def test_refresh_changes_p_and_carries_b(kept, task, adapter):
-    """What of B A lies in the new span is as before, and the directions used most are in it."""
+    """B A is unchanged within the new span, which contains the directions used most."""
     method = Method(trainable=False, refresh=Refresh("damped gradient", after=0, kept=kept))
     model, spent = adapter(method, seed=0)
     assert spent == 3

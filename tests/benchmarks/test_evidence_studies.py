@@ -182,7 +182,7 @@ def test_methods_are_grouped():
         *cells("LoRA", [0.80, 0.82]),
         *cells("random A, frozen", [0.7, 0.8]),
         *cells("natural gradient, frozen", [0.8, 0.9]),
-        *cells("IPA centred, frozen", [0.6, 0.7]),
+        *cells("IPA centered, frozen", [0.6, 0.7]),
     ]
     found = tables(some)
     assert set(found) == {"toy", "toy_beyond", "toy_learned"}

@@ -35,7 +35,7 @@ def language(tmp_path_factory):
     return folder, made, asked[50:]
 
 
-def test_upper_part_of_an_encoder_gives_what_the_whole_gives(texts):
+def test_upper_part_of_an_encoder_gives_what_the_full_model_gives(texts):
     folder, task = texts
     whole = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -84,7 +84,7 @@ def test_sample_takes_each_example_once(texts):
     assert sum(len(batch["labels"]) for batch in sample(examples, 16, 1000, 0)) == len(examples)
 
 
-def test_answers_are_scored_as_the_whole_model_scores_them(language):
+def test_answers_are_scored_as_the_full_model_model_scores_them(language):
     folder, task, asked = language
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -109,10 +109,10 @@ def test_assembled_model_is_the_adapted_one(language):
     whole = task.assembled(model)
     question = asked[0]
     ids = task._tokenizer(question.prompt, return_tensors="pt")["input_ids"]
-    hidden = entering(task._whole, {"input_ids": ids}, task._first)
+    hidden = entering(task._full_model, {"input_ids": ids}, task._first)
     with torch.no_grad():
         body = model.body(inputs_embeds=hidden).last_hidden_state
-        expected, before = model.output(body), task._whole(ids).logits
+        expected, before = model.output(body), task._full_model(ids).logits
         torch.testing.assert_close(whole(ids).logits, expected)
     assert (expected - before).abs().max() > 1e-3
     found = task.accuracy_by_generation(model, "test", beams=2, new_tokens=3)

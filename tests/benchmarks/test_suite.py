@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks import gpu, growth, record, summary
 from benchmarks.floor import Machine, entries, two_products
-from benchmarks.timing import in_turns, ratio
+from benchmarks.timing import interleaved, ratio
 from ipa_torch import fit_projectors
 
 
@@ -30,7 +30,7 @@ def test_floor_counts_shared_inputs_once():
 
 def test_turns_begin_with_one_that_does_not_count():
     calls = []
-    times = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b"] * 3
     assert [len(values) for values in times.values()] == [2, 2]
     assert ratio({"a": [1, 4, 9], "b": [1, 2, 3]}, "a", "b") == 2

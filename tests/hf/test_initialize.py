@@ -120,7 +120,7 @@ class TestScaling:
         model = built("llama", batches, lora=config(use_rslora=True))
         assert all(x.scaling["default"] == 8 / math.sqrt(4) for x in layers_of(model).values())
 
-    def test_centred_learning_counts_the_means_share(self, batches):
+    def test_centered_learning_counts_the_means_share(self, batches):
         model = built("llama", batches, learner=partial(ExactCovariance, center=True))
         assert all(x.lora_A["default"].weight.isfinite().all() for x in layers_of(model).values())
 

@@ -28,8 +28,8 @@ class Classifier(nn.Module):
         return self.head(self.features(self.body, batch))
 
 
-class Labelled:
-    """What enters upper blocks, with labels. Test and validation are fixed, training rows vary.
+class Labeled:
+    """Classification task: inputs of the upper blocks, with labels. Training rows vary by seed.
 
     Parameters
     ----------
