@@ -97,8 +97,8 @@ def _learn(source: Any | Shards, learner: Learner) -> Projector:
     while len(learners) > 1:
         pairs = [learners[start : start + 2] for start in range(0, len(learners), 2)]
         learners = [_merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-    (whole,) = compute(*learners)  # type: ignore[no-untyped-call]
-    projector: Projector = whole.finalize()
+    (merged,) = compute(*learners)  # type: ignore[no-untyped-call]
+    projector: Projector = merged.finalize()
     return projector
 
 

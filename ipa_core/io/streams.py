@@ -32,8 +32,8 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     ----------
     stream : array, iterable or path
         An array of shape (..., features), memory-mapped or not, of the array API or with
-        ``__dlpack__``; a sparse matrix or array of SciPy, of which 8 MB (float32) at a time are made
-        dense; an iterable (list, generator, ``DataLoader``) of such arrays, of pairs
+        ``__dlpack__``; a sparse matrix or array of SciPy, made dense in blocks of 8 MB (float32);
+        an iterable (list, generator, ``DataLoader``) of such arrays, of pairs
         (batch, weights) or of paths; a ``.npy`` file, a ``.safetensors`` file (each tensor a
         batch), a ``.zarr`` array, or a folder of them, read in the order of their names, at most
         8,192 rows at a time.

@@ -21,8 +21,9 @@ from ipa_core._array import (
 class Rows:
     """Rows ``x`` (n, features) and ``weights`` (n,) or None for ones.
 
-    ``squares`` |x_i|^2 (n,) and ``host_weights``, a copy of the weights, are on the host in float64:
-    their sums decide what is done next, and one transfer of n numbers is cheaper than many of one.
+    ``squares`` |x_i|^2 (n,) and ``host_weights``, a copy of the weights, are on the host in
+    float64: their sums decide the next step, and a transfer of n numbers is cheaper than n
+    transfers.
     """
 
     x: Array

@@ -27,7 +27,7 @@ from ipa_core.projector import Projector
 
 @dataclass(frozen=True)
 class Guarantee:
-    """How far a learner's reconstruction error may lie above the optimum.
+    """Guarantee on the excess of a learner's reconstruction error over the optimum.
 
     Parameters
     ----------
@@ -413,9 +413,9 @@ class Learner(ABC):
         """Cut rows into blocks of the fixed size, whole ones as views; the rest waits."""
         new = chunks.parts[-1]
         self.samples += new.count
-        if whole := self._whole_rows(chunks.count):
-            self._absorb_chunks(xp, chunks.cut(0, whole))
-            self._pending = tuple(rest.copy(xp) for rest in chunks.cut(whole, chunks.count).parts)
+        if full := self._whole_rows(chunks.count):
+            self._absorb_chunks(xp, chunks.cut(0, full))
+            self._pending = tuple(rest.copy(xp) for rest in chunks.cut(full, chunks.count).parts)
         elif new.count:
             self._pending = (*chunks.parts[:-1], new.copy(xp))
 
@@ -445,7 +445,7 @@ class Learner(ABC):
 
         The scatter of two groups about their common mean is the sum of the scatters about their
         own means and of W w / (W + w) times the outer square of the difference of the means: one
-        row, after which no algorithm needs to know of centring.
+        row, after which no algorithm needs to handle centering.
         """
         # About its first row the block is small, whatever the mean: no digits cancel.
         pilot = rows.x[0, :]

@@ -37,7 +37,7 @@ _NOVEL = 2.0
 
 @dataclass(frozen=True)
 class PendingSketch:
-    """What a basis sees of rows, in their pieces; the squared lengths are on their way."""
+    """Projections of row pieces onto a basis; their squared norms are being copied to the host."""
 
     seen: tuple[Array, ...]
     squares: tuple[Callable[[], HostArray], ...]
@@ -142,7 +142,7 @@ class RandomizedSVD(Learner):
 
     @cached_property
     def _whole_moment(self) -> bool:
-        """Whether X^T X takes no more operations than X O and X^T (X O)."""
+        """True if X^T X takes no more operations than X O and X^T (X O)."""
         return int(self._template.shape[1]) <= 2 * self._width
 
     @property

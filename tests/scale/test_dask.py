@@ -49,8 +49,8 @@ def cluster():
     )
     with distributed.Client(cluster) as client:
         yield client
-        # Closed too early, a cluster waits for ever for a killed worker's successor, which looks
-        # for a scheduler that is gone.
+        # A cluster that is closed too early waits without end for the replacement of the killed
+        # worker, which looks for a scheduler that is gone.
         client.wait_for_workers(3, timeout=60)
     cluster.close(timeout=60)
 
@@ -184,7 +184,7 @@ def test_a_worker_is_killed_on_the_way(cluster, tmp_path):
     thread.start()
     end = time.monotonic() + 120
     while len(list(tmp_path.iterdir())) < 12:
-        assert time.monotonic() < end, "nobody works"
+        assert time.monotonic() < end, "no worker started"
         time.sleep(0.01)
     victim = int(min(tmp_path.iterdir()).name.split("-")[0])
     os.kill(victim, signal.SIGKILL)

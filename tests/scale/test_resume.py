@@ -149,7 +149,7 @@ def test_damaged_checkpoints_are_named_and_never_loaded(tmp_path):
 
 @pytest.mark.slow
 def test_kill_at_any_moment(tmp_path):
-    """Kill -9 a run again and again until it is through; then it is as if nothing had been."""
+    """A run that is killed by -9 until it completes equals an uninterrupted run."""
     rng, done = random.Random(0), tmp_path / "done.safetensors"
     for _ in range(3):
         process = runs.start("learning_run", tmp_path)

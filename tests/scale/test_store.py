@@ -241,7 +241,7 @@ def test_nothing_to_store(tmp_path):
 
 @pytest.mark.slow
 def test_kill_at_any_moment(tmp_path):
-    """Kill -9 a run on its way, three times; then it is as if nothing had been."""
+    """A run that is killed by -9 three times equals an uninterrupted run."""
     folder = tmp_path / "killed"
     for kills in range(3):
         process = runs.start("storing_run", folder)

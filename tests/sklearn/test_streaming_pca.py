@@ -89,7 +89,7 @@ def test_attributes_follow_every_partial_fit(rows):
     pca = StreamingPCA(5).partial_fit(rows[:100])
     first = pca.mean_
     pca.partial_fit(rows[100:])
-    assert "mean_" not in vars(pca)  # nothing is decomposed that nobody asks for
+    assert "mean_" not in vars(pca)  # decomposed on demand only
     np.testing.assert_allclose(pca.mean_, rows.mean(0))
     assert not np.allclose(first, pca.mean_)
     assert not hasattr(pca, "no_such_attribute_")
