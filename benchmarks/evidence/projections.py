@@ -22,7 +22,15 @@ from ipa_core import (
     Projector,
     ReconstructionAutoencoder,
 )
-from ipa_torch import LayerProjectors, fit_gradient_projectors, fit_projectors, select_layers
+from ipa_torch import (
+    DampedGradientSketch,
+    GradientSketch,
+    GradientWeightedInputs,
+    LayerProjectors,
+    fit_gradient_projectors,
+    fit_projectors,
+    select_layers,
+)
 
 #: Directions that `less_inputs` removes, as in the study before.
 COMMON = 8
@@ -92,14 +100,14 @@ def orthonormal(sample: Sample) -> LayerProjectors:
     return LayerProjectors(made)
 
 
-def gradient(sample: Sample, source: str = "gradient") -> LayerProjectors:
-    """Return what `ipa_torch.fit_gradient_projectors` learns from a source."""
+def gradient(sample: Sample, learner: Any = GradientSketch) -> LayerProjectors:
+    """Return what `ipa_torch.fit_gradient_projectors` learns."""
     found = fit_gradient_projectors(
         sample.model,
         sample.batches,
         sample.rank,
         targets=[f"body.{name}" for name in target_names(sample.model)],
-        source=source,
+        learner=learner,
         loss=sample.loss,
     )
     return LayerProjectors({name.removeprefix("body."): p for name, p in found.items()})
@@ -313,13 +321,15 @@ KINDS: dict[str, Kind] = {
     "inputs, autoencoder": Kind(partial(inputs, learner=ReconstructionAutoencoder), 1),
     "orthonormal": Kind(orthonormal, 0),
     "gradient": Kind(gradient, 2),
-    "inputs by gradient norm": Kind(partial(gradient, source="inputs"), 2),
+    "inputs by gradient norm": Kind(partial(gradient, learner=GradientWeightedInputs), 2),
     "gradient less inputs": Kind(less_inputs, 2),
     "damped gradient": Kind(damped, 2),
-    "damped gradient, 32 directions": Kind(partial(gradient, source="damped gradient"), 2),
+    "damped gradient, 32 directions": Kind(partial(gradient, learner=DampedGradientSketch), 2),
     "natural gradient": Kind(natural, 2),
     "half inputs": Kind(with_inputs, 2),
-    "half inputs, 32 directions": Kind(partial(gradient, source="mixed"), 2),
+    "half inputs, 32 directions": Kind(
+        partial(gradient, learner=partial(DampedGradientSketch, input_share=0.5)), 2
+    ),
     "outputs": Kind(outputs, 1),
     "short update": Kind(short_update, 2),
 }

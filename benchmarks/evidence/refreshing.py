@@ -14,7 +14,7 @@ from benchmarks.evidence.projections import (
     second_moments,
 )
 from ipa_hf.lora_layers import lora_A_and_B, lora_layers
-from ipa_torch import energy_scale
+from ipa_torch.extension import energy_scale
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 
 from ipa_core.errors import FileFormatError
 from ipa_core.io.serialization import replace_file
-from ipa_hf.scaling import Scaling
+from ipa_torch.extension import Scaling
 
 FILE_NAME = "ipa_adapter.json"
 _FORMAT, _VERSION = "ipa-adapter", 2

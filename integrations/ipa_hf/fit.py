@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from peft import PeftModel
 
-from ipa_core import Learner
 from ipa_hf.lora_layers import base_model_only
-from ipa_torch import LayerProjectors, fit_projectors
-from ipa_torch._fit.checkpoint import CheckpointLike
-
-
-class FitOptions(TypedDict, total=False):
-    """What is passed on to `ipa_torch.fit_projectors`, which says what each means."""
-
-    learner: Callable[[int], Learner]
-    row_weights: Callable[[Any], Any] | None
-    forward: Callable[[torch.nn.Module, Any], object]
-    max_rows: int | None
-    max_batches: int | None
-    max_seconds: float | None
-    tolerance: float | None
-    max_bytes: int | None
-    checkpoint: CheckpointLike | None
-    progress: bool
+from ipa_torch import FitOptions, LayerProjectors, fit_projectors
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_hf.adapter_metadata import AdapterMetadata, attach_metadata
-from ipa_hf.fit import FitOptions, fit_lora_projectors
+from ipa_hf.fit import fit_lora_projectors
 from ipa_hf.freezing import set_lora_A_frozen
 from ipa_hf.lora_init import check_fresh, truncate_to_layer, write_lora_A
 from ipa_hf.lora_layers import (
@@ -23,12 +23,9 @@ from ipa_hf.lora_layers import (
     materialize,
     takes_projection,
 )
-from ipa_hf.scaling import Scaling, check_scaling
 from ipa_hf.targets import default_targets
-from ipa_torch import LayerError
-from ipa_torch.errors import check_choice
-
-OnMissing = Literal["warn", "raise", "ignore"]
+from ipa_torch import FitOptions, LayerError
+from ipa_torch.extension import OnMissing, Scaling, check_choice, check_scaling
 
 
 def get_ipa_model(

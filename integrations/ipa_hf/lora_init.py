@@ -12,7 +12,7 @@ from ipa_core import Projector
 from ipa_core.errors import RankError, SettingError, ShapeError
 from ipa_hf.adapter_metadata import LayerMetadata
 from ipa_hf.lora_layers import lora_A_and_B
-from ipa_hf.scaling import Scaling, factor
+from ipa_torch.extension import Scaling, resolve_scale
 
 
 def check_fresh(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
@@ -72,7 +72,7 @@ def write_lora_A(
 ) -> LayerMetadata:
     """Set the layer's A to s P; return the metadata of this initialization."""
     weight, _ = lora_A_and_B(layer, adapter_name)
-    scale = factor(projector, scaling, layer.scaling[adapter_name])
+    scale = resolve_scale(projector, scaling, layer.scaling[adapter_name])
     rows = projector.to(torch, device=weight.device).components
     # Not through `set_peft_model_state_dict`, which needs the whole adapter, heads included, and
     # skips unknown names silently.

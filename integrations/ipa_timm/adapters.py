@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -13,11 +13,8 @@ from ipa_timm import batchnorm
 from ipa_timm.classifier import classifier_parameters
 from ipa_timm.fit import fit_projectors
 from ipa_timm.fused_qkv import restore_fused_qkv_bias, use_separate_qkv_bias
-from ipa_torch._adapters.model import Scaling
-from ipa_torch._adapters.replace import adapter_layers
-from ipa_torch._layers.targets import Targets
-from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.projectors import LayerProjectors
+from ipa_torch import FitOptions, LayerProjectors
+from ipa_torch.extension import Scaling, Targets, adapter_layers, unwrap_model
 
 _SEPARATE_QKV = "_ipa_timm_separate_qkv_bias"
 
@@ -31,7 +28,7 @@ def adapt(
     scaling: Scaling = "energy",
     trainable: bool = False,
     dropout: float = 0.0,
-    **learning: Any,
+    **options: Unpack[FitOptions],
 ) -> LayerProjectors:
     r"""Fit projectors to images and attach an adapter to each layer, ready for training.
 
@@ -46,7 +43,7 @@ def adapt(
         As for `fit_projectors`.
     scaling, trainable, dropout
         As for `attach`.
-    **learning
+    **options
         As for `fit_projectors`.
 
     Returns
@@ -71,7 +68,7 @@ def adapt(
     >>> sum(p.requires_grad for p in model.parameters())  # B of each layer; the head's two
     26
     """
-    projectors = fit_projectors(model, loader, rank, targets=targets, **learning)
+    projectors = fit_projectors(model, loader, rank, targets=targets, **options)
     attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
     return projectors
 

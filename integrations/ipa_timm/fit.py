@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -12,11 +12,15 @@ import ipa_torch
 from ipa_timm.fused_qkv import separate_qkv_bias
 from ipa_timm.preprocessing import images_of, preprocess
 from ipa_timm.targets import resolve_targets
-from ipa_torch._fit.fit import OnMissing, report
-from ipa_torch._layers.targets import Targets
-from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.errors import check_choice
-from ipa_torch.projectors import LayerProjectors, resolve_rank
+from ipa_torch import FitOptions, LayerProjectors
+from ipa_torch.extension import (
+    OnMissing,
+    Targets,
+    check_choice,
+    report_missing,
+    resolve_rank,
+    unwrap_model,
+)
 
 
 def fit_projectors(
@@ -26,7 +30,7 @@ def fit_projectors(
     *,
     targets: Targets | None = None,
     on_missing: OnMissing = "warn",
-    **learning: Any,
+    **options: Unpack[FitOptions],
 ) -> LayerProjectors:
     r"""Fit a projector to the inputs of each target layer of a timm model.
 
@@ -47,9 +51,8 @@ def fit_projectors(
         Target layers, as for `ipa_torch.select_layers`; by default `default_targets`.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
         Action for layers that cannot have an adapter; `LayerProjectors.missing` has the reasons.
-    **learning
-        ``learner``, ``max_patches``, ``max_rows``, ``max_batches``, ``max_seconds``,
-        ``tolerance``, ``forward``, ``on_error``, ``progress``: as for `ipa_torch.fit_projectors`.
+    **options
+        As for `ipa_torch.fit_projectors`; see `ipa_torch.FitOptions`.
 
     Returns
     -------
@@ -87,9 +90,9 @@ def fit_projectors(
     model = unwrap_model(model)
     supported, unsupported = resolve_targets(model, targets)
     if not supported:
-        report(LayerProjectors({}, missing=unsupported), on_missing)
-    learning.setdefault("forward", _forward)
-    learning.setdefault("row_weights", _valid_patches)
+        report_missing(LayerProjectors({}, missing=unsupported), on_missing)
+    options.setdefault("forward", _forward)
+    options.setdefault("row_weights", _valid_patches)
     with separate_qkv_bias(model, supported):
         fitted = ipa_torch.fit_projectors(
             model,
@@ -97,11 +100,11 @@ def fit_projectors(
             _ranks(supported, rank),
             targets=lambda name, module: name in supported,
             on_missing="ignore",
-            **learning,
+            **options,
         )
     missing = {**unsupported, **fitted.missing}
     projectors = LayerProjectors(fitted, missing=missing, stopped=fitted.stopped)
-    report(projectors, on_missing)
+    report_missing(projectors, on_missing)
     return projectors
 
 

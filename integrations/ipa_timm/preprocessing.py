@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ipa_core.errors import ArrayTypeError, ShapeError
-from ipa_torch._capture.forward import device_of, on_device
+from ipa_torch.extension import device_of, on_device
 
 #: Keys of the images in batches that are mappings.
 IMAGE_KEYS = ("image", "images", "pixel_values", "input", "x")

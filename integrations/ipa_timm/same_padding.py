@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from timm.layers import Conv2dSame
 
-from ipa_torch._layers.matmul_view import ConvView, view_of
+from ipa_torch.extension import ConvView, view_of
 
 
 @dataclass(frozen=True)

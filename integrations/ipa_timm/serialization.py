@@ -16,7 +16,7 @@ from ipa_core.io.serialization import replace_file
 from ipa_timm.adapters import prepare_for_training
 from ipa_timm.classifier import classifier_parameters
 from ipa_torch import adapter_state_dict, load_adapter_state_dict
-from ipa_torch._layers.unwrap import unwrap_model
+from ipa_torch.extension import unwrap_model
 
 _FORMAT, _VERSION = "ipa-timm-adapter", 2
 _CLASSIFIER = "classifier."

@@ -9,11 +9,15 @@ from torch import nn
 
 from ipa_core.errors import IPAError
 from ipa_timm.classifier import classifier_modules
-from ipa_torch._layers.matmul_view import Convolution, view_of
-from ipa_torch._layers.sizes import features_of
-from ipa_torch._layers.targets import Targets, is_linear, select_layers
-from ipa_torch._layers.unwrap import get_layer
-from ipa_torch.errors import LayerError
+from ipa_torch import LayerError, select_layers
+from ipa_torch.extension import (
+    Convolution,
+    Targets,
+    features_of,
+    get_layer,
+    is_linear,
+    view_of,
+)
 
 _TRANSFORMER = (
     r"(.+\.)?blocks\.\d+\.(attn|mlp)\.(qkv|q_proj|k_proj|v_proj|proj|fc1|fc1_g|fc1_x|fc2|w12|w3)"

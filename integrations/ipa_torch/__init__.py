@@ -1,4 +1,4 @@
-"""Projections learned from the activations of any torch model, placed into its layers."""
+"""Low-rank adapters for any torch model, with projections learned from its activations."""
 
 from ipa_core.errors import MissingDependencyError
 
@@ -21,16 +21,18 @@ from ipa_torch._adapters.model import (
     unmerge,
 )
 from ipa_torch._adapters.online import OnlineLearning
-from ipa_torch._adapters.projection import SharedProjection, energy_scale
 from ipa_torch._adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from ipa_torch._capture.row_weights import attention_mask
 from ipa_torch._fit.activation_store import store_activations
 from ipa_torch._fit.checkpoint import CheckpointConfig
+from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.fit import fit_projectors
 from ipa_torch._fit.memory import learner_bytes
+from ipa_torch._fit.options import FitOptions
 from ipa_torch._gradient.damped_sketch import DampedGradientSketch
 from ipa_torch._gradient.fit import fit_gradient_projectors
 from ipa_torch._gradient.sketch import GradientSketch
+from ipa_torch._gradient.weighted_inputs import GradientWeightedInputs
 from ipa_torch._layers.targets import select_layers
 from ipa_torch.errors import LayerError, PeerError
 from ipa_torch.projectors import LayerProjectors
@@ -39,22 +41,23 @@ __all__ = [
     "AdapterLayer",
     "CheckpointConfig",
     "DampedGradientSketch",
+    "FitOptions",
     "GradientSketch",
+    "GradientWeightedInputs",
     "LayerError",
+    "LayerProjectors",
     "OnlineLearning",
     "PeerError",
-    "SharedProjection",
-    "LayerProjectors",
+    "StoppingCriteria",
     "adapter_state_dict",
-    "list_adapters",
     "attach",
     "attention_mask",
     "detach",
     "disable_adapter",
-    "energy_scale",
     "fit_gradient_projectors",
     "fit_projectors",
     "learner_bytes",
+    "list_adapters",
     "load_adapter_state_dict",
     "merge",
     "select_layers",

@@ -39,7 +39,7 @@ class LayerProjectors(Mapping[str, Projector]):
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     >>> projectors = fit_projectors(model, [torch.ones(8, 4)], rank=1, progress=False)
     >>> projectors
-    Projectors(2 layers, 2 projectors, rank 1, captured 1.000)
+    LayerProjectors(2 layers, 2 projectors, rank 1, captured 1.000)
     >>> projectors["0"].features
     4
     """
@@ -80,7 +80,7 @@ class LayerProjectors(Mapping[str, Projector]):
             parts += [f"rank {_span(ranks, 'd')}", f"captured {_span(captured, '.3f')}"]
         if self.missing:
             parts.append(f"{len(self.missing)} layers missing")
-        return f"Projectors({', '.join(parts)})"
+        return f"LayerProjectors({', '.join(parts)})"
 
     @property
     def shared(self) -> list[tuple[str, ...]]:

@@ -24,6 +24,7 @@ from benchmarks.evidence.similarity import matrix, of_a, of_b, of_features, of_u
 from benchmarks.evidence.task import Settings, sample
 from benchmarks.evidence.texts import TextTask
 from benchmarks.evidence.training import train
+from ipa_torch import DampedGradientSketch
 from tests.benchmarks import evidence_models as tiny
 
 SETTINGS = Settings(rank=2, steps=60, batch_size=16, learn_from=48)
@@ -151,7 +152,7 @@ def test_less_inputs_is_orthogonal_to_common_directions(some):
 
 def test_damped_gradient_is_a_damped_step(some):
     gradients, moments = weight_gradients(some), second_moments(some)
-    few = gradient(some, "damped gradient")
+    few = gradient(some, DampedGradientSketch)
     for name, p in damped(some).items():
         c = moments[name]
         unit = c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype)

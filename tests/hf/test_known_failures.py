@@ -8,7 +8,7 @@ from torch import nn
 
 import ipa_hf
 from ipa_core import EmptyStreamError, ExactCovariance, NonFiniteError, RankError
-from ipa_torch import LayerError, fit_projectors
+from ipa_torch import LayerError, StoppingCriteria, fit_projectors
 
 from .models import TARGETS, config, make, outputs, text_batches
 
@@ -171,7 +171,7 @@ def test_a_tight_tolerance_ends_with_the_data(llama):
             read.append(batch)
             yield batch
 
-    learned(llama, config(), loader(), tolerance=1e-12)
+    learned(llama, config(), loader(), stop=StoppingCriteria(tolerance=1e-12))
     assert len(read) == 15
 
 

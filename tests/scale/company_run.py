@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ipa_core import ExactCovariance
 from ipa_torch import (
     CheckpointConfig,
+    DampedGradientSketch,
+    GradientSketch,
+    GradientWeightedInputs,
     OnlineLearning,
     attach,
     fit_gradient_projectors,
@@ -176,14 +180,21 @@ def sharded_resumed(rank, size, folder):
     return first, there, count, second, whole, damaged
 
 
-def by_gradient(batches, source, fails=False):
+GRADIENT_LEARNERS = {
+    "gradient": GradientSketch,
+    "mixed": partial(DampedGradientSketch, learner=ExactCovariance, input_share=0.5),
+    "inputs": partial(GradientWeightedInputs, learner=ExactCovariance),
+}
+
+
+def by_gradient(batches, name, fails=False):
     def loss(model, batch):
         if fails:
             raise ValueError("no such label")
         return (model(batch) - 1).square().sum()
 
     return fit_gradient_projectors(
-        runs.model(), batches, 3, source=source, loss=loss, learner=ExactCovariance
+        runs.model(), batches, 3, loss=loss, learner=GRADIENT_LEARNERS[name]
     )
 
 

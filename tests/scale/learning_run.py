@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from ipa_torch import CheckpointConfig, fit_projectors
+from ipa_torch import CheckpointConfig, StoppingCriteria, fit_projectors
 from tests.scale import runs
 
 COUNT = 40
@@ -24,7 +24,7 @@ def main(folder, pause=0.01):
         4,
         targets=lambda name, module: hasattr(module, "weight"),
         max_patches=50,
-        tolerance=1e-6,
+        stop=StoppingCriteria(tolerance=1e-6),
         checkpoint=CheckpointConfig(folder / "checkpoints", batches=1),
         forward=forward,
         progress=False,

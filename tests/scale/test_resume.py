@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from ipa_core import HebbianRule, RandomizedSVD
+from ipa_core import HebbianRule, RandomizedSVD, load_state, save_state
 from ipa_core.errors import FileFormatError, SettingError, StreamError
-from ipa_torch import CheckpointConfig, LayerProjectors, fit_projectors
+from ipa_torch import CheckpointConfig, LayerProjectors, StoppingCriteria, fit_projectors
 from ipa_torch._fit.memory import measure_learner_bytes
 from tests.scale import learning_run, runs
 
@@ -42,7 +42,9 @@ def learn(batches, folder, stop_after=None, every=1, **options):
     return projectors, passed
 
 
-@pytest.mark.parametrize("options", [{}, {"tolerance": 1e-6}, {"learner": HebbianRule}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stop": StoppingCriteria(tolerance=1e-6)}, {"learner": HebbianRule}]
+)
 @pytest.mark.parametrize("moment", [1, 7, 19])
 def test_result_is_that_of_an_uninterrupted_run(tmp_path, moment, options):
     batches = runs.batches(20)
@@ -76,7 +78,7 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 def test_layers_that_have_stopped_or_are_unfit_stay_so(tmp_path):
     batches = runs.batches(20)
     batches[3][0, 0, 0, 0] = 1000.0
-    options = {"on_error": "return", "max_rows": 300}
+    options = {"stop": StoppingCriteria(on_error="return", max_rows=300)}
     with pytest.warns(UserWarning, match="finite"):
         whole, _ = learn(batches, None, **options)
     with pytest.warns(UserWarning):
@@ -115,11 +117,22 @@ def test_another_run_is_refused(tmp_path):
     batches = runs.batches(5)
     learn(batches, tmp_path)
     with pytest.raises(SettingError, match="tolerance"):
-        learn(batches, tmp_path, tolerance=0.1)
+        learn(batches, tmp_path, stop=StoppingCriteria(tolerance=0.1))
     with pytest.raises(FileFormatError, match="HebbianRule"):
         learn(batches, tmp_path, learner=HebbianRule)
     with pytest.raises(SettingError, match="above 0"):
         CheckpointConfig(tmp_path, batches=0)
+
+
+def test_checkpoints_of_another_format_version_are_refused(tmp_path):
+    batches = runs.batches(5)
+    learn(batches, tmp_path)
+    for index in tmp_path.glob("step-*/index.safetensors"):
+        state = load_state(index)
+        del state["format_version"]  # the first version had none
+        save_state(state, index)
+    with pytest.raises(FileFormatError, match="expected format version 2, got 1"):
+        learn(batches, tmp_path)
 
 
 def test_damaged_checkpoints_are_named_and_never_loaded(tmp_path):

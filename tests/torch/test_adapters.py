@@ -14,7 +14,6 @@ from ipa_torch import (
     attach,
     detach,
     disable_adapter,
-    energy_scale,
     fit_projectors,
     list_adapters,
     load_adapter_state_dict,
@@ -22,6 +21,7 @@ from ipa_torch import (
     set_adapter,
     unmerge,
 )
+from ipa_torch.extension import energy_scale
 
 from .models import Transformer, decaying, mlp
 
@@ -87,7 +87,7 @@ class TestAttach:
         assert not any("projections" in name for name, _ in model.named_parameters())
 
     def test_shared_projection_is_computed_once(self, monkeypatch):
-        from ipa_torch import SharedProjection
+        from ipa_torch.extension import SharedProjection
 
         computed = []
         compute = SharedProjection._compute
@@ -248,10 +248,10 @@ class TestNamed:
     def test_two_adapters_over_one_p(self):
         model = Transformer()
         projectors = fitted(model)
-        attach(model, projectors, adapter="a")
+        attach(model, projectors, adapter_name="a")
         train(model)
         first = model(batch())
-        attach(model, projectors, adapter="b")
+        attach(model, projectors, adapter_name="b")
         assert model.up[0].projection("a") is model.up[0].projection("b")
         assert list_adapters(model) == ["a", "b"]
         train(model, lr=0.1)
@@ -271,16 +271,16 @@ class TestNamed:
     def test_each_has_its_own_mode(self):
         model = Transformer()
         projectors = fitted(model)
-        attach(model, projectors, adapter="frozen")
-        attach(model, projectors, adapter="trained", trainable=True)
+        attach(model, projectors, adapter_name="frozen")
+        attach(model, projectors, adapter_name="trained", trainable=True)
         layer = model.up[0]
         assert not layer.projection("frozen").trainable and layer.projection("trained").trainable
         assert layer.projection("frozen") is not layer.projection("trained")
 
     def test_nothing_of_a_detached_one_stays(self):
         model = Transformer()
-        attach(model, fitted(model), adapter="a")
-        attach(model, fitted(model), adapter="b", trainable=True)
+        attach(model, fitted(model), adapter_name="a")
+        attach(model, fitted(model), adapter_name="b", trainable=True)
         detach(model, "a")
         assert not any(name.endswith((".a", ".a.weight")) for name in model.state_dict())
 
@@ -289,9 +289,9 @@ class TestNamed:
         projectors = fitted(model)
         for name in ("default", "", "a.b", "train"):
             with pytest.raises(SettingError, match="taken are \\['default'\\]"):
-                attach(model, projectors, adapter=name)
+                attach(model, projectors, adapter_name=name)
         with pytest.raises(SettingError, match="at least one layer"):
-            attach(model, {}, adapter="empty")
+            attach(model, {}, adapter_name="empty")
         for call in (set_adapter, merge, detach, adapter_state_dict):
             with pytest.raises(SettingError, match="'other'"):
                 call(model, "other")
@@ -303,8 +303,8 @@ class TestState:
         state = adapter_state_dict(model)
         weights = [key for key in state if key.endswith(".weight")]
         assert len(weights) == 8
-        assert len([key for key in state if key.endswith(".lift")]) == 12
-        numbers = sum(t.numel() for key, t in state.items() if "layers" in key and "lift" in key)
+        assert len([key for key in state if key.endswith(".lora_B")]) == 12
+        numbers = sum(t.numel() for key, t in state.items() if key.endswith(".lora_B"))
         assert numbers == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     @pytest.mark.parametrize("trainable", [False, True])
@@ -327,10 +327,21 @@ class TestState:
         model = adapted()
         state = adapter_state_dict(model)
         with pytest.raises(FileFormatError, match="without layers"):
-            load_adapter_state_dict(model, {})
+            load_adapter_state_dict(model, {"format_version": state["format_version"]})
         del state["projections.0.weight"]
         with pytest.raises(FileFormatError, match=r"projections\.0\.weight"):
             load_adapter_state_dict(model, state)
+
+    def test_other_format_versions_are_refused(self):
+        model = adapted()
+        state = adapter_state_dict(model)
+        first = {key.replace("lora_B", "lift"): x for key, x in state.items() if "." in key}
+        with pytest.raises(
+            FileFormatError, match="version 2, got version 1; save the adapter anew"
+        ):
+            load_adapter_state_dict(model, first)
+        with pytest.raises(FileFormatError, match="version 2, got version 3; update"):
+            load_adapter_state_dict(model, state | {"format_version": torch.tensor(3)})
 
 
 class TestConventions:
@@ -438,7 +449,7 @@ class TestConventions:
         model = adapted()
         names = list(fitted(model))
         assert names == list(fitted(Transformer()))
-        attach(model, fitted(model), adapter="again")
+        attach(model, fitted(model), adapter_name="again")
         assert list_adapters(model) == ["default", "again"]
 
     def test_distributed_data_parallel(self, tmp_path):

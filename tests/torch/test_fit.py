@@ -397,7 +397,7 @@ class TestProjectors:
         assert "attention.0.{q, k, v}" in projectors.table()
         assert "the batches ended" in projectors.table()
         assert re.fullmatch(
-            r"Projectors\(12 layers, 8 projectors, rank 3, captured 0\.\d{3} to \d\.\d{3}\)",
+            r"LayerProjectors\(12 layers, 8 projectors, rank 3, captured 0\.\d{3} to \d\.\d{3}\)",
             repr(projectors),
         )
 

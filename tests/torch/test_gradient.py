@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, Setting
 from ipa_torch import (
     DampedGradientSketch,
     GradientSketch,
+    GradientWeightedInputs,
     LayerError,
     attach,
     fit_gradient_projectors,
@@ -80,7 +82,10 @@ def test_keeps_the_damped_gradient(features, learner):
     model = nn.Sequential(nn.Linear(features, 16))
     fit = partial(fit_gradient_projectors, model, x.split(100), 3, loss=loss)
     wanted = damped(gradient_of(model, "0", x.split(100), loss), x)
-    assert share(fit(source="damped gradient", learner=learner)["0"].components, wanted) > 0.98
+    assert (
+        share(fit(learner=partial(DampedGradientSketch, learner=learner))["0"].components, wanted)
+        > 0.98
+    )
     assert share(fit()["0"].components, wanted) < 0.95
 
 
@@ -88,23 +93,48 @@ def test_keeps_the_damped_gradient(features, learner):
 def test_half_of_the_rank_may_be_inputs(outputs):
     x = decaying(500, 40)
     model = nn.Sequential(nn.Linear(40, outputs))
-    fit = partial(fit_gradient_projectors, model, [x], loss=squares, learner=ExactCovariance)
-    found = fit(source="mixed", rank=5)["0"].components.double()
+    damped = partial(DampedGradientSketch, learner=ExactCovariance)
+    fit = partial(fit_gradient_projectors, model, [x], loss=squares)
+    found = fit(rank=5, learner=partial(damped, input_share=0.5))["0"].components.double()
     inputs = torch.linalg.svd(x.double(), full_matrices=False).Vh[:2]
-    gradient = fit(source="damped gradient", rank=1)["0"].components.double()
+    gradient = fit(rank=1, learner=damped)["0"].components.double()
     torch.testing.assert_close(found @ found.T, torch.eye(5).double(), atol=1e-6, rtol=0)
     for wanted in (inputs, gradient):
         assert torch.linalg.svdvals(wanted @ found.T).min() > 0.999
 
 
-def test_held_rows_are_in_the_state_and_equal_in_what_merges():
+def test_input_share_is_in_the_state_and_equal_in_what_merges():
     x, g = decaying(60, 12)[:, None], torch.randn(60, 1, 40)
-    held = DampedGradientSketch(3, held=2)
-    held.update(x, g)
-    again = DampedGradientSketch(3).load_state_dict(held.state_dict())
-    torch.testing.assert_close(again.finalize().components, held.finalize().components)
-    with pytest.raises(SettingError, match="equal held rows, got 2 and 0"):
-        held.merge(DampedGradientSketch(3))
+    mixed = DampedGradientSketch(3, input_share=0.6)
+    mixed.update(x, g)
+    again = DampedGradientSketch(3).load_state_dict(mixed.state_dict())
+    assert mixed.fixed_rows == again.fixed_rows == 2
+    torch.testing.assert_close(again.finalize().components, mixed.finalize().components)
+    with pytest.raises(SettingError, match="equal input_share, got 0.6 and 0.0"):
+        mixed.merge(DampedGradientSketch(3))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_input_share_is_between_zero_and_one(share):
+    with pytest.raises(SettingError, match="input_share from 0 to 1"):
+        DampedGradientSketch(3, input_share=share)
+
+
+def test_weighted_inputs_merge_and_keep_their_state():
+    x, g = decaying(60, 12)[:, None], torch.randn(60, 1, 4)
+    make = partial(GradientWeightedInputs, 3, learner=ExactCovariance)
+    whole, first, second = make(), make(), make()
+    whole.update(x, g), first.update(x[:25], g[:25]), second.update(x[25:], g[25:])
+    state = second.state_dict()
+    again = copy.copy(first)
+    again.load_state_dict(state)
+    assert first.samples == 25 and again.samples == 35
+    for both in (first.merge(second), first.compact().merge(again)):
+        assert (both.rank, both.samples) == (3, 60)
+        torch.testing.assert_close(
+            torch.linalg.svdvals(both.finalize().components @ whole.finalize().components.T),
+            torch.ones(3),
+        )
 
 
 def test_damping_leaves_out_rows_without_gradient():
@@ -157,7 +187,7 @@ def test_inputs_weighted_by_gradient_norm(size):
         return (model(batch) * counts * size).sum()  # the gradient of row i has a norm of i / 50
 
     projector = fit_gradient_projectors(
-        model, [x], 3, source="inputs", learner=ExactCovariance, loss=loss
+        model, [x], 3, learner=partial(GradientWeightedInputs, learner=ExactCovariance), loss=loss
     )["0"]
     weighted = x * counts.sqrt()
     left = weighted - weighted @ projector.components.T @ projector.components

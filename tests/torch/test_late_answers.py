@@ -8,7 +8,7 @@ from torch import nn
 
 from ipa_core import IncrementalPCA, RandomizedSVD, _array
 from ipa_core.errors import NonFiniteError
-from ipa_torch import LayerError, fit_projectors
+from ipa_torch import LayerError, StoppingCriteria, fit_projectors
 from ipa_torch._fit import collector
 
 from .models import Transformer, decaying
@@ -71,7 +71,7 @@ def test_an_unfit_input_is_named_and_leaves_only_its_layers_out(late):
     with pytest.raises(NonFiniteError, match="layer 'one'"):
         fit(Broken(), batches)
     with pytest.warns(UserWarning, match="got none for 2"):
-        projectors = fit(Broken(), batches, on_error="return")
+        projectors = fit(Broken(), batches, stop=StoppingCriteria(on_error="return"))
     assert list(projectors) == ["first"]
     assert projectors["first"].samples == 60
     assert all("finite" in projectors.missing[name] for name in ("one", "other"))
@@ -105,7 +105,7 @@ def test_an_unfit_layer_that_the_model_calls_again_stays_out(late):
             return self.two(x)
 
     with pytest.warns(UserWarning, match="'one'"):
-        projectors = fit(Stubborn(), [decaying(20, 12)], on_error="return")
+        projectors = fit(Stubborn(), [decaying(20, 12)], stop=StoppingCriteria(on_error="return"))
     assert list(projectors) == ["two"]
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from ipa_core import ExactCovariance, IncrementalPCA, RandomizedSVD
 from ipa_core.errors import EmptyStreamError, RankError, SettingError, StreamError
-from ipa_torch import fit_projectors, learner_bytes
+from ipa_torch import StoppingCriteria, fit_projectors, learner_bytes
 from ipa_torch._fit.memory import measure_learner_bytes
 
 from .models import Transformer, decaying
@@ -94,7 +94,7 @@ def test_shuffled_loaders_give_every_pass_the_same_order():
     for budget in (None, one(RandomizedSVD, 12)):
         torch.manual_seed(3)
         loader = DataLoader(rows, batch_size=32, shuffle=True)
-        found.append(learned(model, loader, max_batches=4, max_bytes=budget))
+        found.append(learned(model, loader, stop=StoppingCriteria(max_batches=4), max_bytes=budget))
     assert found[1].passes == 2
     for name, projector in found[0].items():
         assert torch.equal(found[1][name].components, projector.components)
@@ -102,9 +102,9 @@ def test_shuffled_loaders_give_every_pass_the_same_order():
 
 def test_with_a_tolerance_each_layer_stops_as_it_would():
     model, batches = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)), decaying(9000, 12).split(300)
-    whole = learned(model, batches, tolerance=0.1)
+    whole = learned(model, batches, stop=StoppingCriteria(tolerance=0.1))
     budget = measure_learner_bytes(RandomizedSVD, 2, 12, True)
-    turns = learned(model, batches, tolerance=0.1, max_bytes=budget)
+    turns = learned(model, batches, stop=StoppingCriteria(tolerance=0.1), max_bytes=budget)
     assert turns.passes == 2
     assert turns.stopped == whole.stopped
 
@@ -145,7 +145,11 @@ def test_what_was_learned_before_an_interruption_is_returned():
             raise KeyboardInterrupt
         model(batch)
 
-    options = {"max_bytes": one(RandomizedSVD, 24), "forward": forward, "on_error": "return"}
+    options = {
+        "max_bytes": one(RandomizedSVD, 24),
+        "forward": forward,
+        "stop": StoppingCriteria(on_error="return"),
+    }
     with pytest.warns(UserWarning) as told:
         found = learned(model, batches, **options)
     assert any("before its turn" in str(warning.message) for warning in told)

@@ -30,7 +30,7 @@ class AdapterLayer(nn.Module):
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
     >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
     >>> type(model[0]).__name__, model[0].base_layer, model[0].in_features
-    ('Adapted', Linear(in_features=16, out_features=4, bias=True), 16)
+    ('AdapterLayer', Linear(in_features=16, out_features=4, bias=True), 16)
     """
 
     def __init__(self, base: nn.Module) -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_torch._adapters.projection import SharedProjection, scale_of
+from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers, freeze, unfreeze, unwrap, wrap
+from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._layers.unwrap import check_fit, get_layer, unwrap_model
 from ipa_torch.errors import LayerError
-
-Scaling: TypeAlias = float | Literal["energy"]
 
 
 def attach(
@@ -26,7 +24,7 @@ def attach(
     scaling: Scaling = "energy",
     trainable: bool = False,
     dropout: float = 0.0,
-    adapter: str = "default",
+    adapter_name: str = "default",
 ) -> None:
     r"""Put a low-rank adapter beside each layer: :math:`W x + B \, s P x`, with B = 0 at first.
 
@@ -49,7 +47,7 @@ def attach(
         Train P, too. A frozen P is a buffer; it saves P x for the backward pass and not x.
     dropout : float, default 0
         Probability with which entries of P x are dropped in training.
-    adapter : str, default "default"
+    adapter_name : str, default "default"
         Its name; it becomes the active one. Adapters with equal frozen projectors share them.
 
     Raises
@@ -80,12 +78,12 @@ def attach(
     ['0.lora_B.default', '2.lora_B.default']
     """
     model = unwrap_model(model)
-    scales = {name: scale_of(projector, scaling) for name, projector in projectors.items()}
+    scales = {name: resolve_scale(projector, scaling) for name, projector in projectors.items()}
     if not 0 <= dropout < 1:
         raise SettingError(f"expected dropout of at least 0 and below 1, got {dropout!r}")
     if not projectors:
         raise SettingError("expected projectors of at least one layer, got none")
-    check_new(model, adapter)
+    check_new(model, adapter_name)
     for name, projector in projectors.items():
         check_fit(name, get_layer(model, name), projector.features)
     freeze(model)
@@ -97,11 +95,11 @@ def attach(
             weight = torch.as_tensor(projector.components).to(layer.device, layer.dtype)
             fresh = SharedProjection(weight.clone(), scales[name], layer.view, trainable=trainable)
             made[key] = layer.find_equal_projection(fresh) or fresh
-        layer.add(adapter, made[key], dropout)
-    set_adapter(model, adapter)
+        layer.add(adapter_name, made[key], dropout)
+    set_adapter(model, adapter_name)
 
 
-def check_new(model: nn.Module, adapter: str) -> None:
+def check_new(model: nn.Module, adapter_name: str) -> None:
     """Hold a name against those of the adapters there are, and of what modules have anyway.
 
     Raises
@@ -110,9 +108,13 @@ def check_new(model: nn.Module, adapter: str) -> None:
         If it cannot be that of a new adapter.
     """
     taken = list_adapters(model)
-    if not adapter.isidentifier() or hasattr(nn.ModuleDict, adapter) or adapter in taken:
+    if (
+        not adapter_name.isidentifier()
+        or hasattr(nn.ModuleDict, adapter_name)
+        or adapter_name in taken
+    ):
         raise SettingError(
-            f"expected a new name for an adapter, an identifier, got {adapter!r}; taken are "
+            f"expected a new name for an adapter, an identifier, got {adapter_name!r}; taken are "
             f"{taken} and the names that torch's modules use"
         )
 
@@ -132,7 +134,7 @@ def list_adapters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, layer in adapter_layers(model) for name in layer.lora_B))
 
 
-def set_adapter(model: nn.Module, adapter: str | None) -> None:
+def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     """Make one adapter the active one, and the only one that wants gradients; None for none.
 
     Raises
@@ -150,10 +152,12 @@ def set_adapter(model: nn.Module, adapter: str | None) -> None:
     >>> any(parameter.requires_grad for parameter in model.parameters())
     False
     """
-    if adapter is not None:
-        _checked(model, adapter)
+    if adapter_name is not None:
+        _checked(model, adapter_name)
     for _, layer in adapter_layers(model):
-        layer.active = adapter if adapter is not None and adapter in layer.lora_B else None
+        layer.active = (
+            adapter_name if adapter_name is not None and adapter_name in layer.lora_B else None
+        )
         for parameter in layer.adapter_parameters():
             parameter.requires_grad_(False)
     for _, layer in adapter_layers(model):
@@ -187,7 +191,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
                 layer.merge(merged)
 
 
-def merge(model: nn.Module, adapter: str | None = None) -> None:
+def merge(model: nn.Module, adapter_name: str | None = None) -> None:
     """Compute an adapter into the weights: no cost at inference until `unmerge`.
 
     The weights themselves are not written: each layer gets a new one and keeps the old one aside.
@@ -195,7 +199,7 @@ def merge(model: nn.Module, adapter: str | None = None) -> None:
     Parameters
     ----------
     model : torch.nn.Module
-    adapter : str, optional
+    adapter_name : str, optional
         The active one by default.
 
     Raises
@@ -214,10 +218,14 @@ def merge(model: nn.Module, adapter: str | None = None) -> None:
     >>> merge(model)
     >>> unmerge(model)
     """
-    named = [(name, layer, adapter or layer.active or "") for name, layer in adapter_layers(model)]
+    named = [
+        (name, layer, adapter_name or layer.active or "") for name, layer in adapter_layers(model)
+    ]
     chosen = [(name, layer, one) for name, layer, one in named if one in layer.lora_B]
     if not chosen:
-        raise SettingError(f"expected an adapter among {list_adapters(model)}, got {adapter!r}")
+        raise SettingError(
+            f"expected an adapter among {list_adapters(model)}, got {adapter_name!r}"
+        )
     for name, layer, _ in chosen:
         if not layer.mergeable:
             raise LayerError(
@@ -243,7 +251,7 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def detach(model: nn.Module, adapter: str | None = None) -> None:
+def detach(model: nn.Module, adapter_name: str | None = None) -> None:
     """Take an adapter out, or all of them, and with the last one every trace.
 
     A layer with a merged adapter keeps the merged weight if it is the last one to go: `merge` and
@@ -266,7 +274,7 @@ def detach(model: nn.Module, adapter: str | None = None) -> None:
       (0): Linear(in_features=16, out_features=4, bias=True)
     )
     """
-    for name in list_adapters(model) if adapter is None else [_checked(model, adapter)]:
+    for name in list_adapters(model) if adapter_name is None else [_checked(model, adapter_name)]:
         for _, layer in adapter_layers(model):
             if name in layer.lora_B:
                 layer.remove(name)
@@ -277,7 +285,7 @@ def detach(model: nn.Module, adapter: str | None = None) -> None:
         unfreeze(unwrap_model(model))
 
 
-def _checked(model: nn.Module, adapter: str) -> str:
-    if adapter not in (known := list_adapters(model)):
-        raise SettingError(f"expected an adapter among {known}, got {adapter!r}")
-    return adapter
+def _checked(model: nn.Module, adapter_name: str) -> str:
+    if adapter_name not in (known := list_adapters(model)):
+        raise SettingError(f"expected an adapter among {known}, got {adapter_name!r}")
+    return adapter_name

@@ -14,9 +14,9 @@ from ipa_core import IncrementalPCA, Learner
 from ipa_core.errors import IPAError, SettingError, with_context
 from ipa_torch._adapters.basis_change import change_basis
 from ipa_torch._adapters.layer import AdapterLayer
-from ipa_torch._adapters.model import Scaling
-from ipa_torch._adapters.projection import SharedProjection, scale_of
+from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers
+from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_mask
 from ipa_torch._capture.tensor_ids import TensorIds
@@ -45,7 +45,7 @@ class OnlineLearning:
         With an adapter attached.
     learner : callable, default `ipa_core.IncrementalPCA`
         Makes a learner from a rank.
-    adapter : str, default "default"
+    adapter_name : str, default "default"
         Which adapter; its P must be frozen.
     scaling : "energy" or float, default "energy"
         As given to `attach`: "energy" follows the inputs, a number stays.
@@ -87,24 +87,24 @@ class OnlineLearning:
         model: nn.Module,
         *,
         learner: Callable[[int], Learner] = IncrementalPCA,
-        adapter: str = "default",
+        adapter_name: str = "default",
         scaling: Scaling = "energy",
         row_weights: RowWeights | None = attention_mask,
         max_patches: int | None = 8192,
     ) -> None:
         self._model = model
-        self._adapter = adapter
+        self._adapter = adapter_name
         self._scaling = scaling
         self._max_patches = max_patches
         self._row_weighter = RowWeighter(model, row_weights)
         self._tensor_ids = TensorIds()
         self._groups: dict[SharedProjection, dict[str, AdapterLayer]] = {}
         for name, layer in adapter_layers(model):
-            if adapter in layer.lora_B:
-                self._groups.setdefault(layer.projection(adapter), {})[name] = layer
+            if adapter_name in layer.lora_B:
+                self._groups.setdefault(layer.projection(adapter_name), {})[name] = layer
         if not self._groups or any(projection.trainable for projection in self._groups):
             raise SettingError(
-                f"expected an adapter {adapter!r} with a frozen P, got "
+                f"expected an adapter {adapter_name!r} with a frozen P, got "
                 f"{'a trained one' if self._groups else 'none'}; attach it with trainable=False"
             )
         self._learners = {one: learner(one.rank) for one in self._groups}
@@ -175,7 +175,7 @@ class OnlineLearning:
                 continue
             lora_B = {name: layer.lora_B[self._adapter] for name, layer in layers.items()}
             lost_share |= change_basis(
-                projection, lora_B, learned, scale_of(learned, self._scaling), optimizer
+                projection, lora_B, learned, resolve_scale(learned, self._scaling), optimizer
             )
         self._fresh.clear()
         self._forward.clear()

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
-from ipa_core import Projector
-from ipa_core.errors import SettingError
 from ipa_torch._layers.matmul_view import ConvView, LinearView
-
-#: What LoRA's random A keeps of the energy, times features / rank: its entries are uniform within
-#: +-1 / sqrt(features), with a variance of 1 / (3 features).
-LORA_SHARE = 1 / 3
 
 
 class SharedProjection(nn.Module):
@@ -119,43 +112,3 @@ class SharedProjection(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_recent": None}
-
-
-def energy_scale(projector: Projector) -> float:
-    r"""Return the scale that gives s P x the energy which LoRA's random A would give it.
-
-    .. math:: s = \sqrt{\tfrac13 \tfrac rd \, E|x|^2 / E|Px|^2}
-
-    with second moments about the origin, so that learning rates carry over between models.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from ipa_core import fit_projector
-    >>> x = torch.randn(1000, 48, generator=torch.Generator().manual_seed(0))
-    >>> round(energy_scale(fit_projector(x, rank=48)), 3)
-    0.577
-    """
-    mean = torch.as_tensor(projector.mean).double()
-    components = torch.as_tensor(projector.components).double()
-    total = projector.total_energy + float(mean @ mean)
-    kept = float(torch.as_tensor(projector.energies).double().sum())
-    kept += float((components @ mean).square().sum())
-    share = kept / total if total > 0 and kept > 0 else 1.0
-    return math.sqrt(LORA_SHARE * projector.rank / projector.features / share)
-
-
-def scale_of(projector: Projector, scaling: float | str) -> float:
-    """Return the scale of a layer, from what `attach` was asked for.
-
-    Raises
-    ------
-    SettingError
-        If it is neither "energy" nor a positive number.
-    """
-    if scaling == "energy":
-        return energy_scale(projector)
-    if isinstance(scaling, (int, float)) and not isinstance(scaling, bool):
-        if math.isfinite(scaling) and scaling > 0:
-            return float(scaling)
-    raise SettingError(f"expected scaling to be 'energy' or a positive number, got {scaling!r}")

@@ -14,17 +14,19 @@ from ipa_torch._adapters.replace import adapter_layers, freeze, wrap
 from ipa_torch._layers.unwrap import check_fit, get_layer, unwrap_model
 
 _LAYER, _PROJECTION = "layers", "projections"
+_VERSION_KEY, _VERSION = "format_version", 2
 
 
-def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """Return all that an adapter is: B of each layer, each P once, and no learning state.
 
     Returns
     -------
     dict of str to torch.Tensor
-        ``layers.NAME.expand`` (outputs, rank), ``layers.NAME.projection`` (number of its P),
-        ``projections.NUMBER.weight`` (rank, features), ``.scale`` and ``.trainable``. Ready for
-        ``safetensors.torch.save_file``; `load_adapter_state_dict` reads it.
+        ``layers.NAME.lora_B`` (outputs, rank), ``layers.NAME.projection`` (number of its P),
+        ``projections.NUMBER.weight`` (rank, features), ``.scale`` and ``.trainable``, and
+        ``format_version``. Ready for ``safetensors.torch.save_file``; `load_adapter_state_dict`
+        reads it.
 
     Raises
     ------
@@ -38,18 +40,18 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
     >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
     >>> sorted(adapter_state_dict(model))[:2]
-    ['layers.0.lift', 'layers.0.projection']
+    ['format_version', 'layers.0.lora_B']
     """
-    if adapter not in (known := list_adapters(model)):
-        raise SettingError(f"expected an adapter among {known}, got {adapter!r}")
+    if adapter_name not in (known := list_adapters(model)):
+        raise SettingError(f"expected an adapter among {known}, got {adapter_name!r}")
     numbers: dict[SharedProjection, int] = {}
-    state: dict[str, torch.Tensor] = {}
+    state = {_VERSION_KEY: torch.tensor(_VERSION)}
     for name, layer in adapter_layers(model):
-        if adapter not in layer.lora_B:
+        if adapter_name not in layer.lora_B:
             continue
-        projection = layer.projection(adapter)
+        projection = layer.projection(adapter_name)
         number = numbers.setdefault(projection, len(numbers))
-        state[f"{_LAYER}.{name}.lift"] = layer.lora_B[adapter].detach()
+        state[f"{_LAYER}.{name}.lora_B"] = layer.lora_B[adapter_name].detach()
         state[f"{_LAYER}.{name}.projection"] = torch.tensor(number)
     for projection, number in numbers.items():
         state[f"{_PROJECTION}.{number}.weight"] = projection.weight.detach()
@@ -63,7 +65,7 @@ def load_adapter_state_dict(
     state: Mapping[str, torch.Tensor],
     *,
     dropout: float = 0.0,
-    adapter: str = "default",
+    adapter_name: str = "default",
 ) -> None:
     """Attach the adapter that `adapter_state_dict` described, in place of one of that name.
 
@@ -75,13 +77,13 @@ def load_adapter_state_dict(
         On any device.
     dropout : float, default 0
         As for `attach`; it is a setting of training, not of the adapter.
-    adapter : str, default "default"
+    adapter_name : str, default "default"
         Its name here; it becomes the active one.
 
     Raises
     ------
     FileFormatError
-        If an entry is missing or does not fit.
+        If an entry is missing or does not fit, or the state is of another format version.
     LayerError, ShapeError
         If the model's layers are others.
 
@@ -101,13 +103,13 @@ def load_adapter_state_dict(
         check_fit(name, get_layer(model, name), weight.shape[-1])
         if lora_B.shape[-1] != weight.shape[0]:
             raise FileFormatError(
-                f"layer {name!r}: expected a lift of rank {weight.shape[0]}, got {lora_B.shape[-1]}"
+                f"layer {name!r}: expected lora_B of rank {weight.shape[0]}, got {lora_B.shape[-1]}"
             )
-    if adapter in list_adapters(model):
+    if adapter_name in list_adapters(model):
         for _, layer in adapter_layers(model):
-            if adapter in layer.lora_B:
-                layer.remove(adapter)
-    check_new(model, adapter)
+            if adapter_name in layer.lora_B:
+                layer.remove(adapter_name)
+    check_new(model, adapter_name)
     freeze(model)
     made: dict[object, SharedProjection] = {}
     for name, (number, lora_B) in layers.items():
@@ -122,24 +124,31 @@ def load_adapter_state_dict(
                 layer.view,
                 trainable=bool(_entry(state, f"{_PROJECTION}.{number}.trainable")),
             )
-        layer.add(adapter, made[key], dropout)
+        layer.add(adapter_name, made[key], dropout)
         with torch.no_grad():
-            layer.lora_B[adapter].copy_(lora_B)
-    set_adapter(model, adapter)
+            layer.lora_B[adapter_name].copy_(lora_B)
+    set_adapter(model, adapter_name)
 
 
 def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:
+    version = int(state.get(_VERSION_KEY, 1))
+    if version != _VERSION:
+        cure = "update ipa-projectors" if version > _VERSION else "save the adapter anew"
+        raise FileFormatError(
+            f"expected the state of an adapter of format version {_VERSION}, got version "
+            f"{version}; {cure}"
+        )
     names = [
-        key.removeprefix(f"{_LAYER}.").removesuffix(".lift")
+        key.removeprefix(f"{_LAYER}.").removesuffix(".lora_B")
         for key in state
-        if key.startswith(f"{_LAYER}.") and key.endswith(".lift")
+        if key.startswith(f"{_LAYER}.") and key.endswith(".lora_B")
     ]
     if not names:
         raise FileFormatError("expected the state of an adapter, got one without layers")
     return {
         name: (
             int(_entry(state, f"{_LAYER}.{name}.projection")),
-            _entry(state, f"{_LAYER}.{name}.lift"),
+            _entry(state, f"{_LAYER}.{name}.lora_B"),
         )
         for name in names
     }

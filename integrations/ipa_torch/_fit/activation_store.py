@@ -25,7 +25,7 @@ from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_ma
 from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.checkpoint import skip
 from ipa_torch._fit.collector import ActivationCollector
-from ipa_torch._fit.early_stopping import ENDED
+from ipa_torch._fit.early_stopping import DATA_EXHAUSTED
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
@@ -117,7 +117,7 @@ def store_activations(
         RowWeighter(model, row_weights),
         max_patches=max_patches,
         max_rows=None,
-        keep_going=False,
+        drop_failed=False,
     )
     settings = {"layers": [*layers], "max_patches": max_patches}
     writer = _Writer(Path(folder), inputs, dtype, settings, max_bytes, shard_bytes)
@@ -197,7 +197,7 @@ class _Writer:
         self._settings = settings
         self._max_bytes = max_bytes
         self._shard_bytes = shard_bytes
-        self._reason = ENDED
+        self._reason = DATA_EXHAUSTED
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / INDEX).exists():
             self.index = Index.read(folder)

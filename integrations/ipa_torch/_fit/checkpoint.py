@@ -21,6 +21,7 @@ from ipa_torch._fit.collector import ActivationCollector, CollectorState
 from ipa_torch._fit.shared_inputs import InputPrefix
 
 _INDEX = "index.safetensors"
+_VERSION = 2
 _KEPT = 2
 
 
@@ -42,7 +43,7 @@ class CheckpointConfig:
     --------
     >>> from ipa_torch import CheckpointConfig
     >>> CheckpointConfig("learning", batches=100, seconds=None)
-    Checkpoints(folder='learning', batches=100, seconds=None)
+    CheckpointConfig(folder='learning', batches=100, seconds=None)
     """
 
     folder: str | os.PathLike[str]
@@ -155,6 +156,7 @@ class CheckpointWriter:
         scratch = folder / f".writing-{os.getpid()}"
         scratch.mkdir()
         index = {
+            "format_version": _VERSION,
             "seen": self.seen,
             "digest": self._digest,
             "settings": dict(self.settings),
@@ -220,6 +222,8 @@ def _load(
     folder = steps[-1]
     try:
         index = load_state(folder / _INDEX, library=torch)
+        if (version := index.get("format_version", 1)) != _VERSION:
+            raise FileFormatError(f"{folder}: expected format version {_VERSION}, got {version}")
         if index["settings"] != settings:
             raise SettingError(
                 f"{folder}: expected the checkpoint of a run with settings {dict(settings)}, got "

@@ -77,7 +77,7 @@ class ActivationCollector:
         *,
         max_patches: int | None,
         max_rows: int | None,
-        keep_going: bool,
+        drop_failed: bool,
     ) -> None:
         self._layers = layers
         self._views = {name: _view(name, module) for name, module in layers.items()}
@@ -85,7 +85,7 @@ class ActivationCollector:
         self._row_weighter = row_weighter
         self._max_patches = max_patches
         self._max_rows = max_rows
-        self._keep_going = keep_going
+        self._drop_failed = drop_failed
         self._tensor_ids = TensorIds()
         self._handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._weight_use = WeightUseTracer(layers)
@@ -246,7 +246,7 @@ class ActivationCollector:
             with _named(name):
                 yield
         except IPAError as error:
-            if not self._keep_going:
+            if not self._drop_failed:
                 raise
             self._handles.pop(name).remove()
             self._failed[name] = str(error)

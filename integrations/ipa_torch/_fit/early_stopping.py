@@ -1,67 +1,110 @@
-"""When a layer has seen enough."""
+"""Stopping criteria of a fit: budgets, and an estimate of the excess error."""
 
 from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
 from ipa_core import Learner, Projector
 from ipa_core.errors import SettingError
+from ipa_torch.errors import check_choice
+
+OnError: TypeAlias = Literal["raise", "return"]
 
 #: Batches before a layer may count as converged: fewer may be alike by chance.
-LEAST_BATCHES = 12
+MIN_BATCHES = 12
 
-ENDED = "the batches ended"
+#: Reason to stop of a fit that used all batches.
+DATA_EXHAUSTED = "the batches ended"
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What may be spent: rows for each layer, batches and seconds for all; None for no limit."""
+class StoppingCriteria:
+    """Criteria that end a fit before its batches do; the first that holds counts.
 
-    rows: int | None
-    batches: int | None
-    seconds: float | None
-    start: float = field(default_factory=time.monotonic)
+    Budgets are checked after each batch: a batch that has begun is finished.
+
+    Parameters
+    ----------
+    max_rows : int, optional
+        Rows of each layer; a layer stops once it has as many.
+    max_batches : int, optional
+        Batches of each pass.
+    max_seconds : float, optional
+        Seconds of each pass.
+    tolerance : float, optional
+        Excess of the reconstruction error over the best possible one, relative to it: 1e-2 is one
+        per cent. A layer stops when its excess is estimated to be at most this, on rows that its
+        learner has not absorbed, and not before 12 batches. The fit ends when all layers have
+        stopped.
+    on_error : {"raise", "return"}, default "raise"
+        "return" ends the fit on an exception of a forward pass, or Ctrl-C, with a warning, and
+        returns the projectors learned so far. A layer with an invalid input (NaN) is then left out,
+        and the others go on.
+
+    Raises
+    ------
+    SettingError
+        If a number is not above 0, or ``on_error`` is something else.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import StoppingCriteria, fit_projectors
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    >>> batches, stop = [torch.randn(8, 4)] * 9, StoppingCriteria(max_batches=3)
+    >>> fit_projectors(model, batches, rank=1, stop=stop, progress=False).stopped
+    {'0': 'max_batches of 3 reached'}
+    """
+
+    max_rows: int | None = None
+    max_batches: int | None = None
+    max_seconds: float | None = None
+    tolerance: float | None = None
+    on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
-        for name in ("rows", "batches", "seconds"):
+        for name in ("max_rows", "max_batches", "max_seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise SettingError(f"expected max_{name} above 0 or None, got {value!r}")
+                raise SettingError(f"expected {name} above 0 or None, got {value!r}")
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
+            raise SettingError(
+                f"expected a tolerance above 0 and finite, or None, got {self.tolerance!r}"
+            )
+        check_choice("on_error", self.on_error, OnError)
 
-    def spent(self, batches: int) -> str | None:
-        """Return why learning ends after so many batches, if it does."""
-        if self.batches is not None and batches >= self.batches:
-            return f"max_batches of {self.batches:,} reached"
-        if self.seconds is not None and time.monotonic() - self.start >= self.seconds:
-            return f"max_seconds of {self.seconds:g} reached"
+    def exhausted_budget(self, batches: int, seconds: float) -> str | None:
+        """Return which budget of the whole fit is used up, or None."""
+        if self.max_batches is not None and batches >= self.max_batches:
+            return f"max_batches of {self.max_batches:,} reached"
+        if self.max_seconds is not None and seconds >= self.max_seconds:
+            return f"max_seconds of {self.max_seconds:g} reached"
         return None
 
 
 class Convergence:
-    r"""Estimates what a learner may still gain, on rows that it has not absorbed.
+    r"""Estimate of the excess error that remains, on rows that the learner has not absorbed.
 
     P after n rows and P after 1.5 n rows are both scored on the rows from 1.5 n to 2 n:
 
     .. math:: D = \sum_i (e_i^{n} - e_i^{1.5 n}) \, / \, \sum_i e_i^{1.5 n}
 
     with residuals :math:`e_i`. As excess error falls like 1 / rows, D is about the excess that
-    remains, and so is half of the D before; the estimate is the larger magnitude of the two, as
-    one alone is near zero by chance now and then. At 2 n rows it is held against the tolerance, and
-    n doubles. Only residuals are compared: directions of equal energy may turn for ever without
-    keeping it from ending.
+    remains, and so is half of the previous D; the estimate is the larger magnitude of the two,
+    since a single D is near zero by chance now and then. At 2 n rows the estimate is compared with
+    the tolerance, and n doubles. Only residuals are compared: directions of equal energy may rotate
+    without end and do not prevent convergence.
 
     Cost: two skinny products on a third of the rows, two projectors for each doubling.
     """
 
     def __init__(self, tolerance: float) -> None:
-        if not (math.isfinite(tolerance) and tolerance > 0):
-            raise SettingError(f"expected a tolerance above 0, got {tolerance!r}")
         self.tolerance = tolerance
         self.estimate = math.inf
         self._last = math.inf
@@ -74,12 +117,12 @@ class Convergence:
     @property
     def reached(self) -> bool:
         """Whether the estimate is within the tolerance."""
-        return self._batches >= LEAST_BATCHES and self.estimate <= self.tolerance
+        return self._batches >= MIN_BATCHES and self.estimate <= self.tolerance
 
-    def look(
+    def observe(
         self, learner: Learner, rows: torch.Tensor, weights: torch.Tensor | None
     ) -> Convergence:
-        """Return the state after a batch that the learner is about to absorb."""
+        """Return the estimate after rows that the learner is about to absorb."""
         after = copy.copy(self)
         after._batches += 1
         if learner.samples:

@@ -16,6 +16,7 @@ from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_weights import RowWeighter
 from ipa_torch._fit.collector import ActivationCollector
+from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.sizes import features_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
@@ -57,7 +58,7 @@ def learner_bytes(
     targets: Targets = ALL_LINEAR,
     learner: Callable[[int], Learner] = RandomizedSVD,
     forward: Forward | None = None,
-    tolerance: float | None = None,
+    stop: StoppingCriteria | None = None,
 ) -> dict[tuple[str, ...], int]:
     """Return the bytes that `fit_projectors` will hold for learners, before it is called.
 
@@ -65,7 +66,7 @@ def learner_bytes(
 
     Parameters
     ----------
-    model, rank, targets, learner, forward, tolerance
+    model, rank, targets, learner, forward, stop
         As for `fit_projectors`.
     batch
         One batch of those to learn from: it shows which layers share an input.
@@ -103,7 +104,7 @@ def learner_bytes(
     layers = select_layers(model, targets)
     ranks = {name: resolve_rank(name, rank) for name in layers}
     run = default_forward if forward is None else forward
-    converging = tolerance is not None
+    converging = stop is not None and stop.tolerance is not None
     return bytes_by_input(model, layers, ranks, learner, batch, run, converging=converging)
 
 
@@ -204,7 +205,7 @@ def _sharing(
     """Return groups of layers that share their inputs, with the features of these."""
     inputs = SharedInputTree(ranks, lambda rank: cast(Learner, _ShapeProbe()), None)
     collector = ActivationCollector(
-        layers, inputs, RowWeighter(model, None), max_patches=1, max_rows=None, keep_going=True
+        layers, inputs, RowWeighter(model, None), max_patches=1, max_rows=None, drop_failed=True
     )
     with eval_mode(model), collector, collector.batch(batch):
         run(model, batch)

@@ -26,7 +26,7 @@ class InputPrefix:
 
         This one stays as it is.
         """
-        convergence = self.convergence and self.convergence.look(self.learner, *rows)
+        convergence = self.convergence and self.convergence.observe(self.learner, *rows)
         learner = copy.copy(self.learner)
         return InputPrefix(learner, convergence), learner.begin_update(*rows)
 

@@ -1,4 +1,4 @@
-"""A gradient sketch in which directions count less where inputs are large anyway."""
+"""Gradient sketch with damping by the second moment of the inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import SettingError
 from ipa_torch._gradient.sketch import GradientSketch
 
-#: Leading directions of the inputs that are known one by one.
+#: Leading directions along which the inputs' second moment is known.
 _DIRECTIONS = 32
 _PREFIX = "inputs."
 
@@ -21,24 +21,29 @@ class DampedGradientSketch(GradientSketch):
     r"""Leading row space of :math:`G (C + cI)^{-1}`, a step of damped least squares.
 
     G is the gradient of a layer's weight, C the second moment of its inputs, c the mean of C's
-    eigenvalues. C is taken as known along its 32 leading directions, by a learner, and as a
-    multiple of the identity off them: no matrix of features x features is needed. Rows without a
-    gradient, as padding has none, do not count.
+    eigenvalues: directions in which the inputs are large count less. C is known along its 32
+    leading directions, by a learner, and taken as a multiple of the identity off them: no matrix of
+    features x features is needed. Rows without a gradient, such as padding, do not count.
 
-    The first ``held`` rows of P may be leading directions of the inputs instead; the gradient's,
-    made orthogonal to them, fill up the rank.
+    A share of the rows of P may be leading directions of the inputs instead; the gradient's, made
+    orthogonal to them, fill up the rank.
 
     Memory and time are those of a `GradientSketch` and of the learner.
 
     Parameters
     ----------
     rank : int
-    learner : callable, default RandomizedSVD
-        Returns a learner of the inputs, given its rank.
-    held : int, default 0
-        Rows of P that are leading directions of the inputs.
+    learner : callable, default `ipa_core.RandomizedSVD`
+        Makes a learner of the inputs from its rank.
+    input_share : float, default 0
+        The first ``round(input_share * rank)`` rows of P are leading directions of the inputs.
     seed : int, default 0
-        Of the sketch.
+        Seed of the sketch.
+
+    Raises
+    ------
+    SettingError
+        If ``input_share`` is not between 0 and 1.
 
     Examples
     --------
@@ -46,10 +51,10 @@ class DampedGradientSketch(GradientSketch):
     >>> sizes = torch.tensor([10.0, 1.0, 1.0, 1.0])
     >>> x = sizes * torch.randn(1000, 1, 4, generator=torch.Generator().manual_seed(0))
     >>> g = x[:, :, :1] + 60 * x[:, :, 1:2]  # the gradient is larger along the first direction
-    >>> unwrap_model, damped = GradientSketch(rank=1), DampedGradientSketch(rank=1)
-    >>> unwrap_model.update(x, g), damped.update(x, g)
+    >>> plain, damped = GradientSketch(rank=1), DampedGradientSketch(rank=1)
+    >>> plain.update(x, g), damped.update(x, g)
     (None, None)
-    >>> [int(one.finalize().components.abs().argmax()) for one in (unwrap_model, damped)]
+    >>> [int(sketch.finalize().components.abs().argmax()) for sketch in (plain, damped)]
     [0, 1]
     """
 
@@ -58,17 +63,26 @@ class DampedGradientSketch(GradientSketch):
         rank: int,
         learner: Callable[[int], Learner] = RandomizedSVD,
         *,
-        held: int = 0,
+        input_share: float = 0.0,
         seed: int = 0,
     ) -> None:
+        if not 0 <= input_share <= 1:
+            raise SettingError(f"expected an input_share from 0 to 1, got {input_share!r}")
         super().__init__(rank, seed=seed)
-        self.held = held
-        self._make = learner
+        self.input_share = input_share
+        self._make_learner = learner
         self._inputs: Learner | None = None
+
+    @property
+    def fixed_rows(self) -> int:
+        """Rows of P that are leading directions of the inputs."""
+        return round(self.input_share * self.rank)
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
-        before = self._inputs or self._make(min(max(_DIRECTIONS, self.held), x.shape[-1]))
+        before = self._inputs or self._make_learner(
+            min(max(_DIRECTIONS, self.fixed_rows), x.shape[-1])
+        )
         inputs = copy.copy(before).update(x.flatten(0, 1), (g != 0).any(-1).flatten())
         super().update(x, g)
         self._inputs = inputs
@@ -79,11 +93,12 @@ class DampedGradientSketch(GradientSketch):
         Raises
         ------
         SettingError
-            If ranks, seeds, held rows or learners differ.
+            If ranks, seeds, shares of inputs or learners differ.
         """
-        if self.held != other.held:
+        if self.input_share != other.input_share:
             raise SettingError(
-                f"expected sketches of equal held rows, got {self.held} and {other.held}"
+                "expected sketches of equal input_share, got "
+                f"{self.input_share} and {other.input_share}"
             )
         merged = super().merge(other)
         if self._inputs is None or other._inputs is None:
@@ -102,7 +117,7 @@ class DampedGradientSketch(GradientSketch):
         """Return settings, counts and tensors, from which `load_state_dict` goes on."""
         inputs = {} if self._inputs is None else self._inputs.state_dict()
         named = {_PREFIX + name: value for name, value in inputs.items()}
-        return super().state_dict() | {"held": self.held} | named
+        return super().state_dict() | {"input_share": self.input_share} | named
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Take over a state from `state_dict`."""
@@ -111,22 +126,24 @@ class DampedGradientSketch(GradientSketch):
             for name, value in state.items()
             if name.startswith(_PREFIX)
         }
-        self._inputs = self._make(inputs["rank"]).load_state_dict(inputs) if inputs else None
-        self.held = state["held"]
+        self._inputs = (
+            self._make_learner(inputs["rank"]).load_state_dict(inputs) if inputs else None
+        )
+        self.input_share = state["input_share"]
         return super().load_state_dict(state)
 
     def _directions(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the held directions of the inputs and, orthogonal to them, those of a step."""
-        assert self._inputs is not None  # it has learned wherever there is an image
-        known = self._inputs.finalize()
-        rows, energies = known.components.double(), known.energies.double()
-        mean = known.total_energy / known.features
-        others = max(1, known.features - known.rank)
-        rest = max(0.0, known.total_energy - float(energies.sum())) / others
+        """Return the fixed rows and, orthogonal to them, the directions of a damped step."""
+        assert self._inputs is not None  # it has samples wherever there is an image
+        inputs = self._inputs.finalize()
+        rows, energies = inputs.components.double(), inputs.energies.double()
+        mean = inputs.total_energy / inputs.features
+        unknown = max(1, inputs.features - inputs.rank)
+        remaining = max(0.0, inputs.total_energy - float(energies.sum())) / unknown
         along = image @ rows.T
-        step = (image - along @ rows) / (rest + mean) + (along / (energies + mean)) @ rows
-        held = rows[: self.held]
-        row_shape = super()._directions(step - (step @ held.T) @ held)
-        # Where the step has few directions, what follows is any: it may lean on the held ones.
-        columns: torch.Tensor = torch.linalg.qr(torch.cat([held, row_shape]).T).Q
+        step = (image - along @ rows) / (remaining + mean) + (along / (energies + mean)) @ rows
+        fixed = rows[: self.fixed_rows]
+        directions = super()._directions(step - (step @ fixed.T) @ fixed)
+        # Where the step has few directions, the others are arbitrary and may lean on the fixed.
+        columns: torch.Tensor = torch.linalg.qr(torch.cat([fixed, directions]).T).Q
         return columns.T[: self.rank]

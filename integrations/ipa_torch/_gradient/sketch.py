@@ -1,4 +1,4 @@
-"""A sign sketch of a weight's gradient, and the inputs of layers weighted by it."""
+"""Random-sign sketch of a weight's gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from ipa_core import Learner, Projector
+from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
 from ipa_torch._distributed.tree_reduce import MergeableLearner
 
@@ -16,15 +16,11 @@ from ipa_torch._distributed.tree_reduce import MergeableLearner
 _KEPT_ROWS = 128
 
 
-class GradientLearner(Protocol):
-    """Learns from rows x of a layer's input and the gradients g of the rows of its output."""
-
-    @property
-    def learner(self) -> MergeableLearner:
-        """What has learned, for merging with others."""
+class GradientLearner(MergeableLearner, Protocol):
+    """A learner of a layer's input rows x and the gradients g of its output rows."""
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        """Learn from x (n, groups, features) and g (n, groups, outputs of a group)."""
+        """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
 
 
 class GradientSketch:
@@ -64,11 +60,6 @@ class GradientSketch:
         self.samples = 0
         self._image: torch.Tensor | None = None
         self._kept: list[torch.Tensor] = []
-
-    @property
-    def learner(self) -> Self:
-        """The sketch itself."""
-        return self
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
@@ -163,18 +154,3 @@ class GradientSketch:
         generator = torch.Generator().manual_seed(self.seed)
         width = max(32, 2 * self.rank + 8)
         return torch.randint(0, 2, (outputs, width), generator=generator).float() * 2 - 1
-
-
-class WeightedInputs:
-    """A learner of inputs, each row weighted by the norm of its gradient.
-
-    The weights are the norms as they are, so that those of several processes fit together.
-    """
-
-    def __init__(self, learner: Learner) -> None:
-        self.learner: Learner = learner
-
-    def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
-        norms = torch.linalg.vector_norm(g.float(), dim=-1).flatten()
-        self.learner.update(x.flatten(0, 1), norms)

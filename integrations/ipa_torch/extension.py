@@ -1,0 +1,39 @@
+"""Names for packages that extend ipa_torch, such as ipa_hf and ipa_timm.
+
+They are no part of the interface for users, and may change in any release.
+"""
+
+from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._adapters.replace import adapter_layers
+from ipa_torch._adapters.scale import Scaling, check_scaling, energy_scale, resolve_scale
+from ipa_torch._capture.forward import device_of, on_device
+from ipa_torch._fit.missing_layers import OnMissing, report_missing
+from ipa_torch._layers.matmul_view import Convolution, ConvView, view_of
+from ipa_torch._layers.sizes import features_of
+from ipa_torch._layers.targets import Targets, is_linear
+from ipa_torch._layers.unwrap import get_layer, unwrap_model
+from ipa_torch.errors import check_choice
+from ipa_torch.projectors import resolve_rank
+
+__all__ = [
+    "ConvView",
+    "Convolution",
+    "OnMissing",
+    "Scaling",
+    "SharedProjection",
+    "Targets",
+    "adapter_layers",
+    "check_choice",
+    "check_scaling",
+    "device_of",
+    "energy_scale",
+    "features_of",
+    "get_layer",
+    "is_linear",
+    "on_device",
+    "report_missing",
+    "resolve_rank",
+    "resolve_scale",
+    "unwrap_model",
+    "view_of",
+]
