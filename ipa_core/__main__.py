@@ -139,7 +139,11 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
     command = _command(commands, "fit", fit)
-    command.add_argument("activations", type=Path, help=".npy, .safetensors, or a folder of them")
+    command.add_argument(
+        "activations",
+        type=Path,
+        help="a file (.npy, .safetensors, .parquet, ...), FILE#NAME, or a folder",
+    )
     command.add_argument("--rank", type=int, required=True)
     command.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     command.add_argument("--learner", choices=sorted(LEARNERS), default="randomized-svd")

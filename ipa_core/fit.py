@@ -26,8 +26,9 @@ def fit_projector(
     ----------
     activation_stream : array, iterable of batches, or path
         An array (..., features), a Dask array too; an iterable of batches, of pairs (batch,
-        weights) or of paths, for example a list, a generator or a torch ``DataLoader``; a ``.npy``,
-        ``.safetensors`` or ``.zarr`` file or a folder of them. See `ipa_core.io.streams`. A Dask
+        weights) or of paths, for example a list, a generator or a torch ``DataLoader``; a sparse
+        matrix or a data frame; a file (NumPy, safetensors, Zarr, HDF5, Parquet, Arrow), an array
+        of it (``FILE#NAME``) or a folder. See `ipa_core.io.streams`. A Dask
         array is learned on its cluster, as are shards with `ipa_core.dask_backend.fit_projector`.
     rank : int
         Number of directions, between 1 and the number of features.

@@ -294,9 +294,13 @@ class StreamingPCA(IncrementalPCA):
         return tags
 
     def _validated(self, X: Any, sample_weight: Any, **checks: Any) -> tuple[Any, Any]:
-        """Return rows and weights as floating arrays of one library."""
+        """Return rows and weights as floating arrays of one library.
+
+        The learner looks for values that are not finite.
+        """
         xp, _ = get_namespace(X)
-        X = validate_data(self, X, dtype=[xp.float64, xp.float32], **checks)
+        checks |= {"dtype": [xp.float64, xp.float32], "ensure_all_finite": False}
+        X = validate_data(self, X, **checks)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(
                 sample_weight, X, dtype=X.dtype, ensure_non_negative=True

@@ -14,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from ipa_core._array import Array, is_array
 from ipa_core.errors import FileFormatError, MissingDependencyError, StreamError
+from ipa_core.io import _formats
+from ipa_core.io._formats import ROWS_AT_A_TIME, split_key
+from ipa_core.io._frames import frame_blocks, is_frame
 from ipa_core.io._sparse import dense_blocks, is_sparse
 
 Batch: TypeAlias = "Array | tuple[Array, Array]"
 ActivationStream: TypeAlias = "Array | Iterable[Batch | str | PathLike[str]] | str | PathLike[str]"
 
-_ROWS_AT_A_TIME = 8192
 # Bytes of the next file to prefetch, and bytes of one call: Linux silently cuts a longer request
 # down to the device's readahead.
 _PREFETCH_BYTES, _ADVICE_BYTES = 128 << 20, 1 << 20
@@ -34,9 +36,11 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
         An array of shape (..., features), memory-mapped or not, of the array API or with
         ``__dlpack__``; a sparse matrix or array of SciPy, made dense in blocks of 8 MB (float32);
         an iterable (list, generator, ``DataLoader``) of such arrays, of pairs
-        (batch, weights) or of paths; a ``.npy`` file, a ``.safetensors`` file (each tensor a
-        batch), a ``.zarr`` array, or a folder of them, read in the order of their names, at most
-        8,192 rows at a time.
+        (batch, weights) or of paths; a data frame of pandas or Polars; a ``.npy`` file, a
+        ``.npz``, ``.safetensors``, ``.h5`` or ``.hdf5`` file (each array a batch), a ``.zarr``
+        array, a ``.parquet``, ``.arrow`` or ``.feather`` file (a column of lists is the rows, or
+        each column a feature), or a folder of them, read in the order of their names, at most
+        8,192 rows at a time. ``FILE#NAME`` reads one array or column of a file.
 
     Raises
     ------
@@ -53,8 +57,8 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     """
     if isinstance(stream, (str, PathLike)):
         yield from _read_path(Path(stream))
-    elif is_sparse(stream):
-        yield from dense_blocks(stream, None, _ROWS_AT_A_TIME)
+    elif is_sparse(stream) or is_frame(stream):
+        yield from _blocks(stream, None)
     elif _is_arraylike(stream):
         yield from _cut(_as_array(stream))
     elif isinstance(stream, Iterable):
@@ -62,11 +66,7 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
             if isinstance(item, (str, PathLike)):
                 yield from _read_path(Path(item))
             else:
-                batch, weights = _pair(item, number)
-                if is_sparse(batch):
-                    yield from dense_blocks(batch, weights, _ROWS_AT_A_TIME)
-                else:
-                    yield batch, weights
+                yield from _blocks(*_pair(item, number))
     else:
         raise StreamError(
             "expected an array, an iterable of batches or a path as activation stream, "
@@ -80,11 +80,29 @@ def is_one_shot(stream: object) -> bool:
 
 
 def _is_arraylike(value: object) -> bool:
-    return is_array(value) or hasattr(value, "__dlpack__") or is_sparse(value)
+    return (
+        is_array(value)
+        or hasattr(value, "__dlpack__")
+        or hasattr(value, "to_numpy")
+        or is_sparse(value)
+    )
 
 
 def _as_array(value: Any) -> Array:
-    return value if is_array(value) or is_sparse(value) else np.from_dlpack(value)
+    if is_array(value) or is_sparse(value) or is_frame(value):
+        return value
+    # A column of a frame holds weights.
+    return value.to_numpy() if hasattr(value, "to_numpy") else np.from_dlpack(value)
+
+
+def _blocks(batch: Array, weights: Array | None) -> Iterator[tuple[Array, Array | None]]:
+    """Yield a batch in blocks, if it is a frame or a sparse matrix; else as it is."""
+    if is_sparse(batch):
+        yield from dense_blocks(batch, weights, ROWS_AT_A_TIME)
+    elif is_frame(batch):
+        yield from frame_blocks(batch, weights, ROWS_AT_A_TIME)
+    else:
+        yield batch, weights
 
 
 def _pair(item: Batch, number: int) -> tuple[Array, Array | None]:
@@ -104,16 +122,17 @@ def _cut(array: Array) -> Iterator[tuple[Array, None]]:
     if array.ndim < 2:
         yield array, None
         return
-    for start in range(0, array.shape[0], _ROWS_AT_A_TIME):
-        yield array[start : min(start + _ROWS_AT_A_TIME, array.shape[0]), ...], None
+    for start in range(0, array.shape[0], ROWS_AT_A_TIME):
+        yield array[start : min(start + ROWS_AT_A_TIME, array.shape[0]), ...], None
 
 
 def _read_path(path: Path) -> Iterator[tuple[Array, None]]:
+    path, key = split_key(path)
     files = files_of(path)
     for file, following in zip(files, [*files[1:], None], strict=True):
         if following is not None:
             prefetch(following)
-        yield from _read(file)
+        yield from _read(file, key)
 
 
 def prefetch(file: Path, start: int = 0, size: int = _PREFETCH_BYTES) -> None:
@@ -140,20 +159,22 @@ def files_of(path: Path) -> list[Path]:
             f"expected activations of one layer in the folder {path}, got an activation store of "
             "several; read a layer with ipa_core.ActivationStore(folder)[name]"
         )
-    files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+    files = sorted(file for file in path.iterdir() if file.suffix in _ALL_SUFFIXES)
     if not files:
-        raise StreamError(
-            f"expected .npy, .safetensors or .zarr files in the folder {path}, got none"
-        )
+        raise StreamError(f"expected {_SUFFIXES} files in the folder {path}, got none")
     return files
 
 
-def _read(file: Path) -> Iterator[tuple[Array, None]]:
-    if file.suffix in _READERS:
+def _read(file: Path, key: str | None = None) -> Iterator[tuple[Array, None]]:
+    if file.suffix in _formats.READERS:
+        yield from _formats.READERS[file.suffix](file, key)
+    elif file.suffix == ".safetensors":
+        yield from _read_safetensors(file, key)
+    elif file.suffix in _READERS and key is None:
         yield from _READERS[file.suffix](file)
     else:
         raise StreamError(
-            f"expected a .npy, .safetensors or .zarr file or a folder of them, got {file}; "
+            f"expected a {_SUFFIXES} file or a folder of them, got {file}; "
             "save the activations with numpy.save or safetensors"
         )
 
@@ -171,14 +192,15 @@ def _read_npy(file: Path) -> Iterator[tuple[Array, None]]:
         yield batch, weights
 
 
-def _read_safetensors(file: Path) -> Iterator[tuple[Array, None]]:
+def _read_safetensors(file: Path, key: str | None) -> Iterator[tuple[Array, None]]:
     try:
         with safe_open(file, framework=_framework(file)) as tensors:
-            for key in sorted(tensors.keys()):
-                rows = tensors.get_slice(key)
+            for name in _formats.chosen(file, [*tensors.keys()], key):
+                rows = tensors.get_slice(name)
+                _formats.check_rows(file, name, rows.get_shape(), rows.get_dtype())
                 count = rows.get_shape()[0]
-                for start in range(0, count, _ROWS_AT_A_TIME):
-                    batch = rows[start : min(start + _ROWS_AT_A_TIME, count)]
+                for start in range(0, count, ROWS_AT_A_TIME):
+                    batch = rows[start : min(start + ROWS_AT_A_TIME, count)]
                     # bfloat16 comes as a torch tensor; the stream is NumPy for every dtype.
                     yield (batch.float().numpy() if hasattr(batch, "numpy") else batch), None
     except SafetensorError as error:
@@ -213,13 +235,14 @@ def _read_zarr(file: Path) -> Iterator[tuple[Array, None]]:
             raise FileNotFoundError(f"{file}: no such Zarr array") from error
         raise FileFormatError(f"{file}: expected a Zarr array of numbers, got {error}") from error
     chunk = int(array.chunks[0])
-    step = max(1, _ROWS_AT_A_TIME // chunk) * chunk
+    step = max(1, ROWS_AT_A_TIME // chunk) * chunk
     for start in range(0, array.shape[0], step):
         yield np.asarray(array[start : start + step]), None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[Array, None]]]] = {
     ".npy": _read_npy,
-    ".safetensors": _read_safetensors,
     ".zarr": _read_zarr,
 }
+_ALL_SUFFIXES = [".npy", ".safetensors", ".zarr", *_formats.READERS]
+_SUFFIXES = ", ".join(_ALL_SUFFIXES[:-1]) + " or " + _ALL_SUFFIXES[-1]

@@ -56,7 +56,7 @@ def test_several_layers(tmp_path, capsys):
     [
         (9, "acts.npy", "a rank of at most 6"),
         (2, "absent.npy", "absent.npy"),
-        (2, "acts.txt", ".npy, .safetensors or .zarr"),
+        (2, "acts.txt", "or .feather file"),
     ],
 )
 def test_errors_are_one_line(activations, tmp_path, capsys, rank, file, words):
