@@ -7,6 +7,7 @@ from types import ModuleType
 
 from ipa_core._array import Array, Device, DType, as_namespace, convert, describe, namespace
 from ipa_core.errors import RankError, ShapeError
+from ipa_core.whitening import Whitening, whitening_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,6 +155,36 @@ class Projector:
             self.total_energy,
             self.samples,
         )
+
+    def whitening(self, eps: float = 0.0, *, zca: bool = False) -> Whitening:
+        r"""Return the map to uncorrelated features of unit mean square, with its inverse.
+
+        .. math:: W = (E + \epsilon I)^{-1/2} P, \qquad
+                  W_\text{ZCA} = P^\top (E + \epsilon I)^{-1/2} P
+
+        with E the energies. A projector learned with ``center=True`` whitens the covariance.
+
+        Parameters
+        ----------
+        eps : float, default 0
+            Added to the energies, in squared units of x.
+        zca : bool, default False
+            Rotate back, so that the outputs are as near to x as whitened features can be; below
+            full rank they lie in the span of P.
+
+        Raises
+        ------
+        SettingError
+            If ``eps`` is negative, or 0 beside a direction of energy 0.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from ipa_core import fit_projector
+        >>> fit_projector(np.diag([4.0, 2.0]), rank=2).whitening().whiten(np.array([4.0, 2.0]))
+        array([1.41421356, 1.41421356])
+        """
+        return whitening_of(self.components, self.energies, self.mean, eps, zca)
 
     def to(
         self,

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 from ipa_core import _array
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import gram, top_eigh
+from ipa_core.errors import EmptyStreamError
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners.base import Guarantee, Learner
 from ipa_core.projector import Projector
@@ -65,3 +66,36 @@ class ExactCovariance(Learner):
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
         values, vectors = top_eigh(xp, self._moment, self.rank)
         return vectors.T, values
+
+    @property
+    def moment(self) -> Array:
+        r"""Mean of :math:`x x^\top`, shape (features, features), float64 where there is one.
+
+        About the mean with ``center=True`` (the covariance, divided by n), else about the origin.
+        It does not depend on the rank.
+
+        Raises
+        ------
+        EmptyStreamError
+            If no row has been seen.
+        """
+        seen = self._nonempty()
+        return seen._moment / seen._weight
+
+    @property
+    def mean(self) -> Array:
+        """Mean of the rows, shape (features,), with ``center=True``; else zeros, as in `Projector`.
+
+        Raises
+        ------
+        EmptyStreamError
+            If no row has been seen.
+        """
+        seen = self._nonempty()
+        return self._xp.zeros_like(seen._moment[0, :]) if seen._mean is None else seen._mean
+
+    def _nonempty(self) -> Self:
+        """Return a copy with nothing pending."""
+        if self.samples == 0:
+            raise EmptyStreamError("expected at least one row of positive weight, got none")
+        return self._flushed()
