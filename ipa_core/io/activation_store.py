@@ -131,17 +131,11 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
 
     Examples
     --------
-    >>> import tempfile, torch
+    Of a folder that `ipa_torch.store_activations` has written:
+
     >>> from ipa_core import ActivationStore, fit_projector
-    >>> from ipa_torch import store_activations
-    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 2))
-    >>> batches = [torch.randn(32, 16) for _ in range(4)]
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     store = store_activations(model, batches, folder, progress=False)
-    ...     store
-    ...     fit_projector(store["0"], rank=2).samples
-    ActivationStore(2 layers, 128 rows a layer, float16, 6,296 bytes)
-    128
+    >>> store = ActivationStore("activations")  # doctest: +SKIP
+    >>> fit_projector(store["model.layers.0.mlp.up_proj"], rank=8)  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, on_damaged: OnDamaged = "raise") -> None:
