@@ -20,7 +20,7 @@ import ipa_timm
 from benchmarks import record
 from ipa_timm.classifier import classifier_parameters
 from ipa_torch import LayerError, LayerProjectors
-from ipa_torch._adapters.replace import adapter_layers
+from ipa_torch.extension import adapter_layers
 
 CLASSES = 3
 RANK = 4

@@ -13,8 +13,8 @@ timm = pytest.importorskip("timm", reason="needs timm on the path: make test-tim
 import ipa_timm
 from ipa_core.errors import SettingError
 from ipa_timm.classifier import classifier_parameters
-from ipa_torch import LayerError, disable_adapter
-from ipa_torch._adapters.replace import adapter_layers
+from ipa_torch import LayerError, StoppingCriteria, disable_adapter
+from ipa_torch.extension import adapter_layers
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}
 
@@ -187,6 +187,14 @@ def test_explicit_targets_include_depthwise_convolutions_and_limit_ranks():
     by_name = dict.fromkeys(projectors, 2)
     few = ipa_timm.fit_projectors(model, loader(), by_name, targets=targets, progress=False)
     assert {p.rank for p in few.values()} == {2}
+
+
+def test_options_of_the_fit_are_passed_on():
+    model = convnet()
+    stop = StoppingCriteria(max_batches=1)
+    projectors = adapt(model, targets=["layer1.0.conv1"], stop=stop, max_patches=7)
+    assert projectors["layer1.0.conv1"].samples == 7
+    assert projectors.stopped == {"layer1.0.conv1": "max_batches of 1 reached"}
 
 
 def test_default_targets_exclude_stem_head_and_depthwise_convolutions():

@@ -12,7 +12,7 @@ timm = pytest.importorskip("timm", reason="needs timm on the path: make test-tim
 import ipa_timm
 from ipa_core import ExactCovariance
 from ipa_timm.same_padding import SamePaddingView
-from ipa_torch._layers.matmul_view import view_of
+from ipa_torch.extension import view_of
 
 #: Model, options, layer name, and the layer's kernel, stride and groups.
 RESNEXT = ("resnet18", {"block": timm.models.resnet.Bottleneck, "cardinality": 4, "base_width": 4})

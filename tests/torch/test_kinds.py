@@ -71,7 +71,7 @@ def lora():
     return peft.get_peft_model(Transformer(blocks=1, keywords=False), config)
 
 
-def quantised():
+def quantized():
     return nn.Sequential(Int8Linear(nn.Linear(12, 16)), nn.ReLU(), Int8Linear(nn.Linear(16, 4)))
 
 
@@ -96,7 +96,7 @@ KINDS = {
     ),
     "GPT-2, Conv1D": (gpt2, lambda: ids(20), None, 3),
     "tied weights": (Tied, lambda: ids(10), ["hidden", "head"], 3),
-    "quantised": (quantised, lambda: decaying(400, 12).split(50), None, 3),
+    "quantized": (quantized, lambda: decaying(400, 12).split(50), None, 3),
     "inside LoRA": (lora, lambda: ids(20), None, 3),
     "expert that batches skip": (
         Experts,
