@@ -11,6 +11,7 @@ from benchmarks.assets import AssetError
 from benchmarks.demo_plot import plot
 from benchmarks.demo_sweep import RESULTS
 from benchmarks.demo_task import FROZEN, METHODS, QUICK, RANK, Classifier, Run, Settings, Task
+from ipa_core.text_table import align
 
 
 def main() -> int:
@@ -94,11 +95,8 @@ def table(runs: list[Run]) -> str:
             for run in runs
         ),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    rules = tuple("-" * max(map(len, column)) for column in zip(*rows, strict=True))
+    return align([rows[0], rules, *rows[1:]], left={0})
 
 
 if __name__ == "__main__":

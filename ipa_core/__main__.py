@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from ipa_core import (
 from ipa_core._array import Array, to_numpy
 from ipa_core.errors import StreamError
 from ipa_core.io.streams import iterate
+from ipa_core.text_table import align
 
 LEARNERS: dict[str, type[Learner]] = {
     "covariance": ExactCovariance,
@@ -92,7 +93,7 @@ def compare(args: argparse.Namespace) -> None:
         degrees = to_numpy(principal_angles(first[name], second[name])) * (180.0 / math.pi)
         median = degrees[len(degrees) // 2]
         rows.append((name, *(f"{value:.4f}" for value in (degrees[0], median, degrees[-1]))))
-    print(_align(rows))
+    print(align(rows, left={0}))
     for name in sorted(set(first) ^ set(second)):
         print(f"in one file only: {name}")
 
@@ -114,18 +115,7 @@ def _table(rows: list[tuple[str, ...]], projectors: Mapping[str, Projector]) -> 
                 f"{projector.samples:,}",
             )
         )
-    return _align(rows)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return align(rows, left={0})
 
 
 def parser() -> argparse.ArgumentParser:

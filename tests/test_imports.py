@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT, ROOT / "integrations")
 PACKAGES = ("ipa_core", "ipa_torch", "ipa_timm", "ipa_hf", "ipa_sklearn")
 
-CORE = {"ipa_core", "ipa_core.errors", "ipa_core.io"}
+CORE = {"ipa_core", "ipa_core.errors", "ipa_core.io", "ipa_core.text_table"}
 _LAYERS = CORE | {"ipa_torch.errors"}
 _CAPTURE = _LAYERS | {"ipa_torch._layers"}
 _DISTRIBUTED = _CAPTURE | {"ipa_torch._capture"}
@@ -29,10 +29,13 @@ _BRIDGE = CORE | {"ipa_torch", "ipa_torch.extension"}
 #: Room: rooms that it may import. A room may import itself.
 ROOMS = {
     "ipa_core.errors": set(),
+    "ipa_core.text_table": set(),
     "ipa_core._array": {"ipa_core.errors"},
     "ipa_core._linalg": {"ipa_core._array"},
     "ipa_core.rank_allocation": {"ipa_core.errors"},
-    "ipa_core.projector": {"ipa_core.errors", "ipa_core._array"},
+    "ipa_core.damping": {"ipa_core.errors", "ipa_core._array"},
+    "ipa_core.whitening": {"ipa_core.errors", "ipa_core._array"},
+    "ipa_core.projector": {"ipa_core.errors", "ipa_core._array", "ipa_core.whitening"},
     "ipa_core.io": {"ipa_core.errors", "ipa_core._array", "ipa_core.projector"},
     "ipa_core.learners": {
         "ipa_core.errors",
@@ -67,6 +70,7 @@ ROOMS = {
         "ipa_core.dask_backend",
     },
     "ipa_core": {
+        "ipa_core.damping",
         "ipa_core.errors",
         "ipa_core.fit",
         "ipa_core.io",
@@ -74,6 +78,7 @@ ROOMS = {
         "ipa_core.metrics",
         "ipa_core.projector",
         "ipa_core.rank_allocation",
+        "ipa_core.whitening",
     },
     "ipa_core.__main__": {
         "ipa_core",
@@ -81,6 +86,7 @@ ROOMS = {
         "ipa_core.errors",
         "ipa_core.io",
         "ipa_core.plotting",
+        "ipa_core.text_table",
     },
     "ipa_torch.errors": CORE,
     "ipa_torch.projectors": _LAYERS,

@@ -12,7 +12,7 @@ from benchmarks.vtab.methods import METHODS, RANK, Projections
 from benchmarks.vtab.models import Backbone, after, before
 from benchmarks.vtab.sets import Split, VtabSet
 from ipa_timm import default_targets, fit_projectors
-from ipa_timm.classifier import classifier_modules
+from ipa_torch.extension import classifier_modules
 
 State = dict[str, torch.Tensor]
 

@@ -15,6 +15,7 @@ from peft import LoraConfig, TaskType
 
 from ipa_core import __version__
 from ipa_core.errors import IPAError
+from ipa_core.text_table import align
 from ipa_hf.adapter_metadata import AdapterMetadata
 from ipa_hf.calibration_data import CalibrationData
 from ipa_hf.initialize import get_ipa_model
@@ -108,10 +109,10 @@ def table(metadata: AdapterMetadata) -> str:
         captured = f"{100 * layer.captured:.1f} %"
         numbers = (str(layer.rank), captured, f"{layer.scale:.4f}", f"{layer.samples:,}")
         rows.append((*numbers, name))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([*map(str.rjust, row[:-1], widths[:-1]), row[-1]]) for row in rows]
     training = "frozen" if metadata.frozen else "trained with B"
-    return "\n".join([*lines, f"\nA = scale * P, {training}; scaling {metadata.scaling}."])
+    return "\n".join(
+        [align(rows, left={4}), f"\nA = scale * P, {training}; scaling {metadata.scaling}."]
+    )
 
 
 def plot(metadata: AdapterMetadata, path: Path) -> None:

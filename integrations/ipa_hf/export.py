@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from ipa_core.errors import SettingError
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
+from ipa_torch.extension import features_of, is_conv1d, outputs_of
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -153,16 +154,12 @@ def _pad(layer: LoraLayer, size: _UniformSize, adapter_name: str) -> _Pair:
 
 def _zeros(name: str, module: torch.nn.Module, size: _UniformSize) -> _Pair:
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    if isinstance(base, torch.nn.Linear):
-        features, out = base.in_features, base.out_features
-    elif type(base).__name__ == "Conv1D":
-        features, out = base.get_parameter("weight").shape
-    else:
+    if not (isinstance(base, torch.nn.Linear) or is_conv1d(base)):
         raise SettingError(
             f"layer {name!r}: expected a linear layer, as its last name component is a target, got "
             f"{type(base).__name__}; serve the model of merge_and_unload()"
         )
-    return torch.zeros(size.rank, features), torch.zeros(out, size.rank)
+    return torch.zeros(size.rank, features_of(base)), torch.zeros(outputs_of(base), size.rank)
 
 
 def _export_config(

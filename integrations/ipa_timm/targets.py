@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from ipa_core.errors import IPAError
-from ipa_timm.classifier import classifier_modules
 from ipa_torch import LayerError, select_layers
 from ipa_torch.extension import (
     Convolution,
     Targets,
+    classifier_modules,
     features_of,
     get_layer,
     is_linear,

@@ -8,10 +8,12 @@ from ipa_torch._adapters.replace import adapter_layers
 from ipa_torch._adapters.scale import Scaling, check_scaling, energy_scale, resolve_scale
 from ipa_torch._capture.forward import device_of, on_device
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
+from ipa_torch._layers.lookup import get_layer
 from ipa_torch._layers.matmul_view import Convolution, ConvView, view_of
-from ipa_torch._layers.sizes import features_of
+from ipa_torch._layers.output_head import classifier_modules
+from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch._layers.targets import Targets, is_linear
-from ipa_torch._layers.unwrap import get_layer, unwrap_model
+from ipa_torch._layers.unwrap import is_conv1d, unwrap_model
 from ipa_torch.errors import check_choice
 from ipa_torch.projectors import resolve_rank
 
@@ -25,12 +27,15 @@ __all__ = [
     "adapter_layers",
     "check_choice",
     "check_scaling",
+    "classifier_modules",
     "device_of",
     "energy_scale",
     "features_of",
     "get_layer",
+    "is_conv1d",
     "is_linear",
     "on_device",
+    "outputs_of",
     "report_missing",
     "resolve_rank",
     "resolve_scale",

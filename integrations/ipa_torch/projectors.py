@@ -10,6 +10,7 @@ import torch
 import ipa_core
 from ipa_core import Projector, allocate_ranks
 from ipa_core.errors import FileFormatError
+from ipa_core.text_table import align
 from ipa_torch.errors import LayerError
 
 #: Why a layer was not learned where learning was interrupted before.
@@ -91,10 +92,11 @@ class LayerProjectors(Mapping[str, Projector]):
         return [tuple(names) for names in groups.values()]
 
     def table(self) -> str:
-        """Return a table: rank, features, captured energy, samples, why it stopped, and layers.
+        """Return a table: rank, features, captured energy, samples, stop reason and layers.
 
-        A reason that all layers have in common stands below the table.
+        A stop reason that all layers have in common is below the table.
         """
+        reasons = set(self.stopped.values())
         rows = [("rank", "features", "captured", "samples", "stopped", "layers")]
         for names in self.shared:
             p = self._projectors[names[0]]
@@ -102,15 +104,11 @@ class LayerProjectors(Mapping[str, Projector]):
             rows.append((*numbers, self.stopped.get(names[0], "-"), shared_name(names)))
         for name, reason in self.missing.items():
             rows.append(("-", "-", "-", "-", "-", f"{name}: {reason}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            [*map(str.rjust, row[:4], widths[:4]), row[4].ljust(widths[4]), row[5]] for row in rows
-        ]
-        common = set(self.stopped.values())
-        if len(common) == 1:
-            lines = [line[:4] + line[5:] for line in lines]
-            lines.append([f"stopped: {common.pop()}"])
-        return "\n".join("  ".join(line) for line in lines)
+        if len(reasons) != 1:
+            return align(rows, left={4, 5})
+        return "\n".join(
+            [align([row[:4] + row[5:] for row in rows], left={4}), f"stopped: {reasons.pop()}"]
+        )
 
     def truncate(self, rank: int | Mapping[str, int]) -> LayerProjectors:
         """Return projectors of a smaller rank, or of each layer's own; sharing is kept. No cost.

@@ -43,7 +43,9 @@ def test_holds_p_b_and_the_head_and_no_more(tmp_path):
     expected = sum(p.components.numel() for p in projectors.values()) + sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
-    marks = sum(key.endswith((".projection", ".scale", ".trainable")) for key in state)
+    marks = sum(
+        key.endswith(("format_version", ".projection", ".scale", ".trainable")) for key in state
+    )
     assert sum(value.numel() for value in state.values()) == expected + marks
     assert {key for key in state if key.startswith("classifier.")} == {
         "classifier.head.weight",

@@ -323,6 +323,12 @@ class TestState:
         load_adapter_state_dict(plain, adapter_state_dict(model))
         assert list_adapters(plain) == ["default"]
 
+    def test_loaded_adapter_shares_the_frozen_projections_of_another(self):
+        model = adapted()
+        load_adapter_state_dict(model, adapter_state_dict(model), adapter_name="second")
+        layer = model.attention[0].q
+        assert layer.projection("second") is layer.projection("default")
+
     def test_incomplete_state_is_refused(self):
         model = adapted()
         state = adapter_state_dict(model)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ipa_torch import LayerError
-from ipa_torch._layers.matmul_view import conv_view_of, stratified_indices, view_of
+from ipa_torch._layers.matmul_view import conv_view_of, view_of
+from ipa_torch._layers.row_samples import stratified_indices
 
 # Of torch itself, on an even kernel with padding="same".
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -108,7 +109,7 @@ def test_linear_layer(shape):
     torch.testing.assert_close(rows @ layer.weight.T, layer(x).reshape(-1, 4))
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
@@ -117,9 +118,9 @@ class Named(nn.Conv2d):
     pass
 
 
-def test_convolution_with_a_forward_of_its_own_is_refused_until_its_reading_is_known():
-    with pytest.raises(LayerError, match="got Standardised with a forward of its own"):
-        view_of(Standardised(2, 2, 3))
+def test_convolution_with_its_own_forward_is_refused_until_its_view_is_registered():
+    with pytest.raises(LayerError, match="got Standardized with its own forward"):
+        view_of(Standardized(2, 2, 3))
     assert view_of(Named(2, 2, 3)) == view_of(nn.Conv2d(2, 2, 3))
-    known = view_of.register(Standardised)(lambda module: conv_view_of(nn.Conv2d(2, 2, 3)))
-    assert view_of(Standardised(2, 2, 3)) == known(None)
+    known = view_of.register(Standardized)(lambda module: conv_view_of(nn.Conv2d(2, 2, 3)))
+    assert view_of(Standardized(2, 2, 3)) == known(None)

@@ -46,6 +46,12 @@ def test_all_linear_leaves_out_the_head():
     assert len(names) == 7
 
 
+def test_all_linear_leaves_out_both_heads_of_a_distilled_model():
+    model = mlp(4, 4, 4, 4)
+    model.get_classifier = lambda: (model[2], model[4])
+    assert list(select_layers(model)) == ["0"]
+
+
 def test_all_linear_knows_conv1d_and_custom_layers():
     transformers = pytest.importorskip("transformers")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,7 +14,8 @@ from ipa_core.errors import SettingError
 from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers, freeze, unfreeze, unwrap, wrap
 from ipa_torch._adapters.scale import Scaling, resolve_scale
-from ipa_torch._layers.unwrap import check_fit, get_layer, unwrap_model
+from ipa_torch._layers.lookup import check_fit, get_layer
+from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
 
 
@@ -86,16 +88,42 @@ def attach(
     check_new(model, adapter_name)
     for name, projector in projectors.items():
         check_fit(name, get_layer(model, name), projector.features)
+    specs = {
+        id(projector): ProjectionSpec(
+            torch.as_tensor(projector.components), scales[name], trainable
+        )
+        for name, projector in projectors.items()
+    }
+    layer_specs = {name: specs[id(projector)] for name, projector in projectors.items()}
+    add_adapter(model, layer_specs, dropout, adapter_name)
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionSpec:
+    """P of shape (rank, features), its scale s, and whether it is trained."""
+
+    weight: torch.Tensor
+    scale: float
+    trainable: bool
+
+
+def add_adapter(
+    model: nn.Module, specs: Mapping[str, ProjectionSpec], dropout: float, adapter_name: str
+) -> None:
+    """Add a new adapter with B = 0 to layers by name, and make it the active one.
+
+    Layers with the same spec object share one projection, as far as they read their input alike.
+    """
     freeze(model)
-    made: dict[Hashable, SharedProjection] = {}
-    for name, projector in projectors.items():
+    shared: dict[Hashable, SharedProjection] = {}
+    for name, spec in specs.items():
         layer = wrap(model, name)
-        key = (id(projector), layer.view, layer.dtype, layer.device)
-        if key not in made:
-            weight = torch.as_tensor(projector.components).to(layer.device, layer.dtype)
-            fresh = SharedProjection(weight.clone(), scales[name], layer.view, trainable=trainable)
-            made[key] = layer.find_equal_projection(fresh) or fresh
-        layer.add(adapter_name, made[key], dropout)
+        key = (spec, layer.view, layer.dtype, layer.device)
+        if key not in shared:
+            weight = spec.weight.to(layer.device, layer.dtype, copy=True)
+            fresh = SharedProjection(weight, spec.scale, layer.view, trainable=spec.trainable)
+            shared[key] = layer.find_equal_projection(fresh) or fresh
+        layer.add(adapter_name, shared[key], dropout)
     set_adapter(model, adapter_name)
 
 

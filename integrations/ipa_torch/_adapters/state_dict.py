@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ipa_core.errors import FileFormatError, SettingError
-from ipa_torch._adapters.model import check_new, list_adapters, set_adapter
+from ipa_torch._adapters.model import ProjectionSpec, add_adapter, check_new, list_adapters
 from ipa_torch._adapters.projection import SharedProjection
-from ipa_torch._adapters.replace import adapter_layers, freeze, wrap
-from ipa_torch._layers.unwrap import check_fit, get_layer, unwrap_model
+from ipa_torch._adapters.replace import adapter_layers, wrap
+from ipa_torch._layers.lookup import check_fit, get_layer
+from ipa_torch._layers.unwrap import unwrap_model
 
 _LAYER, _PROJECTION = "layers", "projections"
 _VERSION_KEY, _VERSION = "format_version", 2
@@ -110,24 +111,21 @@ def load_adapter_state_dict(
             if adapter_name in layer.lora_B:
                 layer.remove(adapter_name)
     check_new(model, adapter_name)
-    freeze(model)
-    made: dict[object, SharedProjection] = {}
-    for name, (number, lora_B) in layers.items():
-        layer = wrap(model, name)
-        key = (number, layer.view, layer.dtype, layer.device)
-        if key not in made:
-            made[key] = SharedProjection(
-                _entry(state, f"{_PROJECTION}.{number}.weight").to(
-                    layer.device, layer.dtype, copy=True
-                ),
-                float(_entry(state, f"{_PROJECTION}.{number}.scale")),
-                layer.view,
-                trainable=bool(_entry(state, f"{_PROJECTION}.{number}.trainable")),
-            )
-        layer.add(adapter_name, made[key], dropout)
+    numbers = dict.fromkeys(number for number, _ in layers.values())
+    specs = {number: _spec(state, f"{_PROJECTION}.{number}") for number in numbers}
+    layer_specs = {name: specs[number] for name, (number, _) in layers.items()}
+    add_adapter(model, layer_specs, dropout, adapter_name)
+    for name, (_, lora_B) in layers.items():
         with torch.no_grad():
-            layer.lora_B[adapter_name].copy_(lora_B)
-    set_adapter(model, adapter_name)
+            wrap(model, name).lora_B[adapter_name].copy_(lora_B)
+
+
+def _spec(state: Mapping[str, torch.Tensor], prefix: str) -> ProjectionSpec:
+    return ProjectionSpec(
+        _entry(state, f"{prefix}.weight"),
+        float(_entry(state, f"{prefix}.scale")),
+        bool(_entry(state, f"{prefix}.trainable")),
+    )
 
 
 def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:

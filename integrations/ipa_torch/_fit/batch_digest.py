@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-_LOOKED_AT = 4096
+from ipa_torch._layers.row_samples import strided_sample
+
+_ENTRIES = 4096
 
 
 def chained(before: str, batch: Any) -> str:
@@ -34,7 +36,7 @@ def _feed(total: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:
         total.update(f"{value.dtype} {tuple(value.shape)} ".encode())
         flat = value.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _LOOKED_AT)].cpu().contiguous()
+        some = strided_sample(flat, _ENTRIES).cpu().contiguous()
         total.update(some.view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray):
         _feed(total, torch.as_tensor(value))

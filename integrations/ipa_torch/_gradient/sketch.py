@@ -11,9 +11,10 @@ import torch
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
 from ipa_torch._distributed.tree_reduce import MergeableLearner
+from ipa_torch._layers.row_samples import strided_sample
 
 #: Rows of each batch that are kept to measure what P captures of the inputs.
-_KEPT_ROWS = 128
+_SAMPLED_ROWS = 128
 
 
 class GradientLearner(MergeableLearner, Protocol):
@@ -59,7 +60,7 @@ class GradientSketch:
         self.seed = seed
         self.samples = 0
         self._image: torch.Tensor | None = None
-        self._kept: list[torch.Tensor] = []
+        self._sampled_rows: list[torch.Tensor] = []
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
@@ -79,7 +80,7 @@ class GradientSketch:
             return
         self._image = image if self._image is None else self._image + image
         alive = x[(g != 0).flatten(1).any(1)]  # padding has no gradient
-        self._kept.append(alive[:: max(1, len(alive) // _KEPT_ROWS)].flatten(0, 1).clone())
+        self._sampled_rows.append(strided_sample(alive, _SAMPLED_ROWS).flatten(0, 1).clone())
         self.samples += x.shape[0] * x.shape[1]
 
     def merge(self, other: Self) -> Self:
@@ -98,7 +99,7 @@ class GradientSketch:
         merged = copy.copy(self)
         images = [one._image for one in (self, other) if one._image is not None]
         merged._image = torch.stack(images).sum(0) if images else None
-        merged._kept = self._kept + other._kept
+        merged._sampled_rows = self._sampled_rows + other._sampled_rows
         merged.samples = self.samples + other.samples
         return merged
 
@@ -116,7 +117,7 @@ class GradientSketch:
                 "that has been trained for a moment"
             )
         components = self._directions(self._image.double())
-        rows = torch.cat(self._kept).double()
+        rows = torch.cat(self._sampled_rows).double()
         energies = (rows @ components.T).square().mean(0)
         return Projector(
             components.float(),
@@ -135,14 +136,14 @@ class GradientSketch:
         state: dict[str, Any] = {"rank": self.rank, "seed": self.seed, "samples": self.samples}
         if self._image is None:
             return state
-        kept = torch.cat(self._kept)
+        kept = torch.cat(self._sampled_rows)
         return state | {"image": self._image, "kept": kept, "template": self._image[:0]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Take over a state from `state_dict`."""
         self.rank, self.seed, self.samples = state["rank"], state["seed"], state["samples"]
         self._image = state.get("image")
-        self._kept = [state["kept"]] if "kept" in state else []
+        self._sampled_rows = [state["kept"]] if "kept" in state else []
         return self
 
     def _directions(self, image: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How a layer reads its input: as rows that one matrix multiplies."""
+"""View of a layer as a matrix product: rows of its input times its weight."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ipa_core.errors import ArrayTypeError
+from ipa_torch._layers.row_samples import stratified_indices
+from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
 from ipa_torch.errors import LayerError
 
 RowSubset: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -24,18 +26,18 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class MatmulView(Protocol):
-    """The view of a layer as y = M x for every row x of its input, with M of (outputs, features).
+    """View of a layer as y = M x for each row x of its input, with M of (outputs, features).
 
-    Equal readings of one tensor give equal rows; a reading can be hashed.
+    Views are hashable. Equal views of the same tensor give equal rows.
     """
 
     def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
-        """Return the axes that number the places of an activation."""
+        """Return the shape (batch, *positions) over which an activation has rows."""
 
     def im2row(
         self, activation: torch.Tensor, subset: RowSubset, limit: int | None
     ) -> WeightedRows:
-        """Return the rows (n, features) at the chosen places, or everywhere, and their weights.
+        """Return the rows (n, features) of a subset of positions, or of all, and their weights.
 
         At most ``limit`` patches are taken.
         """
@@ -46,10 +48,10 @@ class MatmulView(Protocol):
         """Return rows (n, groups, features) and their outputs' gradients (n, groups, outputs)."""
 
     def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix (rank, features) to every row, in the layout of the layer's output."""
+        """Multiply each row by a matrix (rank, features), in the layout of the layer's output."""
 
     def expand(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix (outputs, rank) to what `project` gave, to the layer's output."""
+        """Multiply each row of a `project` result by a matrix (outputs, rank)."""
 
     def delta_weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return a matrix (outputs, features) in the layout of the layer's weight ``like``."""
@@ -57,35 +59,35 @@ class MatmulView(Protocol):
 
 @dataclass(frozen=True)
 class LinearView:
-    """Rows along the last axis, of ``nn.Linear`` and everything that is like it."""
+    """View of linear layers: rows along the last axis."""
 
     transposed: bool = False
 
     def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
-        """Return the axes that number the places."""
+        """Return the shape over which an activation has rows."""
         return tuple(activation.shape[:-1])
 
     def im2row(
         self, activation: torch.Tensor, subset: RowSubset, limit: int | None
     ) -> WeightedRows:
         """Return rows and weights, as for every `MatmulView`."""
-        places, weights = subset
+        positions, weights = subset
         rows = activation.reshape(-1, activation.shape[-1])
-        return (rows if places is None else rows.index_select(0, places)), weights
+        return (rows if positions is None else rows.index_select(0, positions)), weights
 
     def rows_and_grads(
         self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows and gradients, in one group."""
-        rows, own = (t.reshape(-1, 1, t.shape[-1]) for t in (activation, gradient))
-        return rows, own
+        rows, grads = (t.reshape(-1, 1, t.shape[-1]) for t in (activation, gradient))
+        return rows, grads
 
     def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix (rank, features) to every row."""
+        """Multiply each row by a matrix (rank, features)."""
         return F.linear(activation, projection)
 
     def expand(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix (outputs, rank) to every place."""
+        """Multiply each projected row by a matrix (outputs, rank)."""
         return F.linear(projected, matrix)
 
     def delta_weight(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -95,7 +97,7 @@ class LinearView:
 
 @dataclass(frozen=True)
 class ConvView:
-    """Patches of a convolution; each group's part of one is a row: P is common to all groups."""
+    """View of convolutions: each group's part of a patch is a row, with one P for all groups."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -105,13 +107,11 @@ class ConvView:
     mode: str
 
     def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
-        """Return the axes that number the places."""
+        """Return the shape over which an activation has rows."""
         batch = activation.shape[:1] if activation.ndim == len(self.kernel) + 2 else (1,)
         padding = self.padding_of(activation)
-        rows_and_grads = zip(padding[-2::-2], padding[::-2], strict=True)
-        sizes = zip(
-            activation.shape[-len(self.kernel) :], rows_and_grads, self._steps(), strict=True
-        )
+        paddings = zip(padding[-2::-2], padding[::-2], strict=True)
+        sizes = zip(activation.shape[-len(self.kernel) :], paddings, self._steps(), strict=True)
         return (*batch, *((n + sum(p) - extent) // step + 1 for n, p, (extent, step) in sizes))
 
     def im2row(
@@ -119,19 +119,19 @@ class ConvView:
     ) -> WeightedRows:
         """Return rows and weights, as for every `MatmulView`."""
         row_shape, axes = self.row_shape(activation), len(self.kernel)
-        places, weights = subset
-        if places is None:
-            places = torch.arange(math.prod(row_shape), device=activation.device)
-        drawn = stratified_indices(places.shape[0], limit, activation.device)
-        if drawn is not None:
-            places = places.index_select(0, drawn)
-            weights = None if weights is None else weights.index_select(0, drawn)
+        positions, weights = subset
+        if positions is None:
+            positions = torch.arange(math.prod(row_shape), device=activation.device)
+        sampled = stratified_indices(positions.shape[0], limit, activation.device)
+        if sampled is not None:
+            positions = positions.index_select(0, sampled)
+            weights = None if weights is None else weights.index_select(0, sampled)
         windows = self._windows(activation if activation.ndim == axes + 2 else activation[None])
-        rows = windows[torch.unravel_index(places, row_shape)].flatten(2).flatten(0, 1)
+        rows = windows[torch.unravel_index(positions, row_shape)].flatten(2).flatten(0, 1)
         return rows, None if weights is None else weights.repeat_interleave(self.groups)
 
     def _windows(self, activation: torch.Tensor) -> torch.Tensor:
-        """Return a view (batch, *places, groups, channels, *kernel) of all patches."""
+        """Return a view (batch, *positions, groups, channels, *kernel) of all patches."""
         axes = len(self.kernel)
         windows = self._padded(activation)
         for axis, (extent, step) in enumerate(self._steps()):
@@ -142,17 +142,19 @@ class ConvView:
     def rows_and_grads(
         self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows and gradients at the same places, by groups."""
+        """Return rows and gradients at the same positions, by groups."""
         axes = len(self.kernel)
         batched = gradient if gradient.ndim == axes + 2 else gradient[None]
-        places = stratified_indices(math.prod(self.row_shape(activation)), limit, activation.device)
-        rows, _ = self.im2row(activation, (places, None), None)
-        own = batched.movedim(1, -1).reshape(-1, self.groups, batched.shape[1] // self.groups)
-        own = own if places is None else own.index_select(0, places)
-        return rows.unflatten(0, (-1, self.groups)), own
+        positions = stratified_indices(
+            math.prod(self.row_shape(activation)), limit, activation.device
+        )
+        rows, _ = self.im2row(activation, (positions, None), None)
+        grads = batched.movedim(1, -1).reshape(-1, self.groups, batched.shape[1] // self.groups)
+        grads = grads if positions is None else grads.index_select(0, positions)
+        return rows.unflatten(0, (-1, self.groups)), grads
 
     def project(self, activation: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix (rank, features) to every row."""
+        """Multiply each row by a matrix (rank, features)."""
         kernels = projection.reshape(projection.shape[0], -1, *self.kernel)
         kernels = kernels.repeat(self.groups, *(1 for _ in range(kernels.ndim - 1)))
         return _CONVOLVE[len(self.kernel)](
@@ -164,7 +166,7 @@ class ConvView:
         )
 
     def expand(self, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix (outputs, rank) to every place."""
+        """Multiply each projected row by a matrix (outputs, rank)."""
         points = matrix.reshape(*matrix.shape, *(1 for _ in self.kernel))
         return _CONVOLVE[len(self.kernel)](projected, points, groups=self.groups)
 
@@ -173,7 +175,7 @@ class ConvView:
         return matrix.reshape(like.shape)
 
     def padding_of(self, activation: torch.Tensor) -> tuple[int, ...]:
-        """Return the padding of an activation, two numbers an axis, the last axis first."""
+        """Return the padding as in `F.pad`: two numbers for each axis, the last axis first."""
         return self.padding
 
     def _padded(self, activation: torch.Tensor) -> torch.Tensor:
@@ -187,42 +189,42 @@ class ConvView:
 
 @singledispatch
 def view_of(module: nn.Module) -> LinearView | ConvView:
-    """Return how a layer reads its input.
+    """Return the view of a layer as a matrix product.
 
-    A bridge that knows a class of convolutions with a forward of their own registers its reading:
+    A package with its own class of convolutions registers a view for it:
     ``view_of.register(cls)(function)``.
 
     Raises
     ------
     LayerError
-        If the layer is no matrix acting on rows, or a convolution that does more than convolve.
+        If the layer does not multiply rows by a matrix, or is a convolution with its own forward.
     """
-    if isinstance(base := getattr(module, "base_layer", None), nn.Module):
+    if (base := unwrap_layer(module)) is not module:
         return view_of(base)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise LayerError(
             f"expected a layer that multiplies rows of its input, got {type(module).__name__}; "
             "leave it out of the targets"
         )
-    return LinearView(transposed=type(module).__name__ == "Conv1D")
+    return LinearView(transposed=is_conv1d(module))
 
 
 @view_of.register(nn.Conv1d)
 @view_of.register(nn.Conv2d)
 @view_of.register(nn.Conv3d)
 def conv_view_of(module: Convolution) -> ConvView:
-    """Return the patches of a convolution as torch computes it.
+    """Return the view of one of torch's convolutions.
 
     Raises
     ------
     LayerError
-        If its class computes it in a way of its own.
+        If its class overrides ``forward``.
     """
     if type(module).forward not in _STOCK:
-        # It may pad the input, or normalise the weight: an adapter would add something else.
+        # It may pad the input or normalize the weight, which the adapter would not.
         raise LayerError(
-            f"expected a convolution that applies its weight as it is, got {type(module).__name__} "
-            "with a forward of its own; leave it out of the targets"
+            f"expected a convolution with the forward of torch, got {type(module).__name__} "
+            "with its own forward; leave it out of the targets"
         )
     padding: Any = module._reversed_padding_repeated_twice
     return ConvView(
@@ -235,25 +237,13 @@ def conv_view_of(module: Convolution) -> ConvView:
     )
 
 
-def stratified_indices(count: int, limit: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return ``limit`` of ``count`` numbers, one drawn from each of as many equal stretches.
-
-    Every number is expected equally often, so means over them are unbiased; where two stretches
-    meet it may come twice. None: all are within the limit.
-    """
-    if limit is None or count <= limit:
-        return None
-    drawn = torch.arange(limit, dtype=torch.float64) + torch.rand(limit, dtype=torch.float64)
-    return (drawn * (count / limit)).long().clamp(max=count - 1).to(device)
-
-
 def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """Return the activation among the arguments of a call, positional or by keyword.
+    """Return the first floating tensor among the arguments of a call.
 
     Raises
     ------
     ArrayTypeError
-        If none is a floating tensor.
+        If there is none.
     """
     for value in (*args, *_in_order(module, kwargs)):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -265,8 +255,8 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return keyword arguments in the order of the module's own signature."""
+    """Return keyword arguments in the order of the module's signature."""
     if len(kwargs) < 2:
         return list(kwargs.values())
-    own = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
-    return [kwargs[name] for name in (*own, *(name for name in kwargs if name not in own))]
+    known = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return [kwargs[name] for name in (*known, *(name for name in kwargs if name not in known))]

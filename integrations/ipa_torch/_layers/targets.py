@@ -1,4 +1,4 @@
-"""Which layers of a model are meant."""
+"""Selection of a model's layers by targets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_torch._layers.matmul_view import Convolution
+from ipa_torch._layers.output_head import output_head
+from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
 from ipa_torch.errors import LayerError
 
 Targets: TypeAlias = "str | Iterable[str] | Callable[[str, nn.Module], bool]"
@@ -18,17 +20,17 @@ ALL_LINEAR = "all-linear"
 
 
 def select_layers(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, nn.Module]:
-    """Return the layers that ``targets`` names, in the order of ``model.named_modules()``.
+    """Return the layers that ``targets`` select, in the order of ``model.named_modules()``.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model.
     targets : str, iterable of str or callable, default "all-linear"
-        The meaning of PEFT's ``target_modules``: a list of names, each a whole name or the end of
-        one after a dot; a string is a regular expression for the whole name; ``"all-linear"`` is
-        every linear layer (``nn.Linear``, transformers' ``Conv1D``, quantised ones) but the output
-        head. A callable ``(name, module) -> bool`` decides itself.
+        As PEFT's ``target_modules``: a list of names, each a full name or the end of one after a
+        dot; a string is a regular expression for the full name; ``"all-linear"`` is every linear
+        layer (``nn.Linear``, transformers' ``Conv1D``, quantized layers) but the output head. Or a
+        callable ``(name, module) -> bool``.
 
     Returns
     -------
@@ -39,7 +41,7 @@ def select_layers(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, 
     LayerError
         If nothing matches.
     SettingError
-        If a string is no regular expression.
+        If a string is not a regular expression.
 
     Examples
     --------
@@ -52,35 +54,34 @@ def select_layers(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, 
     ['2']
     """
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return _checked(_all_linear(model), targets)
-    wanted = _matcher(targets)
+        return _require_some(_all_linear(model), targets)
+    matches = _matcher(targets)
     named = {
-        name: module for name, module in model.named_modules() if name and wanted(name, module)
+        name: module for name, module in model.named_modules() if name and matches(name, module)
     }
     if not named:
-        known = ", ".join(repr(name) for name, _ in model.named_modules() if name)
+        names = ", ".join(repr(name) for name, _ in model.named_modules() if name)
         raise LayerError(
             f"expected targets that match a layer of {type(model).__name__}, got {targets!r}; "
-            f"its layers are {_shortened(known)}"
+            f"its layers are {_shortened(names)}"
         )
     return named
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module multiplies its input's last axis by a matrix, as far as one can see.
+    """Return whether a module is a linear layer, as far as its class and attributes show.
 
-    That is ``nn.Linear``, transformers' ``Conv1D``, whatever wraps such a layer as ``base_layer``,
-    and every module with ``in_features`` that contains no other, and no convolution: quantised
-    layers come in a dozen classes of as many packages.
+    These are ``nn.Linear``, transformers' ``Conv1D``, layers that wrap them as ``base_layer``, and
+    modules with ``in_features`` that contain neither another such module nor a convolution:
+    quantized layers are of a dozen classes of as many packages.
     """
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+    module = unwrap_layer(module)
+    if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
-    if isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        return is_linear(base)
     return _has_features(module) and not any(
-        _has_features(other) or isinstance(other, Convolution)
-        for other in module.modules()
-        if other is not module
+        _has_features(inner) or isinstance(inner, Convolution)
+        for inner in module.modules()
+        if inner is not module
     )
 
 
@@ -91,29 +92,14 @@ def _has_features(module: nn.Module) -> bool:
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    head = _output_head(model)
-    chosen: dict[str, nn.Module] = {}
+    head = output_head(model)
+    layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        # What lies inside a chosen layer belongs to it: the matrices of an adapter, for example.
-        inside = any(name.startswith(f"{other}.") for other in chosen)
-        if name and module is not head and not inside and is_linear(module):
-            chosen[name] = module
-    return chosen
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    for getter in ("get_output_embeddings", "get_classifier"):
-        if callable(get := getattr(model, getter, None)):
-            try:
-                head = get()
-            except (AttributeError, NotImplementedError):
-                continue
-            if isinstance(head, nn.Module):
-                return head
-    for name in ("score", "classifier"):
-        if isinstance(head := getattr(model, name, None), nn.Module):
-            return head
-    return None
+        # Modules inside a selected layer belong to it: the matrices of an adapter, for example.
+        inside = any(name.startswith(f"{layer}.") for layer in layers)
+        if name and not inside and is_linear(module) and not any(module is part for part in head):
+            layers[name] = module
+    return layers
 
 
 def _matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:
@@ -133,7 +119,7 @@ def _matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:
     return lambda name, module: name in names or name.endswith(ends)
 
 
-def _checked(named: dict[str, nn.Module], targets: Targets) -> dict[str, nn.Module]:
+def _require_some(named: dict[str, nn.Module], targets: Targets) -> dict[str, nn.Module]:
     if not named:
         raise LayerError(
             f"expected a model with linear layers for targets={targets!r}, got none; "
