@@ -27,7 +27,9 @@ def examples(page):
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["docs/activations.md", "docs/learners.md", "docs/migrating.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/activations.md", "docs/learners.md", "docs/migrating.md", "docs/moments.md"]
+)
 def test_examples_run(page, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)

@@ -27,6 +27,8 @@ from ipa_torch._fit.activation_store import store_activations
 from ipa_torch._fit.checkpoint import CheckpointConfig
 from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.fit import fit_projectors
+from ipa_torch._fit.head_learners import HeadLearners
+from ipa_torch._fit.learners import fit_learners
 from ipa_torch._fit.memory import learner_bytes
 from ipa_torch._fit.options import FitOptions
 from ipa_torch._gradient.damped_sketch import DampedGradientSketch
@@ -35,7 +37,7 @@ from ipa_torch._gradient.sketch import GradientSketch
 from ipa_torch._gradient.weighted_inputs import GradientWeightedInputs
 from ipa_torch._layers.targets import select_layers
 from ipa_torch.errors import LayerError, PeerError
-from ipa_torch.projectors import LayerProjectors
+from ipa_torch.projectors import LayerLearners, LayerProjectors
 
 __all__ = [
     "AdapterLayer",
@@ -44,7 +46,9 @@ __all__ = [
     "FitOptions",
     "GradientSketch",
     "GradientWeightedInputs",
+    "HeadLearners",
     "LayerError",
+    "LayerLearners",
     "LayerProjectors",
     "OnlineLearning",
     "PeerError",
@@ -55,6 +59,7 @@ __all__ = [
     "detach",
     "disable_adapter",
     "fit_gradient_projectors",
+    "fit_learners",
     "fit_projectors",
     "learner_bytes",
     "list_adapters",

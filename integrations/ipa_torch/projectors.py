@@ -4,27 +4,107 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 import ipa_core
-from ipa_core import Projector, allocate_ranks
+from ipa_core import Learner, Projector, allocate_ranks
 from ipa_core.errors import FileFormatError
 from ipa_core.text_table import align
 from ipa_torch.errors import LayerError
+
+T = TypeVar("T")
 
 #: Why a layer was not learned where learning was interrupted before.
 BEFORE_ITS_TURN = "learning ended before its turn"
 
 
-class LayerProjectors(Mapping[str, Projector]):
+class LayerMapping(Mapping[str, T]):
+    """A read-only mapping from layer names to what was learned, shared by equal layers."""
+
+    def __init__(
+        self,
+        learned: Mapping[str, T],
+        *,
+        missing: Mapping[str, str] | None = None,
+        stopped: Mapping[str, str] | None = None,
+        passes: int = 1,
+    ) -> None:
+        self._learned = dict(learned)
+        self.missing: Mapping[str, str] = dict(missing or {})
+        self.stopped: Mapping[str, str] = dict(stopped or {})
+        self.passes = passes
+
+    def __getitem__(self, name: str) -> T:
+        try:
+            return self._learned[name]
+        except KeyError:
+            reason = self.missing.get(name, "it was no target")
+            raise KeyError(f"expected a layer that was learned, got {name!r}: {reason}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._learned)
+
+    def __len__(self) -> int:
+        return len(self._learned)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._learned
+
+    @property
+    def shared(self) -> list[tuple[str, ...]]:
+        """Names of the layers that share a value, group by group; single layers too."""
+        groups: dict[int, list[str]] = {}
+        for name, value in self._learned.items():
+            groups.setdefault(id(value), []).append(name)
+        return [tuple(names) for names in groups.values()]
+
+
+M = TypeVar("M", bound=LayerMapping[Any])
+
+
+class LayerLearners(LayerMapping[Learner]):
+    """A read-only mapping from layer names to learners, as `fit_learners` returns it.
+
+    Layers that always saw the same activations have the identical learner.
+
+    Parameters
+    ----------
+    learned : mapping of str to Learner or HeadLearners
+        In the model's order of layers.
+    missing : mapping of str to str, optional
+        Layers that were asked for and not learned, and why.
+    stopped : mapping of str to str, optional
+        Why learning stopped, layer by layer.
+    passes : int, default 1
+        How many times the batches were read so that the learners stayed within a memory budget.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import fit_learners
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    >>> learners = fit_learners(model, [torch.ones(8, 4)], progress=False)
+    >>> learners
+    LayerLearners(2 layers, 2 learners)
+    >>> learners["0"].moment.shape
+    torch.Size([4, 4])
+    """
+
+    def __repr__(self) -> str:
+        missing = f", {len(self.missing)} layers missing" if self.missing else ""
+        return f"LayerLearners({len(self)} layers, {len(self.shared)} learners{missing})"
+
+
+class LayerProjectors(LayerMapping[Projector]):
     """A read-only mapping from layer names to projectors, as `fit_projectors` returns it.
 
     Layers that always saw the same inputs have the identical `Projector`.
 
     Parameters
     ----------
-    projectors : mapping of str to Projector
+    learned : mapping of str to Projector
         In the model's order of layers.
     missing : mapping of str to str, optional
         Layers that were asked for and not learned, and why.
@@ -45,51 +125,14 @@ class LayerProjectors(Mapping[str, Projector]):
     4
     """
 
-    def __init__(
-        self,
-        projectors: Mapping[str, Projector],
-        *,
-        missing: Mapping[str, str] | None = None,
-        stopped: Mapping[str, str] | None = None,
-        passes: int = 1,
-    ) -> None:
-        self._projectors = dict(projectors)
-        self.missing: Mapping[str, str] = dict(missing or {})
-        self.stopped: Mapping[str, str] = dict(stopped or {})
-        self.passes = passes
-
-    def __getitem__(self, name: str) -> Projector:
-        try:
-            return self._projectors[name]
-        except KeyError:
-            reason = self.missing.get(name, "it was no target")
-            raise KeyError(f"expected a layer that was learned, got {name!r}: {reason}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._projectors)
-
-    def __len__(self) -> int:
-        return len(self._projectors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._projectors
-
     def __repr__(self) -> str:
         parts = [f"{len(self)} layers", f"{len(self.shared)} projectors"]
-        if self._projectors:
+        if self._learned:
             ranks, captured = zip(*((p.rank, p.captured()) for p in self.values()), strict=True)
             parts += [f"rank {_span(ranks, 'd')}", f"captured {_span(captured, '.3f')}"]
         if self.missing:
             parts.append(f"{len(self.missing)} layers missing")
         return f"LayerProjectors({', '.join(parts)})"
-
-    @property
-    def shared(self) -> list[tuple[str, ...]]:
-        """Names of the layers that have one projector in common, group by group, lone ones too."""
-        groups: dict[int, list[str]] = {}
-        for name, projector in self._projectors.items():
-            groups.setdefault(id(projector), []).append(name)
-        return [tuple(names) for names in groups.values()]
 
     def table(self) -> str:
         """Return a table: rank, features, captured energy, samples, stop reason and layers.
@@ -99,7 +142,7 @@ class LayerProjectors(Mapping[str, Projector]):
         reasons = set(self.stopped.values())
         rows = [("rank", "features", "captured", "samples", "stopped", "layers")]
         for names in self.shared:
-            p = self._projectors[names[0]]
+            p = self._learned[names[0]]
             numbers = (str(p.rank), str(p.features), f"{p.captured():.1%}", f"{p.samples:,}")
             rows.append((*numbers, self.stopped.get(names[0], "-"), shared_name(names)))
         for name, reason in self.missing.items():
@@ -122,7 +165,7 @@ class LayerProjectors(Mapping[str, Projector]):
         """
         made: dict[tuple[int, int], Projector] = {}
         smaller = {}
-        for name, projector in self._projectors.items():
+        for name, projector in self._learned.items():
             own = resolve_rank(name, rank)
             key = (id(projector), own)
             if key not in made:
@@ -151,7 +194,7 @@ class LayerProjectors(Mapping[str, Projector]):
         -----
         Energies count as shares of their layer's total; see `ipa_core.allocate_ranks`.
         """
-        first = {names[0]: self._projectors[names[0]] for names in self.shared}
+        first = {names[0]: self._learned[names[0]] for names in self.shared}
         shares = {
             name: [float(energy) / (p.total_energy or 1.0) for energy in p.energies]
             for name, p in first.items()
@@ -161,7 +204,7 @@ class LayerProjectors(Mapping[str, Projector]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all projectors to one safetensors file, a shared one once."""
-        ipa_core.save(self._projectors, path)
+        ipa_core.save(self._learned, path)
 
     @classmethod
     def load(
@@ -183,9 +226,9 @@ class LayerProjectors(Mapping[str, Projector]):
         return cls(loaded)
 
 
-def join_passes(turns: Sequence[LayerProjectors], layers: Iterable[str]) -> LayerProjectors:
-    """Return what was learned in turns, in the order of ``layers``."""
-    learned: dict[str, Projector] = {}
+def join_passes(turns: Sequence[M], layers: Iterable[str], kind: type[M]) -> M:
+    """Return what was learned in several passes, in the order of ``layers``."""
+    learned: dict[str, Any] = {}
     missing: dict[str, str] = {}
     stopped: dict[str, str] = {}
     for turn in turns:
@@ -194,7 +237,7 @@ def join_passes(turns: Sequence[LayerProjectors], layers: Iterable[str]) -> Laye
         stopped.update(turn.stopped)
     ordered = {name: learned[name] for name in layers if name in learned}
     late = {name: BEFORE_ITS_TURN for name in layers if name not in learned | missing}
-    return LayerProjectors(ordered, missing=missing | late, stopped=stopped, passes=len(turns))
+    return kind(ordered, missing=missing | late, stopped=stopped, passes=len(turns))
 
 
 def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:

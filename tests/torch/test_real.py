@@ -1,11 +1,13 @@
 """The same on real weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from ipa_core import ExactCovariance, IncrementalPCA, RandomizedSVD
-from ipa_torch import fit_projectors
+from ipa_torch import fit_learners, fit_projectors
 
 from .models import angle
 
@@ -61,3 +63,31 @@ def test_query_key_and_value_share(minilm):
     one = "encoder.layer.3.attention.self."
     assert projectors[f"{one}query"] is projectors[f"{one}key"] is projectors[f"{one}value"]
     assert torch.equal(projectors[f"{one}query"].components, projectors[f"{one}value"].components)
+
+
+def test_hessians_are_those_by_hand(minilm):
+    model, batches, _ = minilm
+    learners = fit_learners(model, batches, targets=encoder_linear, progress=False)
+    sums, counts, keep = {}, {}, []
+
+    def add(name, module, inputs):
+        rows = inputs[0][keep[-1]].double()  # without padding
+        sums[name] = sums.get(name, 0.0) + rows.T @ rows
+        counts[name] = counts.get(name, 0) + len(rows)
+
+    handles = [
+        module.register_forward_pre_hook(partial(add, name))
+        for name, module in model.named_modules()
+        if encoder_linear(name, module)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            keep.append(batch["attention_mask"].bool())
+            model.eval()(**batch)
+    for handle in handles:
+        handle.remove()
+    assert learners.keys() == sums.keys() and len(learners.shared) == 24
+    for name, learner in learners.items():
+        expected = sums[name] / counts[name]
+        assert learner.samples == counts[name]
+        assert (learner.moment - expected).norm() < 1e-6 * expected.norm(), name

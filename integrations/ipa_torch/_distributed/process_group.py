@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
@@ -12,7 +13,12 @@ from torch import nn
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_torch._distributed.comm import Communicator, ProcessGroup
-from ipa_torch._distributed.tree_reduce import MergeableLearner, merge_across_ranks, world
+from ipa_torch._distributed.tree_reduce import (
+    MergeableLearner,
+    merge_across_ranks,
+    merge_states,
+    world,
+)
 from ipa_torch.errors import PeerError
 
 ProcessGroupArg: TypeAlias = "ProcessGroup | Literal['world'] | None"
@@ -93,8 +99,29 @@ class FitProcessGroup:
         PeerError
             If another process failed.
         """
-        try:
+        with self._over_if_a_peer_fails():
             return merge_across_ranks(learners, self.group)
+
+    def merge_states(
+        self,
+        learners: Mapping[str, MergeableLearner],
+        state_of: Callable[[MergeableLearner], Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """Merge each learner over all ranks; return its state everywhere, None without rows.
+
+        Raises
+        ------
+        PeerError
+            If another process failed.
+        """
+        assert self.group is not None
+        with self._over_if_a_peer_fails():
+            return merge_states(learners, self.group, state_of)
+
+    @contextmanager
+    def _over_if_a_peer_fails(self) -> Iterator[None]:
+        try:
+            yield
         except PeerError:
             self._over = True
             raise

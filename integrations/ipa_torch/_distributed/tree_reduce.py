@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
 import torch
@@ -71,12 +71,28 @@ def merge_across_ranks(
     """
     if group is None:
         return {name: _finalized(one) if one.samples else None for name, one in learners.items()}
+    states = merge_states(learners, group, lambda total: vars(total.finalize()))
+    return {name: state and Projector(**state) for name, state in states.items()}
+
+
+def merge_states(
+    learners: Mapping[str, MergeableLearner],
+    group: ProcessGroup,
+    state_of: Callable[[MergeableLearner], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return for each learner a state, of numbers and CPU tensors, of the learner of all ranks.
+
+    As `merge_across_ranks`, of which ``state_of`` says what the root sends.
+    """
     comm = Communicator(group)
     trees = _trees([learner.samples for learner in learners.values()], comm)
     named = [(name, learners[name], tree) for name, tree in zip(learners, trees, strict=True)]
-    done = [_tree_reduce(one, tree, comm) if comm.rank in tree else None for _, one, tree in named]
+    done = [
+        _tree_reduce(one, tree, comm, state_of) if comm.rank in tree else None
+        for _, one, tree in named
+    ]
     return {
-        name: _broadcast_projector(name, mine, tree, comm) if tree else None
+        name: _broadcast(name, mine, tree, comm) if tree else None
         for mine, (name, _, tree) in zip(done, named, strict=True)
     }
 
@@ -93,8 +109,13 @@ def _trees(samples: list[int], comm: Communicator) -> list[list[int]]:
     return trees
 
 
-def _tree_reduce(learner: MergeableLearner, tree: list[int], comm: Communicator) -> bytes | None:
-    """Pass summaries down the tree; return the packed projector at its root."""
+def _tree_reduce(
+    learner: MergeableLearner,
+    tree: list[int],
+    comm: Communicator,
+    state_of: Callable[[MergeableLearner], Mapping[str, Any]],
+) -> bytes | None:
+    """Pass summaries down the tree; return the packed state at its root."""
     place, step = tree.index(comm.rank), 1
     total = _attempt(learner.compact, learner)
     while step < len(tree):
@@ -106,10 +127,8 @@ def _tree_reduce(learner: MergeableLearner, tree: list[int], comm: Communicator)
         step *= 2
     if isinstance(total, str):
         return _FAILED + total.encode()
-    projector = _attempt(total.finalize, learner)
-    if isinstance(projector, str):
-        return _FAILED + projector.encode()
-    return _OK + pack_state(vars(projector))
+    state = _attempt(lambda: state_of(total), learner)
+    return _FAILED + state.encode() if isinstance(state, str) else _OK + pack_state(state)
 
 
 def _merged(
@@ -153,11 +172,9 @@ def _packed(total: MergeableLearner | str) -> bytes:
     return _OK + pack_state(total.state_dict())
 
 
-def _broadcast_projector(
-    name: str, mine: bytes | None, tree: list[int], comm: Communicator
-) -> Projector:
-    """Return the projector that the root sends round."""
+def _broadcast(name: str, mine: bytes | None, tree: list[int], comm: Communicator) -> Any:
+    """Return the state that the root sends to all ranks."""
     message = comm.broadcast(tree[0], mine)
     if message[:1] == _FAILED:
         raise PeerError(f"layer {name!r}: expected learners that merge, got {message[1:].decode()}")
-    return Projector(**unpack_state(message[1:], library=torch))
+    return unpack_state(message[1:], library=torch)

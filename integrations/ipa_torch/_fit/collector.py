@@ -7,12 +7,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import nn
 
-from ipa_core import Learner, Projector
+from ipa_core import Learner
 from ipa_core.errors import IPAError, with_context
 from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.eval_mode import no_autocast
@@ -20,8 +20,12 @@ from ipa_torch._capture.row_weights import RowWeighter
 from ipa_torch._capture.tensor_ids import TensorIds
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
 from ipa_torch._layers.matmul_view import MatmulView, WeightedRows, input_of, view_of
+from ipa_torch._layers.output_view import OutputView, output_of, output_view
 from ipa_torch.errors import LayerError
-from ipa_torch.projectors import LayerProjectors
+from ipa_torch.projectors import M, T
+
+Source: TypeAlias = Literal["inputs", "outputs"]
+View: TypeAlias = MatmulView | OutputView
 
 NEVER_RAN = "its forward never ran"
 BYPASSED = "its weight is used without calling it, which no hook and no adapter can see"
@@ -78,9 +82,11 @@ class ActivationCollector:
         max_patches: int | None,
         max_rows: int | None,
         drop_failed: bool,
+        source: Source = "inputs",
     ) -> None:
         self._layers = layers
-        self._views = {name: _view(name, module) for name, module in layers.items()}
+        self._source = source
+        self._views = {name: _view(name, module, source) for name, module in layers.items()}
         self._inputs = inputs
         self._row_weighter = row_weighter
         self._max_patches = max_patches
@@ -114,8 +120,13 @@ class ActivationCollector:
         try:
             self._row_weighter.open()
             for name, module in self._layers.items():
-                hook = partial(self._forward_pre_hook, name)
-                self._handles[name] = module.register_forward_pre_hook(hook, with_kwargs=True)
+                self._handles[name] = (
+                    module.register_forward_pre_hook(
+                        partial(self._forward_pre_hook, name), with_kwargs=True
+                    )
+                    if self._source == "inputs"
+                    else module.register_forward_hook(partial(self._forward_hook, name))
+                )
         except BaseException:
             self._close()
             raise
@@ -148,9 +159,9 @@ class ActivationCollector:
             self.rows = weighted
         self._stop_layers()
 
-    def finish(self, reason: str) -> LayerProjectors:
-        """Return what was learned; layers on one history get one projector."""
-        made: dict[int, Projector] = {}
+    def finish(self, reason: str, result: Callable[[Learner], T], kind: type[M]) -> M:
+        """Return what was learned; layers on one history get one result."""
+        made: dict[int, T] = {}
         learned, missing = {}, {}
         snapshot = self.snapshot()
         for name, node in snapshot.node_of.items():
@@ -158,10 +169,11 @@ class ActivationCollector:
                 missing[name] = missed
                 continue
             if id(node) not in made:
-                made[id(node)] = self._finalized(name, node.learner)
+                with _named(name), no_autocast(self._ran[name]):
+                    made[id(node)] = result(node.learner)
             learned[name] = made[id(node)]
         stopped = {name: self._stopped.get(name, reason) for name in learned}
-        return LayerProjectors(learned, missing=missing, stopped=stopped)
+        return kind(learned, missing=missing, stopped=stopped)
 
     def snapshot(self) -> CollectorState:
         """Return where learning stands; between batches only."""
@@ -202,10 +214,6 @@ class ActivationCollector:
         self._handles.pop(name).remove()
         self._stopped[name] = reason
 
-    def _finalized(self, name: str, learner: Learner) -> Projector:
-        with _named(name), no_autocast(self._ran[name]):
-            return learner.finalize()
-
     def _forward_pre_hook(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -223,6 +231,18 @@ class ActivationCollector:
             # The layer's own product is queued before the host waits for what it has asked.
             handle = module.register_forward_hook(lambda *_: self._finish_pending())
             self._pending = _PendingUpdate(name, activation, _version(activation), rest, handle)
+
+    def _forward_hook(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        if name in self._failed:
+            return
+        with self._drop_failed_layer(name):
+            activation = output_of(module, output)
+            with no_autocast(activation.device):
+                rest = self._begin(name, activation)
+                if rest is not None:
+                    rest()
 
     def _begin(self, name: str, activation: torch.Tensor) -> Callable[[], None] | None:
         view = self._views[name]
@@ -251,7 +271,7 @@ class ActivationCollector:
             self._handles.pop(name).remove()
             self._failed[name] = str(error)
 
-    def _rows(self, activation: torch.Tensor, view: MatmulView) -> WeightedRows:
+    def _rows(self, activation: torch.Tensor, view: View) -> WeightedRows:
         subset = self._row_weighter(activation, view.row_shape(activation))
         rows, weights = view.im2row(activation.detach(), subset, self._max_patches)
         if not self.rows:
@@ -297,6 +317,6 @@ def _named(name: str) -> Iterator[None]:
         raise with_context(error, f"layer {name!r}") from error
 
 
-def _view(name: str, module: nn.Module) -> MatmulView:
+def _view(name: str, module: nn.Module, source: Source) -> View:
     with _named(name):
-        return view_of(module)
+        return view_of(module) if source == "inputs" else output_view(module)

@@ -15,10 +15,10 @@ from ipa_core.errors import IPAError, SettingError, with_context
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_weights import RowWeighter
-from ipa_torch._fit.collector import ActivationCollector
+from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.shared_inputs import SharedInputTree
-from ipa_torch._layers.sizes import features_of
+from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
@@ -118,6 +118,7 @@ def split_by_memory(
     run: Forward,
     *,
     converging: bool,
+    source: Source,
 ) -> list[MemoryPass]:
     """Divide layers, in order, into as few turns as keep their learners within the budget.
 
@@ -132,7 +133,9 @@ def split_by_memory(
     if not max_bytes > 0:
         raise SettingError(f"expected max_bytes above 0 or None, got {max_bytes!r}")
     memory_passes: list[MemoryPass] = []
-    sizes = bytes_by_input(model, layers, ranks, make_learner, batch, run, converging=converging)
+    sizes = bytes_by_input(
+        model, layers, ranks, make_learner, batch, run, converging=converging, source=source
+    )
     for names, size in sizes.items():
         group = {name: layers[name] for name in names}
         if size > max_bytes:
@@ -158,13 +161,14 @@ def bytes_by_input(
     run: Forward,
     *,
     converging: bool,
+    source: Source = "inputs",
 ) -> dict[tuple[str, ...], int]:
     """Return the bytes of each make_learner, by the names of the layers that share it."""
     measured = cache(
         lambda rank, features: measure_learner_bytes(make_learner, rank, features, converging)
     )
     sizes = {}
-    for names, features in _sharing(model, layers, ranks, batch, run):
+    for names, features in _sharing(model, layers, ranks, batch, run, source):
         try:
             sizes[tuple(names)] = measured(ranks[names[0]], features)
         except IPAError as error:
@@ -201,11 +205,18 @@ def _sharing(
     ranks: Mapping[str, int],
     batch: Any,
     run: Forward,
+    source: Source,
 ) -> list[tuple[list[str], int]]:
     """Return groups of layers that share their inputs, with the features of these."""
     inputs = SharedInputTree(ranks, lambda rank: cast(Learner, _ShapeProbe()), None)
     collector = ActivationCollector(
-        layers, inputs, RowWeighter(model, None), max_patches=1, max_rows=None, drop_failed=True
+        layers,
+        inputs,
+        RowWeighter(model, None),
+        max_patches=1,
+        max_rows=None,
+        drop_failed=True,
+        source=source,
     )
     with eval_mode(model), collector, collector.batch(batch):
         run(model, batch)
@@ -213,15 +224,15 @@ def _sharing(
     for number, (name, layer) in enumerate(layers.items()):
         node = inputs.node_of[name]
         if node.learner.features is None:
-            groups[-1 - number] = [name], _features(name, layer)
+            groups[-1 - number] = [name], _features(name, layer, source)
         else:
             groups.setdefault(id(node), ([], node.learner.features))[0].append(name)
     return list(groups.values())
 
 
-def _features(name: str, layer: nn.Module) -> int:
+def _features(name: str, layer: nn.Module, source: Source) -> int:
     try:
-        return features_of(layer)
+        return features_of(layer) if source == "inputs" else outputs_of(layer)
     except LayerError as error:
         raise with_context(
             error, f"layer {name!r}, which the first batch does not reach"

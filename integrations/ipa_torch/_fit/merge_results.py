@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import torch
 from torch import nn
 
-from ipa_core import Projector
+from ipa_core import Learner, Projector
 from ipa_torch._capture.forward import device_of
 from ipa_torch._distributed.process_group import FitProcessGroup
 from ipa_torch._fit.collector import NEVER_RAN, ActivationCollector, CollectorState
-from ipa_torch.projectors import LayerProjectors
+from ipa_torch.projectors import LayerLearners, LayerProjectors, M
+
+
+@dataclass(frozen=True)
+class ResultKind(Generic[M]):
+    """What a fit returns for each layer, and its form on the way between ranks."""
+
+    kind: type[M]
+    of_learner: Callable[[Learner], Any]
+    state_of: Callable[[Any], Mapping[str, Any]]
+    of_state: Callable[[Mapping[str, Any], Learner], Any]
+
+
+PROJECTORS = ResultKind(
+    LayerProjectors,
+    lambda learner: learner.finalize(),
+    lambda learner: vars(learner.finalize()),
+    lambda state, _: Projector(**state),
+)
+LEARNERS = ResultKind(
+    LayerLearners,
+    lambda learner: learner,
+    lambda learner: learner.state_dict(),
+    lambda state, learner: copy.copy(learner).load_state_dict(state),
+)
 
 
 def merge_results(
@@ -22,8 +48,9 @@ def merge_results(
     reason: str,
     seen: int,
     interrupted: bool,
-) -> LayerProjectors:
-    """Return the projectors of the rows of all ranks, the same on every rank.
+    result: ResultKind[M],
+) -> M:
+    """Return the results of the rows of all ranks, the same on every rank.
 
     Raises
     ------
@@ -34,7 +61,7 @@ def merge_results(
     """
     fit_group.interrupted = interrupted
     if fit_group.group is None:
-        return collector.finish(reason)
+        return collector.finish(reason, result.of_learner, result.kind)
     state = collector.snapshot()
     own = _report(state, reason, seen) | {"interrupted": interrupted}
     reports = fit_group.exchange(own)
@@ -42,13 +69,14 @@ def merge_results(
     failed = {name: why for report in reports for name, why in report["failed_layers"].items()}
     groups = _common(state, reports, failed)
     learners = {names[0]: state.node_of[names[0]].learner for names in groups}
-    found = fit_group.merge_learners(learners)
-    learned: dict[str, Projector] = {}
+    states = fit_group.merge_states(learners, result.state_of)
+    learned: dict[str, Any] = {}
     for names in groups:
-        projector = found[names[0]]
-        if projector is not None:
-            device = state.ran.get(names[0]) or device_of(layers[names[0]])
-            learned |= dict.fromkeys(names, projector.to(torch, device=device))
+        name = names[0]
+        if states[name] is not None:
+            device = state.ran.get(name) or device_of(layers[name])
+            merged = {key: _moved(value, device) for key, value in states[name].items()}
+            learned |= dict.fromkeys(names, result.of_state(merged, learners[name]))
     ordered = {name: learned[name] for name in state.node_of if name in learned}
     missing = {
         name: failed.get(name) or _joined(reports, "missing", name, NEVER_RAN)
@@ -56,7 +84,11 @@ def merge_results(
         if name not in learned
     }
     stopped = {name: _joined(reports, "stopped", name, reason) for name in ordered}
-    return LayerProjectors(ordered, missing=missing, stopped=stopped)
+    return result.kind(ordered, missing=missing, stopped=stopped)
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _report(state: CollectorState, reason: str, seen: int) -> dict[str, Any]:

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ipa_torch.errors import LayerError
-from ipa_torch.projectors import LayerProjectors
+from ipa_torch.projectors import LayerMapping
 
 OnMissing: TypeAlias = Literal["warn", "raise", "ignore"]
 
 
-def report_missing(projectors: LayerProjectors, on_missing: OnMissing) -> None:
-    """Warn about target layers without a projector, or raise.
+def report_missing(
+    learned: LayerMapping[Any], on_missing: OnMissing, noun: str = "projector"
+) -> None:
+    """Warn about target layers without a projector, or learner, or raise.
 
     Raises
     ------
     LayerError
         If a layer is missing and ``on_missing`` is "raise", or if all are.
     """
-    missing = projectors.missing
-    if not missing or (on_missing == "ignore" and len(projectors)):
+    missing = learned.missing
+    if not missing or (on_missing == "ignore" and len(learned)):
         return
     message = (
-        f"expected a projector for every layer, got none for {len(missing)} "
+        f"expected a {noun} for every layer, got none for {len(missing)} "
         f"({_by_reason(missing)}); leave them out of the targets, or feed batches that reach them"
     )
-    if on_missing == "raise" or not len(projectors):
+    if on_missing == "raise" or not len(learned):
         raise LayerError(message)
     warnings.warn(message, stacklevel=3)
 

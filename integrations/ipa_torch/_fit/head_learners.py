@@ -1,0 +1,150 @@
+"""Learners of the heads of an activation: one for each block of its last axis."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Self, overload
+
+import torch
+
+from ipa_core import Learner
+from ipa_core.errors import FileFormatError, SettingError, ShapeError
+
+
+class HeadLearners(Sequence[Learner]):
+    """The learners of the heads of a layer, in order; made by `fit_learners` with ``heads``.
+
+    Parameters
+    ----------
+    learners : iterable of Learner
+        Fresh learners, one for each head.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import fit_learners
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6))
+    >>> learners = fit_learners(
+    ...     model, [torch.randn(8, 4)], source="outputs", heads=3, progress=False
+    ... )
+    >>> len(learners["0"]), learners["0"][0].moment.shape
+    (3, torch.Size([2, 2]))
+    """
+
+    def __init__(self, learners: Iterable[Learner]) -> None:
+        self._learners = tuple(learners)
+        self.passes = max(learner.passes for learner in self._learners)
+
+    @overload
+    def __getitem__(self, index: int) -> Learner: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Learner, ...]: ...
+    def __getitem__(self, index: int | slice) -> Learner | tuple[Learner, ...]:
+        return self._learners[index]
+
+    def __len__(self) -> int:
+        return len(self._learners)
+
+    def __copy__(self) -> Self:
+        return type(self)(map(copy.copy, self._learners))
+
+    def __repr__(self) -> str:
+        return f"HeadLearners({len(self)} of {self._learners[0]!r})"
+
+    @property
+    def samples(self) -> int:
+        """Rows learned from, by each head."""
+        return self._learners[0].samples
+
+    @property
+    def rank(self) -> int:
+        """Rank of each learner."""
+        return self._learners[0].rank
+
+    def begin_update(
+        self, rows: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> Callable[[], Self]:
+        """Begin to learn from rows of all heads, as `Learner.begin_update`.
+
+        Raises
+        ------
+        ShapeError
+            If the heads do not divide the features.
+        """
+        features = int(rows.shape[-1])
+        if features % len(self):
+            raise ShapeError(
+                f"expected features that {len(self)} heads divide, got {features}; give the number "
+                "of heads of this activation, or leave the layer out of the targets"
+            )
+        blocks = rows.split(features // len(self), dim=-1)
+        finishes = [
+            learner.begin_update(block, weights)
+            for learner, block in zip(self._learners, blocks, strict=True)
+        ]
+
+        return partial(self._finish, finishes)
+
+    def _finish(self, finishes: Iterable[Callable[[], object]]) -> Self:
+        for finish in finishes:
+            finish()
+        return self
+
+    def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Self:
+        """Learn from rows of all heads."""
+        return self.begin_update(rows, weights)()
+
+    def compact(self) -> Self:
+        """Return the same in its smallest form."""
+        return type(self)(learner.compact() for learner in self._learners)
+
+    def merge(self, other: Self) -> Self:
+        """Return new learners that have seen the rows of both.
+
+        Raises
+        ------
+        SettingError
+            If the other has another number of heads, or other settings.
+        """
+        if len(other) != len(self):
+            raise SettingError(f"expected {len(self)} heads to merge with, got {len(other)}")
+        return type(self)(
+            mine.merge(theirs) for mine, theirs in zip(self._learners, other, strict=True)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all heads, their keys after the number of the head."""
+        states = [learner.state_dict() for learner in self._learners]
+        flat = {
+            f"{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()
+        }
+        state = {"learner": type(self).__name__, "heads": len(self)} | flat
+        return state | {key: states[0][key] for key in ("template",) if key in states[0]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Take over a state from `state_dict`, of as many heads with the same settings.
+
+        Raises
+        ------
+        FileFormatError, SettingError
+            If it is the state of something else, or of learners with other settings.
+        """
+        if state.get("learner") != type(self).__name__:
+            raise FileFormatError(
+                f"expected the state of {type(self).__name__}, got {state.get('learner')!r}"
+            )
+        if state["heads"] != len(self):
+            raise SettingError(f"expected the state of {len(self)} heads, got {state['heads']}")
+        self._learners = tuple(
+            copy.copy(learner).load_state_dict(_of_head(state, f"{head}."))
+            for head, learner in enumerate(self._learners)
+        )
+        return self
+
+
+def _of_head(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }

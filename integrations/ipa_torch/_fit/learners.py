@@ -1,0 +1,135 @@
+"""Fit of learners, such as second moments, to the activations of a model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from ipa_core import ExactCovariance, Learner
+from ipa_core.errors import SettingError
+from ipa_torch._capture.forward import Forward
+from ipa_torch._capture.row_weights import RowWeights, attention_mask
+from ipa_torch._distributed.process_group import ProcessGroupArg
+from ipa_torch._fit.checkpoint import CheckpointLike
+from ipa_torch._fit.collector import Source
+from ipa_torch._fit.early_stopping import StoppingCriteria
+from ipa_torch._fit.head_learners import HeadLearners
+from ipa_torch._fit.merge_results import LEARNERS
+from ipa_torch._fit.missing_layers import OnMissing, report_missing
+from ipa_torch._fit.run import run_fit
+from ipa_torch._layers.targets import ALL_LINEAR, Targets
+from ipa_torch.errors import check_choice
+from ipa_torch.projectors import LayerLearners
+
+
+def fit_learners(
+    model: nn.Module,
+    batches: Iterable[Any],
+    rank: int | Mapping[str, int] = 1,
+    *,
+    source: Source = "inputs",
+    heads: int | None = None,
+    targets: Targets = ALL_LINEAR,
+    learner: Callable[[int], Learner] = ExactCovariance,
+    row_weights: RowWeights | None = attention_mask,
+    forward: Forward | None = None,
+    max_patches: int | None = 8192,
+    stop: StoppingCriteria | None = None,
+    max_bytes: int | None = None,
+    process_group: ProcessGroupArg = "world",
+    checkpoint: CheckpointLike | None = None,
+    on_missing: OnMissing = "warn",
+    progress: bool = True,
+) -> LayerLearners:
+    r"""Gather the statistics of each layer's activations: the learners themselves, not projectors.
+
+    With the default learner these are second moments, the Hessians of GPTQ up to a factor:
+    ``learners[name].moment`` is the mean of :math:`x x^\top`.
+
+    Parameters
+    ----------
+    model, batches, targets, row_weights, forward, stop, max_bytes, process_group, checkpoint
+        As for `fit_projectors`.
+    rank : int or mapping of str to int, default 1
+        Rank of the learners, for `Learner.finalize`; a moment does not depend on it.
+    source : {"inputs", "outputs"}, default "inputs"
+        Activations to learn from. Outputs are rows of features, of channels for convolutions.
+    heads : int, optional
+        Divide the last axis into as many equal blocks and learn each by itself: the value of a
+        layer is then a `HeadLearners`, a sequence of learners.
+    learner : callable, default `ipa_core.ExactCovariance`
+        Makes a learner from a rank: a `Learner` class, or ``functools.partial`` of it.
+    max_patches : int or None, default 8192
+        Patches of a convolution's input to use in each batch; of outputs all positions are used.
+    on_missing : {"warn", "raise", "ignore"}, default "warn"
+        Action for layers without a learner, such as those that never ran.
+    progress : bool, default True
+        Show a progress bar on a terminal.
+
+    Returns
+    -------
+    LayerLearners
+        From layer names to learners, on the layers' devices. Layers that always saw the same
+        activations share a learner.
+
+    Raises
+    ------
+    SettingError
+        If ``source`` or ``heads`` is none of these, or a tolerance is asked for with ``heads``.
+    ShapeError
+        If the heads do not divide an activation's features; the message names the layer.
+    LayerError, EmptyStreamError, StreamError, PeerError, FileFormatError
+        As for `fit_projectors`.
+
+    Notes
+    -----
+    Cost beside the forward passes, with the default learner, for n rows of d features: O(n d^2)
+    operations and d^2 float64 numbers for each distinct activation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import fit_learners
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.randn(8, 3)
+    >>> moment = fit_learners(model, [x], progress=False)["0"].moment
+    >>> torch.allclose(moment.float(), x.T @ x / 8, atol=1e-6)
+    True
+    """
+    check_choice("on_missing", on_missing, OnMissing)
+    check_choice("source", source, Source)
+    learners = run_fit(
+        model,
+        batches,
+        rank,
+        LEARNERS,
+        targets=targets,
+        learner=learner if heads is None else _by_head(learner, heads, stop),
+        row_weights=row_weights,
+        forward=forward,
+        max_patches=max_patches,
+        stop=stop,
+        max_bytes=max_bytes,
+        process_group=process_group,
+        checkpoint=checkpoint,
+        progress=progress,
+        source=source,
+        settings={"source": source, "heads": heads},
+    )
+    report_missing(learners, on_missing, "learner")
+    return learners
+
+
+def _by_head(
+    make_learner: Callable[[int], Learner], heads: int, stop: StoppingCriteria | None
+) -> Callable[[int], Learner]:
+    """Return a factory of learners of all heads."""
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise SettingError(f"expected heads to be an integer of at least 1 or None, got {heads!r}")
+    if stop is not None and stop.tolerance is not None:
+        raise SettingError(
+            "expected no tolerance with heads, whose excess error is not estimated, got "
+            f"{stop.tolerance!r}; use max_rows or max_batches"
+        )
+    return lambda rank: cast(Learner, HeadLearners(make_learner(rank) for _ in range(heads)))

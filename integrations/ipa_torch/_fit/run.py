@@ -1,0 +1,211 @@
+"""Run of a fit: passes over the batches within budgets of memory, rows and time."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ipa_core import Learner
+from ipa_core.errors import EmptyStreamError, StreamError
+from ipa_core.io.streams import is_one_shot
+from ipa_torch._capture.eval_mode import eval_mode
+from ipa_torch._capture.forward import Forward, default_forward
+from ipa_torch._capture.row_weights import RowWeighter, RowWeights
+from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
+from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, CheckpointWriter
+from ipa_torch._fit.collector import ActivationCollector, Source
+from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, Convergence, StoppingCriteria
+from ipa_torch._fit.memory import MemoryPass, split_by_memory
+from ipa_torch._fit.merge_results import ResultKind, merge_results
+from ipa_torch._fit.shared_inputs import SharedInputTree
+from ipa_torch._layers.targets import Targets, select_layers
+from ipa_torch._layers.unwrap import unwrap_model
+from ipa_torch.projectors import M, join_passes, resolve_rank
+
+_NO_BATCH = (
+    "expected at least one batch, got none; check that the loader is neither empty nor used up"
+)
+
+
+def run_fit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    rank: int | Mapping[str, int],
+    result: ResultKind[M],
+    *,
+    targets: Targets,
+    learner: Callable[[int], Learner],
+    row_weights: RowWeights | None,
+    forward: Forward | None,
+    max_patches: int | None,
+    stop: StoppingCriteria | None,
+    max_bytes: int | None,
+    process_group: ProcessGroupArg,
+    checkpoint: CheckpointLike | None,
+    progress: bool,
+    source: Source = "inputs",
+    settings: Mapping[str, Any] | None = None,
+) -> M:
+    """Run the model on the batches and return what the learners of its layers give.
+
+    The parameters are those of `fit_projectors`, and the ``settings`` that a checkpoint has to
+    agree with beside them.
+    """
+    model = unwrap_model(model)
+    layers = select_layers(model, targets)
+    ranks = {name: resolve_rank(name, rank) for name in layers}
+    run = default_forward if forward is None else forward
+    stop = StoppingCriteria() if stop is None else stop
+    convergence = None if stop.tolerance is None else Convergence(stop.tolerance)
+    with FitProcessGroup(process_group) as fit_group:
+        memory_passes = [MemoryPass(layers, 0)]
+        if max_bytes is not None:
+            batch = _first(batches)
+            memory_passes = split_by_memory(
+                max_bytes,
+                model,
+                layers,
+                ranks,
+                learner,
+                batch,
+                run,
+                converging=convergence is not None,
+                source=source,
+            )
+        learned: list[M] = []
+        for number, memory_pass in enumerate(memory_passes):
+            pass_ranks = {name: ranks[name] for name in memory_pass.layers}
+            checked = {
+                "ranks": pass_ranks,
+                "tolerance": stop.tolerance,
+                "max_patches": max_patches,
+                **(settings or {}),
+            }
+            collector = ActivationCollector(
+                memory_pass.layers,
+                SharedInputTree(pass_ranks, learner, convergence),
+                RowWeighter(model, row_weights),
+                max_patches=max_patches,
+                max_rows=stop.max_rows,
+                drop_failed=stop.on_error == "return",
+                source=source,
+            )
+            fit_group.begin(model)
+            config = _checkpoint_of_pass(checkpoint, fit_group, number, len(memory_passes))
+            checkpoints = CheckpointWriter(config, collector, checked, fit_group.all_reduce_min)
+            interrupted = False
+            with eval_mode(model), collector, _bar(progress, memory_passes, number) as bar:
+                try:
+                    reason = _run_pass(
+                        model, batches, run, collector, stop, bar, checkpoints, fit_group
+                    )
+                except (Exception, KeyboardInterrupt) as error:
+                    if stop.on_error == "raise" or not (learned or collector.has_samples):
+                        raise
+                    interrupted = True
+                    reason = f"interrupted by {type(error).__name__}: {error}"
+                    warnings.warn(f"learning ended early, {reason}", stacklevel=3)
+            learned.append(
+                merge_results(
+                    fit_group,
+                    collector,
+                    memory_pass.layers,
+                    reason,
+                    checkpoints.seen,
+                    interrupted,
+                    result,
+                )
+            )
+            if fit_group.interrupted:
+                break
+    return join_passes(learned, layers, result.kind)
+
+
+def _run_pass(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Forward,
+    collector: ActivationCollector,
+    stop: StoppingCriteria,
+    bar: tqdm[Any],
+    checkpoints: CheckpointWriter,
+    fit_group: FitProcessGroup,
+) -> str:
+    """Run until a stopping criterion holds; return which."""
+    start = time.monotonic()
+    remaining = fit_group.lockstep(checkpoints.skip_seen(_repeated(batches, collector.passes)))
+    while (reason := _stop_reason(collector, stop, checkpoints.seen, start)) is None:
+        try:
+            batch = next(remaining)
+        except StopIteration:
+            break
+        with collector.batch(batch):
+            run(model, batch)
+        bar.update(collector.rows)
+        checkpoints.record_batch(batch)
+    checkpoints.write()
+    if not checkpoints.seen and fit_group.group is None:
+        raise EmptyStreamError(_NO_BATCH)
+    return reason or DATA_EXHAUSTED
+
+
+def _stop_reason(
+    collector: ActivationCollector, stop: StoppingCriteria, seen: int, start: float
+) -> str | None:
+    """Return the reason to stop after so many batches, or None."""
+    if collector.done:
+        return DATA_EXHAUSTED
+    return stop.exhausted_budget(seen, time.monotonic() - start) if seen else None
+
+
+def _checkpoint_of_pass(
+    checkpoint: CheckpointLike | None, fit_group: FitProcessGroup, number: int, passes: int
+) -> CheckpointConfig | None:
+    """Return the checkpoints of this rank and of this memory pass."""
+    if checkpoint is None:
+        return None
+    config = CheckpointConfig.of(checkpoint).of_process(fit_group.folder)
+    return config if passes == 1 else config.under(f"pass-{number + 1}-of-{passes}")
+
+
+def _repeated(batches: Iterable[Any], passes: int) -> Iterable[Any]:
+    """Return the batches as often as the learners read them."""
+    if passes > 1 and is_one_shot(batches):
+        raise StreamError(
+            f"expected batches that can be read {passes} times, as the learner asks for, got a "
+            f"one-shot {type(batches).__name__}; pass a list or a DataLoader"
+        )
+    # Not a generator function: ending early, it would close the caller's generator.
+    return chain.from_iterable(repeat(batches, passes))
+
+
+def _first(batches: Iterable[Any]) -> Any:
+    if is_one_shot(batches):
+        raise StreamError(
+            "expected batches that can be read several times, as a memory budget may need, got "
+            f"a one-shot {type(batches).__name__}; pass a list or a DataLoader"
+        )
+    with torch.random.fork_rng([]):  # keeps the shuffling of the passes
+        for batch in batches:
+            return batch
+    raise EmptyStreamError(_NO_BATCH)
+
+
+def _bar(progress: bool, memory_passes: Sequence[MemoryPass], number: int) -> tqdm[Any]:
+    description = "learning"
+    if memory_passes[number].bytes:
+        sizes = [memory_pass.bytes / 1e6 for memory_pass in memory_passes]
+        description = (
+            f"learning, pass {number + 1} of {len(sizes)}, "
+            f"{sizes[number]:,.0f} of {sum(sizes):,.0f} MB"
+        )
+    # disable=None: tqdm shows the bar on a terminal only.
+    disable = None if progress else True
+    return tqdm(desc=description, unit=" rows", unit_scale=True, disable=disable)

@@ -1,0 +1,54 @@
+"""The outputs of a layer as rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipa_core.errors import ArrayTypeError
+from ipa_torch._layers.matmul_view import Convolution, LinearView, RowSubset, WeightedRows
+
+
+@dataclass(frozen=True)
+class OutputView:
+    """Rows along the axis of the features, or channels, of an output."""
+
+    axis: int = -1
+
+    def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
+        """Return the axes of the positions."""
+        return tuple(activation.movedim(self.axis, -1).shape[:-1])
+
+    def im2row(
+        self, activation: torch.Tensor, subset: RowSubset, limit: int | None
+    ) -> WeightedRows:
+        """Return rows and weights, as for every `MatmulView`; all positions are used."""
+        return LinearView().im2row(activation.movedim(self.axis, -1), subset, limit)
+
+
+def output_view(module: nn.Module) -> OutputView:
+    """Return the view of a layer's output: the channels of a convolution, else the last axis."""
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base
+    axes = len(module.kernel_size) if isinstance(module, Convolution) else 0
+    return OutputView(-1 - axes)
+
+
+def output_of(module: nn.Module, output: Any) -> torch.Tensor:
+    """Return the activation among what a layer returned: the first floating tensor.
+
+    Raises
+    ------
+    ArrayTypeError
+        If there is none.
+    """
+    for value in output if isinstance(output, (tuple, list)) else (output,):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+    raise ArrayTypeError(
+        f"expected a floating tensor among the outputs of {type(module).__name__}, got none; "
+        "leave the layer out of the targets"
+    )
