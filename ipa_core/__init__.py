@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from ipa_core.damping import DampedCholesky, damped_cholesky
+from ipa_core.cholesky import DampedCholesky, damped_cholesky
 from ipa_core.errors import (
     ArrayTypeError,
     EmptyStreamError,
@@ -28,7 +28,7 @@ from ipa_core.learners.randomized_svd import RandomizedSVD
 from ipa_core.metrics import effective_rank, excess_error, principal_angles, rank_for_energy
 from ipa_core.projector import Projector
 from ipa_core.rank_allocation import allocate_ranks
-from ipa_core.whitening import Whitening
+from ipa_core.whitening_transform import Whitening
 
 __version__ = _version("ipa-projectors")
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from ipa_core._array import Array, Device, DType, as_namespace, convert, describe, namespace
 from ipa_core.errors import RankError, ShapeError
-from ipa_core.whitening import Whitening, whitening_of
+from ipa_core.whitening_transform import Whitening, whitening_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
