@@ -33,9 +33,9 @@ ROOMS = {
     "ipa_core._array": {"ipa_core.errors"},
     "ipa_core._linalg": {"ipa_core._array"},
     "ipa_core.rank_allocation": {"ipa_core.errors"},
-    "ipa_core.damping": {"ipa_core.errors", "ipa_core._array"},
-    "ipa_core.whitening": {"ipa_core.errors", "ipa_core._array"},
-    "ipa_core.projector": {"ipa_core.errors", "ipa_core._array", "ipa_core.whitening"},
+    "ipa_core.cholesky": {"ipa_core.errors", "ipa_core._array"},
+    "ipa_core.whitening_transform": {"ipa_core.errors", "ipa_core._array"},
+    "ipa_core.projector": {"ipa_core.errors", "ipa_core._array", "ipa_core.whitening_transform"},
     "ipa_core.io": {"ipa_core.errors", "ipa_core._array", "ipa_core.projector"},
     "ipa_core.learners": {
         "ipa_core.errors",
@@ -70,7 +70,7 @@ ROOMS = {
         "ipa_core.dask_backend",
     },
     "ipa_core": {
-        "ipa_core.damping",
+        "ipa_core.cholesky",
         "ipa_core.errors",
         "ipa_core.fit",
         "ipa_core.io",
@@ -78,7 +78,7 @@ ROOMS = {
         "ipa_core.metrics",
         "ipa_core.projector",
         "ipa_core.rank_allocation",
-        "ipa_core.whitening",
+        "ipa_core.whitening_transform",
     },
     "ipa_core.__main__": {
         "ipa_core",
