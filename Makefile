@@ -12,7 +12,7 @@ PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantized test-timm \
-	test-families clean
+	test-families test-moe-families clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -55,6 +55,9 @@ test-timm: .venv/.installed-vision  ## the tests that need timm, in a process of
 
 test-families: .venv/.installed-vision  ## one small model of each family that timm has
 	$(SINGLE) $(BIN)/python -m benchmarks.timm_families
+
+test-moe-families: .venv/.installed-test  ## one tiny model of each family with fused experts
+	$(SINGLE) $(BIN)/python -m benchmarks.hf_moe_families
 
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

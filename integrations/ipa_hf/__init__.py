@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ipa_hf.callback import OnlineCallback
+from ipa_hf.expert_linear import expert_layers
 from ipa_hf.export import export_lora
 from ipa_hf.freezing import freeze_projections
 from ipa_hf.initialize import get_ipa_model, initialize_lora_ipa_weights
@@ -24,6 +25,7 @@ __all__ = [
     "OnlineCallback",
     "causal_label_mask",
     "default_targets",
+    "expert_layers",
     "export_lora",
     "freeze_projections",
     "get_ipa_model",

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 
 from ipa_core.errors import SettingError
+from ipa_hf.export_experts import export_experts
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
+from ipa_hf.uniform_size import LoraPair, UniformSize
 from ipa_torch.extension import features_of, is_conv1d, outputs_of
-
-_Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _UniformSize:
-    """Rank and alpha of all layers of the exported adapter."""
-
-    rank: int
-    alpha: int
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
 
 
 def export_lora(
@@ -85,16 +72,23 @@ def export_lora(
     config = lora_config(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter_name)
     _check_servable(config, layers, adapter_name)
-    size = _uniform_size(layers, adapter_name)
+    size = UniformSize.of(layers.values(), adapter_name)
+    fused = {name: x for name, x in layers.items() if isinstance(x, ParamWrapper)}
+    linear = {name: x for name, x in layers.items() if name not in fused}
+    experts = export_experts(peft_model.get_base_model(), fused, size, adapter_name)
+    pairs = _linear_weights(peft_model, linear, size, adapter_name) | experts.pairs
     tensors = {
         f"base_model.model.{name}.lora_{part}.weight": tensor
-        for name, pair in _exported_weights(peft_model, layers, size, adapter_name).items()
+        for name, pair in pairs.items()
         for part, tensor in zip("AB", pair, strict=True)
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _export_config(peft_model, config, layers, size).save_pretrained(str(folder))
+    targets = {_last_component(name) for name in linear} | experts.target_modules
+    _export_config(
+        peft_model, config, size, sorted(targets), sorted(experts.target_parameters)
+    ).save_pretrained(str(folder))
     if metadata := getattr(config, "ipa_metadata", None):
         metadata.write(folder)
 
@@ -121,49 +115,37 @@ def _check_servable(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter
             )
 
 
-def _uniform_size(layers: Mapping[str, LoraLayer], adapter_name: str) -> _UniformSize:
-    rank = max(layer.r[adapter_name] for layer in layers.values())
-    scalings = Counter(layer.scaling[adapter_name] for layer in layers.values())
-    most_common, _ = scalings.most_common(1)[0]
-    # Some servers declare alpha as an integer.
-    return _UniformSize(rank, max(1, round(most_common * rank)))
-
-
-def _exported_weights(
-    peft_model: PeftModel, layers: Mapping[str, LoraLayer], size: _UniformSize, adapter_name: str
-) -> dict[str, _Pair]:
+def _linear_weights(
+    peft_model: PeftModel, layers: Mapping[str, LoraLayer], size: UniformSize, adapter_name: str
+) -> dict[str, LoraPair]:
     """Return A and B of all layers whose last name component is a target."""
     pairs = {}
     targets = {_last_component(name) for name in layers}
     for name, module in peft_model.get_base_model().named_modules():
         if name in layers:
-            pairs[name] = _pad(layers[name], size, adapter_name)
+            a, b = lora_A_and_B(layers[name], adapter_name)
+            pairs[name] = size.pad(a, b, layers[name].scaling[adapter_name])
         elif _last_component(name) in targets and ".base_layer" not in name:
             pairs[name] = _zeros(name, module, size)
     return pairs
 
 
-def _pad(layer: LoraLayer, size: _UniformSize, adapter_name: str) -> _Pair:
-    a, b = (matrix.detach() for matrix in lora_A_and_B(layer, adapter_name))
-    missing = size.rank - a.shape[0]
-    a = torch.nn.functional.pad(a, (0, 0, 0, missing))
-    b = torch.nn.functional.pad(b, (0, missing))
-    ratio = layer.scaling[adapter_name] / size.scaling
-    return a.contiguous(), (b if ratio == 1 else ratio * b).contiguous()
-
-
-def _zeros(name: str, module: torch.nn.Module, size: _UniformSize) -> _Pair:
+def _zeros(name: str, module: torch.nn.Module, size: UniformSize) -> LoraPair:
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if not (isinstance(base, torch.nn.Linear) or is_conv1d(base)):
         raise SettingError(
             f"layer {name!r}: expected a linear layer, as its last name component is a target, got "
             f"{type(base).__name__}; serve the model of merge_and_unload()"
         )
-    return torch.zeros(size.rank, features_of(base)), torch.zeros(outputs_of(base), size.rank)
+    return size.zeros(features_of(base), outputs_of(base))
 
 
 def _export_config(
-    peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, LoraLayer], size: _UniformSize
+    peft_model: PeftModel,
+    config: LoraConfig,
+    size: UniformSize,
+    modules: list[str],
+    parameters: list[str],
 ) -> LoraConfig:
     base = peft_model.get_base_model()
     return LoraConfig(
@@ -173,7 +155,8 @@ def _export_config(
         or None,
         r=size.rank,
         lora_alpha=size.alpha,
-        target_modules=sorted({_last_component(name) for name in layers}),
+        target_modules=modules,
+        target_parameters=parameters or None,
         fan_in_fan_out=config.fan_in_fan_out,
         inference_mode=True,
     )

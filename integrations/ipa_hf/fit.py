@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from ipa_hf.expert_linear import expert_layers
+from ipa_hf.fused_experts import ExpertSharing
+from ipa_hf.lora_experts import layer_name
 from ipa_hf.lora_layers import base_model_only
 from ipa_torch import FitOptions, LayerProjectors, fit_projectors
 
@@ -46,15 +49,35 @@ def _without_repacking(model: torch.nn.Module) -> Iterator[None]:
 
 
 def fit_lora_projectors(
-    peft_model: PeftModel, ranks: Mapping[str, int], batches: Iterable[Any], options: FitOptions
+    peft_model: PeftModel,
+    ranks: Mapping[str, int],
+    batches: Iterable[Any],
+    options: FitOptions,
+    *,
+    fused: Collection[str],
+    sharing: ExpertSharing,
+    routing_weights: bool,
 ) -> LayerProjectors:
-    """Return projectors of these ranks for layers, by their names in the base model."""
-    with base_model_only(peft_model), _without_cache(peft_model), _without_repacking(peft_model):
+    """Return projectors of these ranks for layers, by their names in the base model.
+
+    Names in ``fused`` are those of parameters, which get the layers of `expert_layers`.
+    """
+    base = peft_model.get_base_model()
+    experts: AbstractContextManager[list[str]] = nullcontext([])
+    if fused:
+        experts = expert_layers(base, fused, sharing=sharing, routing_weights=routing_weights)
+    with (
+        base_model_only(peft_model),
+        _without_cache(peft_model),
+        _without_repacking(peft_model),
+        experts as matrices,
+    ):
+        names = {*ranks} - {*fused} | {*matrices}
         return fit_projectors(
-            peft_model.get_base_model(),
+            base,
             batches,
-            ranks,
-            targets=lambda name, module: name in ranks,
+            {name: ranks[layer_name(name)] for name in names},
+            targets=lambda name, module: name in names,
             on_missing="ignore",
             **options,
         )

@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
+from ipa_hf.lora_experts import layer_name
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 
 
@@ -31,7 +32,8 @@ def freeze_projections(
     adapter_name : str, default "default"
         The adapter.
     layers : collection of str, optional
-        Names of layers in the base model; by default all linear layers with the adapter.
+        Names of layers or fused parameters in the base model; by default all linear layers and
+        fused experts with the adapter.
 
     Returns
     -------
@@ -59,7 +61,7 @@ def freeze_projections(
         for name, layer in lora_layers(peft_model, adapter_name).items()
         if takes_projection(layer, adapter_name)
     }
-    for name in linear if layers is None else layers:
+    for name in linear if layers is None else {layer_name(name) for name in layers}:
         if name not in linear:
             raise SettingError(
                 f"layer {name!r}: expected a linear layer with adapter {adapter_name!r}, got none; "

@@ -9,13 +9,22 @@ from typing import Any, Unpack
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_hf.adapter_metadata import AdapterMetadata, attach_metadata
 from ipa_hf.fit import fit_lora_projectors
 from ipa_hf.freezing import set_lora_A_frozen
-from ipa_hf.lora_init import check_fresh, truncate_to_layer, write_lora_A
+from ipa_hf.fused_experts import ExpertSharing
+from ipa_hf.lora_experts import compact_names, layer_name, lost_on_loading
+from ipa_hf.lora_init import (
+    check_fresh,
+    find_projectors,
+    lora_slots,
+    truncate_to_slot,
+    write_lora_A,
+)
 from ipa_hf.lora_layers import (
     layer_kind,
     lora_config,
@@ -25,7 +34,7 @@ from ipa_hf.lora_layers import (
 )
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError
-from ipa_torch.extension import OnMissing, Scaling, check_choice, check_scaling
+from ipa_torch.extension import NEVER_RAN, OnMissing, Scaling, check_choice, check_scaling
 
 
 def get_ipa_model(
@@ -36,6 +45,8 @@ def get_ipa_model(
     adapter_name: str = "default",
     trainable: bool = False,
     scaling: Scaling = "energy",
+    expert_sharing: ExpertSharing = "never",
+    routing_weights: bool = False,
     on_missing: OnMissing = "warn",
     **options: Unpack[FitOptions],
 ) -> PeftModel:
@@ -56,7 +67,7 @@ def get_ipa_model(
     data : iterable of batches, or mapping of str to Projector
         Calibration batches, a ``DataLoader`` for example; or fitted projectors by the layers'
         names in ``model``, as `ipa_torch.fit_projectors` returns them.
-    adapter_name, trainable, scaling, on_missing, **options
+    adapter_name, trainable, scaling, expert_sharing, routing_weights, on_missing, **options
         As for `initialize_lora_ipa_weights`.
 
     Returns
@@ -94,6 +105,8 @@ def get_ipa_model(
             adapter_name=adapter_name,
             trainable=trainable,
             scaling=scaling,
+            expert_sharing=expert_sharing,
+            routing_weights=routing_weights,
             on_missing=on_missing,
             **options,
         )
@@ -111,6 +124,8 @@ def initialize_lora_ipa_weights(
     adapter_name: str = "default",
     trainable: bool = False,
     scaling: Scaling = "energy",
+    expert_sharing: ExpertSharing = "never",
+    routing_weights: bool = False,
     on_missing: OnMissing = "warn",
     **options: Unpack[FitOptions],
 ) -> PeftModel:
@@ -133,6 +148,12 @@ def initialize_lora_ipa_weights(
         ``"energy"``: s gives A x = s P x the mean energy that LoRA's random A gives it, so that
         alpha keeps its meaning in LoRA. A number: s makes the layer compute
         :math:`W x + \lambda B P x` with that lambda, for any alpha.
+    expert_sharing : {"never", "unreached", "always"}, default "never"
+        Projectors of fused experts (``target_parameters``). ``"never"``: a P for each expert.
+        ``"always"``: the same P for all experts of a layer. ``"unreached"``: the layer's P only for
+        experts that no token is routed to. See `expert_layers`.
+    routing_weights : bool, default False
+        Weight the rows of fused experts by the router's weights.
     on_missing : {"warn", "raise", "ignore"}, default "warn"
         Action for layers without a projector: layers that never ran, and layers that are not
         linear. ``"warn"`` names them in a warning; with ``"warn"`` and ``"ignore"`` they keep
@@ -181,56 +202,86 @@ def initialize_lora_ipa_weights(
     for name, layer in layers.items():
         materialize(name, layer, adapter_name)
     check_fresh(lora_config(peft_model, adapter_name), layers, adapter_name)
-    linear = {name: x for name, x in layers.items() if takes_projection(x, adapter_name)}
     unsupported = {
         name: f"{layer_kind(x)} are not supported"
         for name, x in layers.items()
-        if name not in linear
+        if not takes_projection(x, adapter_name)
     }
+    if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
+        lost = lost_on_loading(peft_model, adapter_name)
+        unsupported |= {
+            name: "PEFT renames its saved LoRA on loading and loses it"
+            for name in layers
+            if name.rpartition(".")[0] in lost
+        }
+    supported = {name: x for name, x in layers.items() if name not in unsupported}
     _report(unsupported, on_missing)  # before the fit, which takes long
-    if not linear:
+    if not supported:
         raise LayerError(
-            f"expected an adapter {adapter_name!r} with a linear layer, got none; name linear "
-            "layers in target_modules"
+            f"expected an adapter {adapter_name!r} with a linear layer or fused experts, got none; "
+            "name some in target_modules or target_parameters"
         )
+    slots = lora_slots(supported, adapter_name)
     if isinstance(data, Mapping):
-        if options:
+        if options or expert_sharing != "never" or routing_weights:
             raise SettingError(
-                f"expected no options of a fit with fitted projectors, got {sorted(options)}; "
-                "remove them, or pass batches"
+                "expected no options of a fit with fitted projectors, got "
+                f"{sorted(options)}, expert_sharing={expert_sharing!r} and "
+                f"routing_weights={routing_weights!r}; remove them, or pass batches"
             )
         projectors: Mapping[str, Projector] = data
     else:
-        ranks = {name: int(layer.r[adapter_name]) for name, layer in linear.items()}
-        projectors = fit_lora_projectors(peft_model, ranks, data, options)
+        projectors = fit_lora_projectors(
+            peft_model,
+            {name: int(layer.r[adapter_name]) for name, layer in supported.items()},
+            data,
+            options,
+            fused=[name for name, layer in supported.items() if isinstance(layer, ParamWrapper)],
+            sharing=expert_sharing,
+            routing_weights=routing_weights,
+        )
+    matched, unreached = find_projectors(slots, projectors)
     reasons = getattr(projectors, "missing", {})
-    missing = {
-        name: reasons.get(name, "no projector of this name")
-        for name in linear
-        if name not in projectors
-    }
+    missing = {name: _reason(name, reasons) for name in slots if name not in matched}
     # Without any projector the adapter would be plain LoRA: an error under every setting.
-    _report(missing, on_missing if len(missing) < len(linear) else "raise")
-    truncated = {
-        name: truncate_to_layer(name, layer, projectors[name], adapter_name)
-        for name, layer in linear.items()
-        if name in projectors
-    }
+    _report(missing, on_missing if matched else "raise")
+    if unreached:
+        warnings.warn(
+            f"{len(unreached)} experts use the projector shared by their layer, as no token was "
+            f"routed to them ({', '.join(compact_names(unreached))})",
+            stacklevel=2,
+        )
+    truncated = {name: truncate_to_slot(name, slots[name], matched[name]) for name in matched}
     initialized = {
-        name: write_lora_A(linear[name], projector, scaling, adapter_name)
+        name: write_lora_A(slots[name], projector, scaling, adapter_name)
         for name, projector in truncated.items()
     }
     attach_metadata(peft_model, adapter_name, AdapterMetadata(not trainable, scaling, initialized))
-    for name in initialized:
-        set_lora_A_frozen(linear[name], adapter_name, not trainable)
+    for name in {layer_name(name) for name in initialized}:
+        set_lora_A_frozen(supported[name], adapter_name, not trainable)
     return peft_model
+
+
+def _reason(name: str, reasons: Mapping[str, str]) -> str:
+    """Return the reason that a slot has no projector."""
+    reason = reasons.get(name, "no projector of this name")
+    return (
+        "no token was routed to it" if name != layer_name(name) and reason == NEVER_RAN else reason
+    )
 
 
 def _report(missing: Mapping[str, str], on_missing: OnMissing) -> None:
     """Raise or warn about layers without a projector, with the reason for each."""
     if not missing or on_missing == "ignore":
         return
-    listed = "; ".join(f"layer {name!r}: {reason}" for name, reason in missing.items())
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        by_reason.setdefault(reason, []).append(name)
+    listed = "; ".join(
+        f"layer {name!r}: {reason}"
+        for reason, names in by_reason.items()
+        for name in compact_names(names)
+    )
     if on_missing == "raise":
         raise LayerError(
             f"expected a projector for every layer with the adapter, got none for {len(missing)} "

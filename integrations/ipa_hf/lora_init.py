@@ -1,16 +1,19 @@
-"""Initialize the lora_A of one layer from a projector."""
+"""Initialize the lora_A of layers from projectors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import RankError, SettingError, ShapeError
 from ipa_hf.adapter_metadata import LayerMetadata
+from ipa_hf.lora_experts import expert_A_and_B, layer_name
 from ipa_hf.lora_layers import lora_A_and_B
 from ipa_torch.extension import Scaling, resolve_scale
 
@@ -41,10 +44,55 @@ def check_fresh(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_nam
             )
 
 
-def truncate_to_layer(
-    name: str, layer: LoraLayer, projector: Projector, adapter_name: str
-) -> Projector:
-    """Return the projector truncated to the rank of the layer.
+@dataclass(frozen=True)
+class LoraSlot:
+    """Rows of lora_A that are initialized from a projector.
+
+    Parameters
+    ----------
+    layer : LoraLayer
+        The layer.
+    weight : torch.Tensor
+        The rows (rank, features): A of a linear layer, or a view of an expert's A.
+    """
+
+    layer: LoraLayer
+    weight: torch.Tensor
+
+
+def lora_slots(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, LoraSlot]:
+    """Return the slots of layers: ``name`` of a linear layer, ``name[0]`` ... of fused experts."""
+    slots: dict[str, LoraSlot] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, ParamWrapper):
+            a, _ = expert_A_and_B(layer, adapter_name)
+            slots |= {f"{name}[{expert}]": LoraSlot(layer, rows) for expert, rows in enumerate(a)}
+        else:
+            slots[name] = LoraSlot(layer, lora_A_and_B(layer, adapter_name)[0])
+    return slots
+
+
+def find_projectors(
+    slots: Iterable[str], projectors: Mapping[str, Projector]
+) -> tuple[dict[str, Projector], list[str]]:
+    """Return the projectors of slots, and the experts that use the projector of their layer.
+
+    Experts of a layer that has only a shared projector are not listed.
+    """
+    matched, shared = {}, []
+    separate = {layer_name(name) for name in projectors if not name.endswith("[:]")}
+    for slot in slots:
+        if slot in projectors:
+            matched[slot] = projectors[slot]
+        elif (common := f"{layer_name(slot)}[:]") in projectors:
+            matched[slot] = projectors[common]
+            if layer_name(slot) in separate:
+                shared.append(slot)
+    return matched, shared
+
+
+def truncate_to_slot(name: str, slot: LoraSlot, projector: Projector) -> Projector:
+    """Return the projector truncated to the rank of the slot.
 
     Raises
     ------
@@ -53,7 +101,7 @@ def truncate_to_layer(
     RankError
         If the projector has a smaller rank than the layer.
     """
-    rank, features = lora_A_and_B(layer, adapter_name)[0].shape
+    rank, features = slot.weight.shape
     if projector.features != features:
         raise ShapeError(
             f"layer {name!r}: expected a projector of {features} features, got "
@@ -68,14 +116,13 @@ def truncate_to_layer(
 
 
 def write_lora_A(
-    layer: LoraLayer, projector: Projector, scaling: Scaling, adapter_name: str
+    slot: LoraSlot, projector: Projector, scaling: Scaling, adapter_name: str
 ) -> LayerMetadata:
-    """Set the layer's A to s P; return the metadata of this initialization."""
-    weight, _ = lora_A_and_B(layer, adapter_name)
-    scale = resolve_scale(projector, scaling, layer.scaling[adapter_name])
-    rows = projector.to(torch, device=weight.device).components
+    """Set the rows of A to s P; return the metadata of this initialization."""
+    scale = resolve_scale(projector, scaling, slot.layer.scaling[adapter_name])
+    rows = projector.to(torch, device=slot.weight.device).components
     # Not through `set_peft_model_state_dict`, which needs the whole adapter, heads included, and
     # skips unknown names silently.
     with torch.no_grad():
-        weight.copy_(scale * rows)
+        slot.weight.copy_(scale * rows)
     return LayerMetadata(projector.rank, scale, projector.captured(), projector.samples)

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
 from ipa_core.errors import SettingError
+from ipa_hf.lora_experts import parameter_name, unsupported_reason
 
 
 def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
@@ -33,30 +34,31 @@ def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
 
 
 def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """Return the layers with the adapter by their names in the base model."""
+    """Return the layers with the adapter by their names in the base model.
+
+    A wrapped parameter has the parameter's name.
+    """
     return {
-        name: module
+        parameter_name(name, module) if isinstance(module, ParamWrapper) else name: module
         for name, module in peft_model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
 
 
 def takes_projection(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return whether the layer computes B A x for rows x, as (quantized) linear layers do."""
-    if isinstance(layer, MultiheadAttention | ParamWrapper) or adapter_name not in layer.lora_A:
+    """Return whether the layer computes B A x for rows x: linear layers and fused experts do."""
+    if isinstance(layer, ParamWrapper):
+        return unsupported_reason(layer) is None
+    if isinstance(layer, MultiheadAttention) or adapter_name not in layer.lora_A:
         return False
     return lora_A_and_B(layer, adapter_name)[0].ndim == 2  # A of a convolution has four axes
 
 
 def layer_kind(layer: LoraLayer) -> str:
-    """Return the type of the base layer in the plural, for error messages."""
-    base = type(layer.get_base_layer()).__name__
-    fused = isinstance(layer, ParamWrapper)
-    return (
-        f"fused parameters of {base}, whose inputs hooks cannot observe,"
-        if fused
-        else f"{base} layers"
-    )
+    """Return what an unsupported layer is, in the plural, for error messages."""
+    if isinstance(layer, ParamWrapper):
+        return f"parameters of {unsupported_reason(layer)},"
+    return f"{type(layer.get_base_layer()).__name__} layers"
 
 
 def lora_A_and_B(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from peft import LoraConfig
 
 from ipa_core import Projector
+from ipa_core.errors import RankError
+from ipa_hf.lora_experts import layer_name
 
 
 def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> LoraConfig:
@@ -23,12 +25,18 @@ def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> Lora
     config : LoraConfig
         Copied; its ``rank_pattern`` and ``alpha_pattern`` are replaced in the copy.
     projectors : mapping of str to Projector
-        By layer, for example from ``ipa_torch.LayerProjectors.allocate``.
+        By layer, for example from ``ipa_torch.LayerProjectors.allocate``. The experts of a fused
+        parameter have one rank: `expert_layers` with ``sharing="always"`` fits one projector.
 
     Returns
     -------
     LoraConfig
         For `get_ipa_model`, with the same projectors.
+
+    Raises
+    ------
+    RankError
+        If the experts of a fused parameter have projectors of different ranks.
 
     Examples
     --------
@@ -42,9 +50,15 @@ def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> Lora
     ({'q_proj': 1, 'v_proj': 3}, {'q_proj': 2.0, 'v_proj': 6.0})
     """
     matched = copy.deepcopy(config)
-    matched.rank_pattern = {
-        name: projector.rank for name, projector in projectors.items() if projector.rank != config.r
-    }
+    ranks: dict[str, int] = {}
+    for slot, projector in projectors.items():
+        name = layer_name(slot)
+        if ranks.setdefault(name, projector.rank) != projector.rank:
+            raise RankError(
+                f"layer {name!r}: expected one rank for all experts, got {ranks[name]} and "
+                f"{projector.rank}; truncate the projectors, or fit one that the experts share"
+            )
+    matched.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
     matched.alpha_pattern = {
         name: config.lora_alpha * _alpha_ratio(rank / config.r, config.use_rslora)
         for name, rank in matched.rank_pattern.items()

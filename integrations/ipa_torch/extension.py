@@ -7,9 +7,18 @@ from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers
 from ipa_torch._adapters.scale import Scaling, check_scaling, energy_scale, resolve_scale
 from ipa_torch._capture.forward import device_of, on_device
+from ipa_torch._capture.row_weights import RowSelection
+from ipa_torch._fit.collector import NEVER_RAN
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._layers.lookup import get_layer
-from ipa_torch._layers.matmul_view import Convolution, ConvView, view_of
+from ipa_torch._layers.matmul_view import (
+    Convolution,
+    ConvView,
+    LinearView,
+    RowSubset,
+    WeightedRows,
+    view_of,
+)
 from ipa_torch._layers.output_head import classifier_modules
 from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch._layers.targets import Targets, is_linear
@@ -18,12 +27,17 @@ from ipa_torch.errors import check_choice
 from ipa_torch.projectors import resolve_rank
 
 __all__ = [
+    "NEVER_RAN",
     "ConvView",
     "Convolution",
+    "LinearView",
     "OnMissing",
+    "RowSelection",
+    "RowSubset",
     "Scaling",
     "SharedProjection",
     "Targets",
+    "WeightedRows",
     "adapter_layers",
     "check_choice",
     "check_scaling",

@@ -3,15 +3,20 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from . import test_families
 from .families import FAMILIES
 
-GUIDE = Path(__file__).parents[2] / "docs" / "peft.md"
+DOCS = Path(__file__).parents[2] / "docs"
+GUIDE = DOCS / "peft.md"
 
 
-def test_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) > 4
+@pytest.mark.parametrize("page", ["peft.md", "moe.md"])
+def test_code_runs(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) > 1
     exec("\n".join(blocks), {"__name__": "guide"})
 
 

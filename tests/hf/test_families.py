@@ -5,7 +5,6 @@ import torch
 from peft import LoraConfig, PeftModel
 
 import ipa_hf
-from ipa_torch import LayerError
 
 from .families import FAMILIES
 from .models import base_state, outputs, same_state, train
@@ -96,15 +95,6 @@ def test_only_the_adapted_tower_learns():
 def test_text_targets_leave_the_vision_tower_alone():
     layers = lora_layers(prepared(FAMILIES["Gemma-3"]))
     assert layers and all(".language_model." in name for name in layers)
-
-
-def test_fused_experts_are_refused_by_name():
-    mixtral = FAMILIES["Mixtral"]
-    lora = LoraConfig(
-        r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
-    )
-    with pytest.raises(LayerError, match=r"experts': fused parameters of MixtralExperts"):
-        ipa_hf.get_ipa_model(mixtral.make(), lora, mixtral.batches(), on_missing="raise")
 
 
 def test_unknown_names_ask_for_targets():
