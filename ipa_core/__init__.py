@@ -20,8 +20,9 @@ from ipa_core.fit import fit_projector
 from ipa_core.io.activation_store import ActivationStore
 from ipa_core.io.serialization import load, load_state, save, save_state
 from ipa_core.learners.autoencoder import ReconstructionAutoencoder
-from ipa_core.learners.base import Guarantee, Learner
+from ipa_core.learners.base import Learner
 from ipa_core.learners.covariance import ExactCovariance
+from ipa_core.learners.guarantee import Guarantee
 from ipa_core.learners.hebbian import HebbianRule
 from ipa_core.learners.incremental_pca import IncrementalPCA
 from ipa_core.learners.randomized_svd import RandomizedSVD

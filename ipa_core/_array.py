@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, partial
+from itertools import accumulate
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -15,6 +16,7 @@ from ipa_core.errors import ArrayTypeError
 
 Array: TypeAlias = Any
 HostArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+HostMask: TypeAlias = "np.ndarray[Any, np.dtype[np.bool_]]"
 Namespace: TypeAlias = Any
 Device: TypeAlias = Any
 DType: TypeAlias = Any
@@ -85,16 +87,21 @@ def ignore_overflow() -> AbstractContextManager[None]:
     return np.errstate(over="ignore", invalid="ignore", under="ignore")
 
 
-def squared_norms_async(xp: Namespace, rows: Array) -> Callable[[], HostArray]:
-    """Start to compute the squared row lengths of (n, d); the returned callable waits for them.
+def squared_norms_async(xp: Namespace, matrices: Sequence[Array]) -> Callable[[], list[HostArray]]:
+    """Ask for the squared lengths of the rows of matrices; the call of the result waits for them.
 
-    One pass without a temporary: ``vecdot`` in NumPy; torch's ``vecdot`` stores the products and
-    takes up to fifty times as long as its norm.
+    All travel in one transfer. Each is one pass without a temporary: NumPy's ``vecdot`` does that;
+    torch's builds the products first and takes up to fifty times as long as its norm.
     """
     if array_api_compat.is_numpy_namespace(xp):
-        return partial(on_host, xp.vecdot(rows, rows))
-    lengths = to_host_async(xp.linalg.vector_norm(rows, axis=-1))
-    return lambda: lengths() ** 2
+        squares = [on_host(xp.vecdot(rows, rows)) for rows in matrices]
+        return lambda: squares
+    if not matrices:
+        return list
+    lengths = [xp.linalg.vector_norm(rows, axis=-1) for rows in matrices]
+    read = to_host_async(lengths[0] if len(lengths) == 1 else xp.concat(lengths))
+    ends = list(accumulate(int(rows.shape[0]) for rows in matrices))
+    return lambda: np.split(read() ** 2, ends[:-1])
 
 
 def on_host(array: Array) -> HostArray:
@@ -152,10 +159,21 @@ def host_concat(parts: Sequence[HostArray]) -> HostArray:
     return np.concatenate(parts)
 
 
-def group_sums(values: HostArray, ends: list[int]) -> list[float]:
+def group_sums(values: HostArray | HostMask, ends: list[int]) -> list[float]:
     """Return the sum of each group of values, given where the groups end."""
-    sums: list[float] = np.add.reduceat(values, [0, *ends[:-1]]).tolist()
+    sums: list[float] = np.add.reduceat(values, [0, *ends[:-1]], dtype=np.float64).tolist()
     return sums
+
+
+def zero_where(values: HostArray, mask: HostMask) -> HostArray:
+    """Return values, and 0 where the mask is true."""
+    return np.where(mask, 0.0, values)
+
+
+def zero_rows(xp: Namespace, matrix: Array, mask: HostMask) -> Array:
+    """Return a matrix with zeros in the rows where a mask on the host is true."""
+    gone = from_numpy(xp, mask, device(matrix), xp.bool)
+    return xp.where(gone[:, None], xp.zeros_like(matrix), matrix)
 
 
 def cast(xp: Namespace, array: Array, dtype: DType) -> Array:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from ipa_core._array import Array, Namespace, cast, device, eigh, wide_dtype
 
+# Energy of a column of a sketch that is all rounding, in units of eps times that of a row.
+_ROUNDING = 10.0
+
 
 def gram(xp: Namespace, rows: Array) -> Array:
     """Return rows rows^T (m, m) in float64 where there is one.
@@ -31,11 +34,21 @@ def truncate_rows(xp: Namespace, rows: Array, keep: int) -> Array:
     count, features = rows.shape
     if count <= keep:
         return rows
+    if wide_dtype(xp, device(rows)) == rows.dtype:
+        return _truncate_by_svd(xp, rows, keep)
     if count <= features:
         _, vectors = top_eigh(xp, gram(xp, rows), keep)
         return cast(xp, vectors, rows.dtype).T @ rows
     values, vectors = top_eigh(xp, gram(xp, rows.T), min(keep, features))
     return cast(xp, (vectors * xp.sqrt(values)).T, rows.dtype)
+
+
+def _truncate_by_svd(xp: Namespace, rows: Array, keep: int) -> Array:
+    """Truncate rows without products of two rows: no wider dtype could hold their digits."""
+    basis, triangle = xp.linalg.qr(rows.T, mode="reduced")
+    _, lengths, directions = xp.linalg.svd(triangle.T, full_matrices=False)
+    keep = min(keep, lengths.shape[0])
+    return (lengths[:keep, None] * directions[:keep, :]) @ basis.T
 
 
 def orthonormal_columns(xp: Namespace, columns: Array) -> Array:
@@ -48,23 +61,25 @@ def principal_rows(xp: Namespace, factor: Array, rank: int) -> tuple[Array, Arra
 
     A row's squared length is its energy; `fixed_basis` makes them orthonormal.
     """
+    missing = rank + 1 - factor.shape[0]
+    if missing > 0:
+        # One zero row beyond the rank has a short factor decomposed, too: its rows may be oblique.
+        shape = (missing, factor.shape[1])
+        factor = xp.concat([factor, xp.zeros(shape, dtype=factor.dtype, device=device(factor))])
     rows = truncate_rows(xp, factor, rank)
-    # A factor that is short already may have rows that are not orthogonal yet.
-    _, vectors = top_eigh(xp, gram(xp, rows), rows.shape[0])
-    rows = cast(xp, vectors, rows.dtype).T @ rows
-    if rows.shape[0] < rank:
-        missing = xp.zeros(
-            (rank - rows.shape[0], rows.shape[1]), dtype=rows.dtype, device=device(rows)
-        )
-        rows = xp.concat([rows, missing])
+    return rows, row_energies(xp, rows)
+
+
+def row_energies(xp: Namespace, rows: Array) -> Array:
+    """Return the squared lengths of rows, in float64 where there is one."""
     wide = cast(xp, rows, wide_dtype(xp, device(rows)))
-    return rows, xp.vecdot(wide, wide)
+    return xp.vecdot(wide, wide)
 
 
 def fixed_basis(xp: Namespace, rows: Array) -> Array:
     """Return orthonormal rows spanning ``rows`` in order, the largest entry of each positive."""
     wide = cast(xp, rows, wide_dtype(xp, device(rows)))
-    squares = xp.vecdot(wide, wide)
+    squares = row_energies(xp, rows)
     # What is noise beside the longest row must not steer the completion of the basis.
     noise = xp.max(squares) * float(xp.finfo(rows.dtype).eps) ** 2
     scale = inverse_root(xp, squares, noise)
@@ -74,21 +89,22 @@ def fixed_basis(xp: Namespace, rows: Array) -> Array:
     return cast(xp, basis * (1.0 - 2.0 * cast(xp, values < 0, basis.dtype)), rows.dtype)
 
 
-def nystrom_rows(xp: Namespace, basis: Array, image: Array) -> Array:
+def nystrom_rows(xp: Namespace, basis: Array, image: Array, energy: float) -> Array:
     """Return F with F^T F = Y (O^T Y)^-1 Y^T for the basis O (d, k) and the image Y^T (k, d).
 
     O may be any multiple of an orthonormal basis, if Y = C O for a moment C: the multiple cancels.
+    ``energy`` is the mean squared length of the rows of C, in the units of the core O^T Y.
 
-    The core O^T Y is scaled by its diagonal and inverted in float64 where there is one, below
-    rounding cut off: it is the first thing to break when one direction outweighs the rest.
+    The core is scaled by its diagonal and inverted in float64 where there is one: a direction a
+    million times below the largest is kept, as the columns of O and Y are graded like the
+    directions themselves. Rounding leaves about eps times ``energy``
+    in the norm of a column of Y for each row: a column with less energy than that would blow the
+    rounding up when it is divided by the root of its energy.
     """
     wide = wide_dtype(xp, device(basis))
     core = cast(xp, image, wide) @ cast(xp, basis, wide)
-    diagonal = xp.linalg.diagonal(core)
     eps = float(xp.finfo(basis.dtype).eps)
-    # Rounding leaves eps times the largest energy in a column of Y. Where a column carries less
-    # than that, dividing by it would blow the rounding up.
-    scale = inverse_root(xp, diagonal, eps * xp.max(diagonal))
+    scale = inverse_root(xp, xp.linalg.diagonal(core), _ROUNDING * eps * energy)
     values, vectors = top_eigh(xp, scale[:, None] * core * scale, core.shape[0])
     root = (scale[:, None] * vectors) * inverse_root(xp, values, core.shape[0] * eps)
     return cast(xp, root, image.dtype).T @ image

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from ipa_core._array import (
     Array,
     HostArray,
+    HostMask,
     Namespace,
+    device,
+    from_numpy,
     host_concat,
     host_ones,
     on_host,
@@ -34,7 +36,7 @@ class Rows:
     @classmethod
     def of(cls, xp: Namespace, x: Array, weights: Array | None = None) -> Rows:
         """Return rows with what is known of them on the host."""
-        squares = squared_norms_async(xp, x)()
+        (squares,) = squared_norms_async(xp, (x,))()
         host_weights = host_ones(squares.size) if weights is None else on_host(weights)
         return cls(x, weights, squares, host_weights)
 
@@ -49,6 +51,13 @@ class Rows:
         part = slice(start, stop)
         weights = None if self.weights is None else self.weights[part]
         return Rows(self.x[part, :], weights, self.squares[part], self.host_weights[part])
+
+    def select(self, xp: Namespace, mask: HostMask) -> Rows:
+        """Return the rows (copies) where a mask on the host is true."""
+        index = from_numpy(xp, mask.nonzero()[0], device(self.x), xp.int64)
+        weights = None if self.weights is None else xp.take(self.weights, index)
+        x = xp.take(self.x, index, axis=0)
+        return Rows(x, weights, self.squares[mask], self.host_weights[mask])
 
     def copy(self, xp: Namespace) -> Rows:
         """Return a copy that no later change of the caller's array can reach."""
@@ -84,14 +93,22 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Sketch:
+    """Products X O in the pieces of the rows X, and the squared lengths of their rows."""
+
+    seen: tuple[Array, ...]
+    squares: HostArray
+
+
+@dataclass(frozen=True)
 class RowChunks:
     """Consecutive rows in the pieces that they came in: nothing is copied to put them together.
 
-    ``sketch`` is what the learner has asked about the first of them before they were accepted.
+    ``sketch`` is what the learner has computed of the leading rows before they were validated.
     """
 
     parts: tuple[Rows, ...]
-    sketch: Any = None
+    sketch: Sketch | None = None
 
     @property
     def count(self) -> int:
@@ -100,6 +117,14 @@ class RowChunks:
     @property
     def host_weights(self) -> HostArray:
         return host_concat([part.host_weights for part in self.parts])
+
+    @property
+    def squares(self) -> HostArray:
+        return host_concat([part.squares for part in self.parts])
+
+    def without_sketch(self) -> RowChunks:
+        """Return the rows alone."""
+        return RowChunks(self.parts)
 
     def cut(self, start: int, stop: int) -> RowChunks:
         """Return rows ``start`` to ``stop`` as views."""

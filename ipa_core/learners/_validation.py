@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ipa_core import _array
@@ -20,7 +19,7 @@ def template_of(batch: Array) -> Array:
 
 
 def validate(batch: Array, weights: Array | None, template: Array) -> PendingBatch:
-    """Check a batch against the template; return its rows of positive weight, norms pending.
+    """Check a batch against the template; return its rows of positive weight.
 
     Rows of weight zero are dropped first, whatever their values; weights that are all 1 become
     None.
@@ -31,32 +30,30 @@ def validate(batch: Array, weights: Array | None, template: Array) -> PendingBat
     if weights is not None:
         x, weights, host_weights = _drop_absent(xp, x, _flat(batch, weights, template))
     x = _array.cast(xp, x, template.dtype)
-    return PendingBatch(xp, x, weights, host_weights, _array.squared_norms_async(xp, x))
+    return PendingBatch(xp, x, weights, host_weights)
 
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """Validated batch whose squared row norms are being copied to the host."""
+    """Batch of valid form; whether its rows are finite shows in their squared norms."""
 
     xp: Namespace
     x: Array
     weights: Array | None
     host_weights: HostArray | None
-    squares: Callable[[], HostArray]
 
     @property
     def count(self) -> int:
         return int(self.x.shape[0])
 
-    def result(self) -> Rows:
-        """Wait for the norms, which show whether the rows are finite; return the rows.
+    def result(self, squares: HostArray) -> Rows:
+        """Return the rows, given their squared norms.
 
         Raises
         ------
         NonFiniteError
             If the rows are not finite, or their squares over- or underflow the dtype.
         """
-        squares = self.squares()
         host_weights = (
             _array.host_ones(squares.size) if self.host_weights is None else self.host_weights
         )

@@ -10,7 +10,7 @@ from ipa_core._linalg import inverse_root, top_eigh
 from ipa_core.errors import SettingError
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners._stochastic import StochasticRule
-from ipa_core.learners.base import Guarantee
+from ipa_core.learners.guarantee import Guarantee
 
 
 class ReconstructionAutoencoder(StochasticRule):

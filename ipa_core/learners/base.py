@@ -1,14 +1,12 @@
-"""The learner: what every streaming algorithm shares, and the laws it obeys."""
+"""Base class of the learners, and the laws that they obey."""
 
 from __future__ import annotations
 
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, Literal, Self, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, final
 
 from ipa_core import _array
 from ipa_core._array import Array, Namespace
@@ -20,37 +18,16 @@ from ipa_core.errors import (
     RankError,
     SettingError,
 )
-from ipa_core.learners._row_blocks import RowChunks, Rows, join
+from ipa_core.learners._pending_update import PendingUpdate
+from ipa_core.learners._row_blocks import RowChunks, Rows, Sketch, join
+from ipa_core.learners._state import flatten, unflatten
 from ipa_core.learners._validation import PendingBatch, match, template_of, validate
+from ipa_core.learners.guarantee import Guarantee
 from ipa_core.projector import Projector
 
 
-@dataclass(frozen=True)
-class Guarantee:
-    """Guarantee on the excess of a learner's reconstruction error over the optimum.
-
-    Parameters
-    ----------
-    kind : {"exact", "bounded", "statistical"}
-        ``exact``: the optimum up to rounding. ``bounded``: within ``excess`` of it on any cutting,
-        order and merging of a stream whose distribution does not drift. ``statistical``: within
-        ``excess`` once the stream is long beside the rank.
-    excess : float
-        residual / optimal residual - 1.
-
-    Examples
-    --------
-    >>> from ipa_core import RandomizedSVD
-    >>> RandomizedSVD.guarantee
-    Guarantee(kind='bounded', excess=0.05)
-    """
-
-    kind: Literal["exact", "bounded", "statistical"]
-    excess: float
-
-
 class Learner(ABC):
-    r"""Learns a projector from a stream of activation rows, in one pass and bounded memory.
+    r"""Streaming learner of a projector, in one pass and bounded memory.
 
     The objective is the mean of :math:`\|x - P^\top P x\|^2` over all rows, with orthonormal rows
     of P (``center=False``), or the same about the mean (``center=True``).
@@ -98,6 +75,8 @@ class Learner(ABC):
     _settings: ClassVar[tuple[str, ...]] = ("rank", "center", "seed")
     _numbers: ClassVar[tuple[str, ...]] = ("samples", "_weight", "_energy")
     _arrays: ClassVar[tuple[str, ...]] = ("_mean",)
+    #: Attributes that hold a dataclass (or None), and its class.
+    _values: ClassVar[Mapping[str, type]] = {}
 
     def __init__(self, rank: int, *, center: bool = False, seed: int = 0) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -117,28 +96,28 @@ class Learner(ABC):
         if "update" in vars(cls):
             raise TypeError(
                 f"expected {cls.__name__} to override begin_update, which every update goes "
-                "through, got an update of its own"
+                "through, got another update method"
             )
 
-    # What a subclass writes ---------------------------------------------------------------------
+    # Methods of a subclass ----------------------------------------------------------------------
 
     @property
     @abstractmethod
     def _block_rows(self) -> int:
-        """Rows that are absorbed at a time, however the batches are cut."""
+        """Number of rows in a block, however the batches are cut."""
 
     @abstractmethod
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         """Fold a block of rows into the summary, by rebinding attributes."""
 
     def _absorb_chunks(self, xp: Namespace, chunks: RowChunks) -> None:
-        """Fold whole blocks into the summary; one by one, in most learners."""
+        """Fold whole blocks into the summary. Default: one by one."""
         for start in range(0, chunks.count, self._block_rows):
             self._absorb_block(xp, chunks.cut(start, start + self._block_rows).joined(xp))
 
-    def _begin_sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> Any:
-        """Ask the device about rows that are not accepted yet; nothing, in most learners."""
-        return None
+    def _begin_sketch(self, parts: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Start products of rows that are not validated yet. Default: none."""
+        return ()
 
     def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
         """Fold in the one row that stands for the distance of two means."""
@@ -149,14 +128,14 @@ class Learner(ABC):
         """Fold the summary of another learner, which has nothing pending, into this one's."""
 
     def _condense(self, xp: Namespace) -> None:
-        """Fold together what is kept apart for the sake of speed; nothing, in most learners."""
+        """Reduce the state to its smallest form. Default: it is already."""
         return None
 
     @abstractmethod
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
         """Return ``rank`` orthogonal directions of any length, and energies summed over rows."""
 
-    # What everyone calls ------------------------------------------------------------------------
+    # Public methods -----------------------------------------------------------------------------
 
     @property
     def features(self) -> int | None:
@@ -186,50 +165,47 @@ class Learner(ABC):
         ArrayTypeError, ShapeError, RankError, WeightError, NonFiniteError
             If the batch does not fit; the learner is then as it was before the call.
         """
-        return self.begin_update(batch, weights)()
+        return self.begin_update(batch, weights).finish()
 
-    def begin_update(self, batch: Array, weights: Array | None = None) -> Callable[[], Self]:
-        """Begin to learn from a batch; the call of what is returned goes on and is the update.
+    def begin_update(self, batch: Array, weights: Array | None = None) -> PendingUpdate[Self]:
+        """Start an update; `PendingUpdate.finish` completes it.
 
-        The first half checks the form of the batch and gives the device what needs no answer from
-        it. The second waits for the answers (is every row finite, is one new?) and learns. In
-        between the host is free to give the device other work, so that it never stands idle.
+        The first half checks the form of the batch and queues the device work that does not depend
+        on validation. `finish` waits for the results (whether every row is finite, and which rows
+        are novel) and learns. Between the two the host can queue other work on the device.
 
         Parameters
         ----------
         batch, weights
-            As for `update`; to be left as they are until the second half is done.
+            As for `update`. They must not change before the update is finished.
 
         Returns
         -------
-        callable
-            Without arguments; returns the learner, which is until then as it was.
+        PendingUpdate
+            The learner is as before until it is finished.
 
         Raises
         ------
         ArrayTypeError, ShapeError, RankError, WeightError
             If the batch does not fit.
-        NonFiniteError
-            By the second half, if it holds values that are not finite.
-        IPAError
-            By the second half, if something else was learned in between.
 
         Examples
         --------
         >>> import numpy as np
         >>> from ipa_core import RandomizedSVD
         >>> learner = RandomizedSVD(rank=2)
-        >>> finish = learner.begin_update(np.eye(4))
-        >>> learner.samples, finish().samples
+        >>> pending = learner.begin_update(np.eye(4))
+        >>> learner.samples, pending.finish().samples
         (0, 4)
         """
         template = self._template_for(batch)
         with _array.ignore_overflow():
-            pending = validate(batch, weights, template)
-            waiting = self._pending_rows(pending)
-            sketch = self._begin_sketch(pending.xp, (*(part.x for part in waiting), pending.x))
+            rows = validate(batch, weights, template)
+            waiting = self._pending_rows(rows)
+            seen = self._begin_sketch((*(part.x for part in waiting), rows.x))
+            squares = _array.squared_norms_async(rows.xp, (rows.x, *seen))
         begun = self.samples, self._template
-        return partial(self._finish_update, begun, template, pending, waiting, sketch)
+        return PendingUpdate(self, begun, template, rows, waiting, seen, squares)
 
     def merge(self, other: Self) -> Self:
         """Return a new learner that has seen the rows of both; neither operand changes.
@@ -306,6 +282,8 @@ class Learner(ABC):
         if self._template is None:
             return state
         arrays = {name.lstrip("_"): getattr(self, name) for name in self._arrays}
+        for name in self._values:
+            arrays |= flatten(name.lstrip("_"), getattr(self, name))
         arrays["template"] = self._template
         if self._pending:
             rows = join(self._xp, self._pending)
@@ -339,6 +317,8 @@ class Learner(ABC):
             raise FileFormatError(f"expected an entry {error} in the state, got none") from error
         for array in self._arrays:
             setattr(fresh, array, state.get(array.lstrip("_")))
+        for name, cls in self._values.items():
+            setattr(fresh, name, unflatten(name.lstrip("_"), cls, state))
         fresh._template = state.get("template")
         if fresh.samples and fresh._template is None:
             raise FileFormatError("expected the arrays of a learner that has seen rows, got none")
@@ -357,7 +337,7 @@ class Learner(ABC):
         )
         return f"<{type(self).__name__}({settings}): {seen}>"
 
-    # How it is done -----------------------------------------------------------------------------
+    # Internals ----------------------------------------------------------------------------------
 
     @property
     def _xp(self) -> Namespace:
@@ -375,35 +355,30 @@ class Learner(ABC):
             )
         return template
 
-    def _pending_rows(self, pending: PendingBatch) -> tuple[Rows, ...]:
+    def _pending_rows(self, batch: PendingBatch) -> tuple[Rows, ...]:
         """Return the rows that wait, in one piece if a block is full with those to come.
 
         A learner that was saved in between then goes on to the bit as one that was not.
         """
         parts = self._pending
-        if not parts or not self._whole_rows(sum(part.count for part in parts) + pending.count):
+        if not parts or not self._whole_rows(sum(part.count for part in parts) + batch.count):
             return parts
-        return (join(pending.xp, parts),)
+        return (join(batch.xp, parts),)
 
-    def _finish_update(
-        self,
-        begun: tuple[int, Array],
-        template: Array,
-        pending: PendingBatch,
-        waiting: tuple[Rows, ...],
-        sketch: Any,
-    ) -> Self:
-        if self.samples != begun[0] or self._template is not begun[1]:
+    def _finish_update(self, update: PendingUpdate[Self]) -> Self:
+        if self.samples != update.begun[0] or self._template is not update.begun[1]:
             raise IPAError(
-                "expected the second half of an update before anything else is learned, got other "
-                "rows in between; call what begin_update returned first"
+                "expected an update to be finished before another one of the same learner begins, "
+                "got rows learned in between; finish the first one first"
             )
         before = self.__dict__.copy()
         try:
             with _array.ignore_overflow():
-                rows = pending.result()
-            self._template = template
-            self._absorb_whole_blocks(pending.xp, RowChunks((*waiting, rows), sketch))
+                squares, *seen = update.squares()
+                rows = update.batch.result(squares)
+            self._template = update.template
+            sketch = Sketch(update.seen, _array.host_concat(seen)) if seen else None
+            self._absorb_whole_blocks(update.batch.xp, RowChunks((*update.waiting, rows), sketch))
         except BaseException:
             self.__dict__ = before
             raise

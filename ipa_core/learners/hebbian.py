@@ -9,7 +9,7 @@ from ipa_core._array import Array, Namespace
 from ipa_core._linalg import inverse_root
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners._stochastic import StochasticRule
-from ipa_core.learners.base import Guarantee
+from ipa_core.learners.guarantee import Guarantee
 
 
 class HebbianRule(StochasticRule):

@@ -7,7 +7,8 @@ from typing import ClassVar, Self
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import principal_rows, truncate_rows
 from ipa_core.learners._row_blocks import Rows
-from ipa_core.learners.base import Guarantee, Learner
+from ipa_core.learners.base import Learner
+from ipa_core.learners.guarantee import Guarantee
 
 
 class IncrementalPCA(Learner):

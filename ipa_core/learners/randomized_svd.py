@@ -3,71 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import ClassVar, Self
 
 from ipa_core import _array
 from ipa_core._array import Array, HostArray, Namespace
-from ipa_core._linalg import (
-    gram,
-    nystrom_rows,
-    orthonormal_columns,
-    principal_rows,
-    top_eigh,
-    truncate_rows,
-)
+from ipa_core._linalg import principal_rows, row_energies, truncate_rows
 from ipa_core.errors import SettingError
-from ipa_core.learners._row_blocks import RowChunks, Rows, take_first
-from ipa_core.learners.base import Guarantee, Learner
+from ipa_core.learners._novelty import NoveltyTest
+from ipa_core.learners._row_blocks import RowChunks, Rows, Sketch, take_first
+from ipa_core.learners._second_moment import SecondMoment
+from ipa_core.learners._segment import Segment
+from ipa_core.learners.base import Learner
+from ipa_core.learners.guarantee import Guarantee
 
 # Lengths of the segments, in sketch widths; the last one is that of all that follow. Short ones
 # first: a short stream then sees several bases, and on a long one their cost is forgotten.
-_SEGMENTS = (8, 32, 128, 400)
-# Rows that are decomposed, that a basis is chosen on, or that are looked at for novelty, at a time.
+_LENGTHS = (2, 4, 8, 16, 32, 128, 400)
+# Number of the length to go on with after a change of the stream.
+_LENGTH_AFTER_CHANGE = 2
+# Rows that are decomposed, that a basis is chosen on, or that are tested for novelty, at a time.
 _BLOCK = 128
 # Widths of the sketch are multiples of this: products with 72 columns take as long as with 80.
 _COLUMNS = 16
-# Blocks of the energy of one that an image has to have room for: more than a segment has.
-_ROOM = 2.0**12
-# A block that misses this many times the usual share of its energy holds something new.
-_NOVEL = 2.0
-
-
-@dataclass(frozen=True)
-class PendingSketch:
-    """Projections of row pieces onto a basis; their squared norms are being copied to the host."""
-
-    seen: tuple[Array, ...]
-    squares: tuple[Callable[[], HostArray], ...]
-
-    def captured_energy(self) -> HostArray:
-        """Wait for the squared lengths of what the basis sees."""
-        return _array.host_concat([read() for read in self.squares])
 
 
 class RandomizedSVD(Learner):
     r"""Streaming randomized SVD at the cost of two skinny matrix products: the default learner.
 
-    The stream is cut into segments. Within one, with a fixed orthonormal basis O of
+    The stream is cut into segments. Within a segment, with a fixed orthonormal basis O of
     k = rank + oversample columns, only
 
     .. math:: Y \leftarrow Y + X^\top W X O
 
     happens. At its end the segment's second moment is recovered by Nystrom's formula,
     :math:`C \approx Y (O^\top Y)^{-1} Y^\top`, and folded into a factor F of 5k/4 rows. The
-    next basis holds the leading rows of F and k/8 probes: randomly signed sums of the rows about to
-    come, power-iterated once on them, which look for what F does not know. Segments have 8 k rows,
-    32 k, 128 k, and 400 k from then on. A block of 128 rows of which the basis misses twice what it
-    usually does, of the block's own energy and of the usual one, ends the segment and is decomposed
-    exactly, as the first block of all is.
+    next basis holds the leading rows of F and k/8 probes: randomly signed sums of what the next 128
+    rows have outside of F, power-iterated once on them. Segments have 2 k rows, 4 k, 8 k, 16 k,
+    32 k, 128 k, and 400 k from then on. The first block of 128 rows is decomposed exactly.
 
-    Where there are at most 2k features, the whole second moment costs about as much or less, and is
-    kept instead, in float64 where there is one: the result is then exact.
+    Rows that O does not explain are looked for in every block, by their squared lengths. A row that
+    alone would add a hundredth to the error is kept whole and folded into F. Where blocks miss more
+    than those before them, and the difference adds up to a fiftieth of the error, the segment ends;
+    the next basis is half probes, and segments are short again.
 
-    Guarantee: bounded. Time two products, O(4 k d) for a row, and about a tenth on a long stream,
-    the check of the rows included; memory O(4 k d).
+    Up to 2k features the whole second moment costs about as much or less. It is kept instead, as
+    `ExactCovariance` does: the result is then exact.
+
+    Guarantee: bounded. It is a statement about what such a sketch can see: the excess error stays
+    within the bound where no direction outside of O grows by less than a fiftieth of the error in
+    every segment, spread over rows none of which is heavy. No memory of O(k d) can exclude that.
+    Time two products, O(4 k d) for a row, and about a tenth on a long stream, the check of the rows
+    included; memory O(4 k d).
 
     Parameters
     ----------
@@ -76,6 +64,11 @@ class RandomizedSVD(Learner):
     oversample : int, optional
         Columns of the sketch beyond the rank; default rank + 8, and what makes the width k the
         next multiple of 16. More is more accurate and costs in proportion.
+
+    Raises
+    ------
+    SettingError
+        If ``oversample`` is negative.
 
     References
     ----------
@@ -99,20 +92,17 @@ class RandomizedSVD(Learner):
     _settings: ClassVar[tuple[str, ...]] = (*Learner._settings, "oversample")
     _numbers: ClassVar[tuple[str, ...]] = (
         *Learner._numbers,
-        "_segments",
-        "_segment_rows",
-        "_unit",
-        "_residual_energy",
-        "_seen_energy",
-        "_seen_weight",
+        "_rows_absorbed",
+        "_segments_begun",
+        "_length",
+        "_expected",
     )
-    _arrays: ClassVar[tuple[str, ...]] = (
-        *Learner._arrays,
-        "_factor",
-        "_basis",
-        "_image",
-        "_moment",
-    )
+    _arrays: ClassVar[tuple[str, ...]] = (*Learner._arrays, "_factor", "_heavy")
+    _values: ClassVar[Mapping[str, type]] = {
+        "_moment": SecondMoment,
+        "_segment": Segment,
+        "_novelty": NoveltyTest,
+    }
 
     def __init__(
         self, rank: int, *, oversample: int | None = None, center: bool = False, seed: int = 0
@@ -125,34 +115,24 @@ class RandomizedSVD(Learner):
             if oversample is None
             else oversample
         )
-        self._factor: Array = None  # F, closed segments
-        self._basis: Array = None  # O / unit, open segment
-        self._image: Array = None  # Y^T / unit, open segment
-        self._moment: Array = None  # the whole second moment, instead of all these
-        self._unit = 1.0
-        self._segments = 0
-        self._segment_rows = 0
-        self._residual_energy = 0.0
-        self._seen_energy = 0.0
-        self._seen_weight = 0.0
+        self._moment: SecondMoment | None = None  # instead of all that follows
+        self._factor: Array = None  # F, of the closed segments
+        self._segment: Segment | None = None  # the open segment
+        self._novelty: NoveltyTest | None = None  # of the open segment
+        self._heavy: Array = None  # heavy rows of the open segment, times their root weights
+        self._rows_absorbed = 0
+        self._segments_begun = 0
+        self._length = 0  # index of the open segment's length
+        self._expected = 0.0  # energy that a basis is expected to miss of a unit of weight
 
     @property
     def _width(self) -> int:
         return self.rank + self.oversample
 
     @cached_property
-    def _whole_moment(self) -> bool:
+    def _is_exact(self) -> bool:
         """True if X^T X takes no more operations than X O and X^T (X O)."""
         return int(self._template.shape[1]) <= 2 * self._width
-
-    @property
-    def _factor_rows(self) -> int:
-        """Rows of the factor: some more than a basis takes over."""
-        return self._width + self._width // 4
-
-    @property
-    def _probes(self) -> int:
-        return max(1, self._width // 8)
 
     @cached_property
     def _block_rows(self) -> int:
@@ -160,168 +140,200 @@ class RandomizedSVD(Learner):
         return max(_BLOCK, 1 << (self._width - 1).bit_length())
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        self._absorb(xp, RowChunks((rows,)))
+        for _ in self._absorb(xp, RowChunks((rows,))):
+            pass
 
     def _absorb_chunks(self, xp: Namespace, chunks: RowChunks) -> None:
         if self.center:  # each block is taken about its own mean
             return super()._absorb_chunks(xp, chunks)
-        self._weight += float(chunks.host_weights.sum())
-        self._energy += float(chunks.energies().sum())
-        self._absorb(xp, chunks)
+        for piece in self._absorb(xp, chunks):
+            self._weight += float(piece.host_weights.sum())
+            self._energy += float(piece.energies().sum())
 
-    def _absorb(self, xp: Namespace, chunks: RowChunks) -> None:
-        if self._whole_moment:
-            return self._add_moment(xp, chunks)
-        while (done := self._absorb_some(xp, chunks)) < chunks.count:
-            chunks = chunks.cut(done, chunks.count)
+    def _absorb(self, xp: Namespace, chunks: RowChunks) -> Iterator[RowChunks]:
+        """Absorb rows piece by piece; yield each piece when it is absorbed."""
+        while chunks.count:
+            if self._is_exact:
+                done = self._add_to_moment(xp, chunks)
+            elif self._factor is None:
+                done = self._decompose(xp, chunks)
+            else:
+                done = self._add_to_segment(xp, chunks)
+            self._rows_absorbed += done
+            if done:
+                yield chunks.cut(0, done)
+            chunks = chunks.cut(done, chunks.count).without_sketch()
 
-    def _add_moment(self, xp: Namespace, chunks: RowChunks) -> None:
+    def _add_to_moment(self, xp: Namespace, chunks: RowChunks) -> int:
         for part in chunks.parts:
-            moment = gram(xp, part.sqrt_weighted(xp).T)
-            self._moment = moment if self._moment is None else self._moment + moment
-
-    def _begin_sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> PendingSketch | None:
-        """Look at what the open segment will take of the rows, if they turn out to be fit."""
-        if self._basis is None or self.center:
-            return None
-        count = self._whole_rows(sum(part.shape[0] for part in parts))
-        return self._sketch(xp, take_first(parts, min(count, self._rows_left()))) if count else None
-
-    def _sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> PendingSketch:
-        with (
-            _array.ignore_overflow()
-        ):  # what overflows here is too large for this segment, see _familiar
-            seen = tuple(part @ self._basis for part in parts)
-            squares = tuple(_array.squared_norms_async(xp, part) for part in seen)
-        return PendingSketch(seen, squares)
-
-    def _absorb_some(self, xp: Namespace, chunks: RowChunks) -> int:
-        """Absorb the first block exactly, or familiar ones in a segment; return how many rows."""
-        if self._factor is None:
-            return self._decompose(xp, chunks)
-        opening = self._basis is None
-        if opening:
-            self._begin_segment(xp, chunks.cut(0, self._block_ends(chunks)[0]).joined(xp))
-        ends = self._block_ends(chunks)[: self._rows_left() // self._block_rows]
-        sketch = chunks.sketch
-        chunks = chunks.cut(0, ends[-1])
-        if sketch is None:
-            sketch = self._sketch(xp, tuple(part.x for part in chunks.parts))
-        known = self._count_explained_rows(xp, chunks, sketch.captured_energy(), ends, opening)
-        if not known:
-            self._fold_segment(xp)
-            return self._decompose(xp, chunks)
-        for part, seen in zip(chunks.cut(0, known).parts, sketch.seen, strict=False):
-            seen = part.apply_weights(seen[: part.count, :])
-            self._image = self._image + seen.T @ part.x
-        self._segment_rows += known
-        if self._segment_rows >= self._segment_limit():
-            self._fold_segment(xp)
-        return known
-
-    def _rows_left(self) -> int:
-        """Return how many rows the open segment takes until it ends, in whole blocks."""
-        rows = self._segment_limit() - self._segment_rows
-        return math.ceil(rows / self._block_rows) * self._block_rows
-
-    def _block_ends(self, chunks: RowChunks) -> list[int]:
-        """Return where the blocks of a run end; the last one takes what exceeds whole blocks."""
-        size = self._block_rows
-        return [*range(size, chunks.count - size + 1, size), chunks.count]
+            moment = SecondMoment.of(xp, part.sqrt_weighted(xp))
+            self._moment = moment if self._moment is None else self._moment.plus(xp, moment)
+        return chunks.count
 
     def _decompose(self, xp: Namespace, chunks: RowChunks) -> int:
         """Fold the first block into the factor as it is."""
-        block = chunks.cut(0, self._block_ends(chunks)[0])
-        self._stack(xp, block.joined(xp).sqrt_weighted(xp))
+        block = self._first_block(xp, chunks)
+        self._fold(xp, block.sqrt_weighted(xp))
         return block.count
 
+    def _add_to_segment(self, xp: Namespace, chunks: RowChunks) -> int:
+        """Add the leading blocks that the segment explains; return how many rows these have."""
+        if self._segment is None:
+            self._begin_segment(xp, self._first_block(xp, chunks), max(1, self._width // 8))
+        assert self._segment is not None
+        ends = self._block_ends(chunks)[: self._rows_left() // self._block_rows]
+        chunks = chunks.cut(0, ends[-1])
+        sketch = chunks.sketch or self._sketch(xp, chunks)
+        missed = self._missed_energies(xp, chunks, sketch.squares)
+        count = self._count_explained_rows(xp, chunks, missed, ends)
+        if count:
+            self._add_explained(xp, chunks.cut(0, count), sketch.seen, missed[:count])
+        else:
+            self._fold_segment(xp)
+            self._length = min(self._length, _LENGTH_AFTER_CHANGE)
+            self._expected = 0.0
+            self._begin_segment(xp, self._first_block(xp, chunks), max(1, self._width // 2))
+        return count
+
+    def _add_explained(
+        self, xp: Namespace, chunks: RowChunks, seen: tuple[Array, ...], missed: HostArray
+    ) -> None:
+        """Add rows to the segment, heavy ones apart; end it when it is due."""
+        assert self._segment is not None and self._novelty is not None
+        heavy = self._novelty.heavy(missed)
+        begin, light = 0, []
+        for part, products in zip(chunks.parts, seen, strict=False):
+            mask = heavy[begin : begin + part.count]
+            begin += part.count
+            products = products[: part.count, :]
+            if mask.any():
+                self._set_aside(xp, part.select(xp, mask))
+                products = _array.zero_rows(xp, products, mask)
+            light.append((part, products))
+        self._segment = self._segment.add(light)
+        if self._segment.rows >= self._segment_limit():
+            self._length += 1
+            self._fold_segment(xp)
+        elif self._heavy_count() >= self._block_rows:
+            self._fold_segment(xp)
+
+    def _set_aside(self, xp: Namespace, heavy: Rows) -> None:
+        """Keep heavy rows whole until the segment ends."""
+        rows = heavy.sqrt_weighted(xp)
+        self._heavy = rows if self._heavy is None else xp.concat([self._heavy, rows])
+
+    def _begin_sketch(self, parts: tuple[Array, ...]) -> tuple[Array, ...]:
+        if self._segment is None or self.center:
+            return ()
+        count = self._whole_rows(sum(part.shape[0] for part in parts))
+        return self._multiply(take_first(parts, min(count, self._rows_left())))
+
+    def _sketch(self, xp: Namespace, chunks: RowChunks) -> Sketch:
+        seen = self._multiply(tuple(part.x for part in chunks.parts))
+        with _array.ignore_overflow():
+            squares = _array.squared_norms_async(xp, seen)()
+        return Sketch(seen, _array.host_concat(squares))
+
+    def _multiply(self, parts: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Return X O / unit for pieces of rows X."""
+        assert self._segment is not None
+        with _array.ignore_overflow():  # rows too large for this segment: see Segment.holds
+            return tuple(part @ self._segment.basis for part in parts)
+
+    def _missed_energies(self, xp: Namespace, chunks: RowChunks, captured: HostArray) -> HostArray:
+        """Return the weighted energy that the basis misses in each row, 0 within rounding."""
+        assert self._segment is not None
+        with _array.ignore_overflow():
+            missed = chunks.squares - captured[: chunks.count] * self._segment.unit**2
+        rounding = 100 * float(xp.finfo(self._segment.basis.dtype).eps) * chunks.squares
+        return _array.zero_where(missed, missed <= rounding) * chunks.host_weights
+
+    def _count_explained_rows(
+        self, xp: Namespace, chunks: RowChunks, missed: HostArray, ends: list[int]
+    ) -> int:
+        """Return how many rows the leading blocks have before a change of the stream."""
+        assert self._segment is not None and self._novelty is not None
+        weights, heavy = chunks.host_weights, self._novelty.heavy(missed)
+        light = _array.zero_where(missed, heavy)
+        sums = (_array.group_sums(v, ends) for v in (chunks.energies(), light, weights, heavy))
+        count, waiting = 0, self._heavy_count()
+        for end, energy, missing, weight, found in zip(ends, *sums, strict=True):
+            test = self._novelty
+            first = not (count or self._segment.rows)
+            test = test.after_first(missing, weight) if first else test.after(missing, weight)
+            if test.changed or not self._segment.holds(xp, energy):
+                break
+            self._novelty = test
+            count, waiting = end, waiting + found
+            if waiting >= self._block_rows:
+                break
+        return count
+
+    def _begin_segment(self, xp: Namespace, block: Rows, probes: int) -> None:
+        """Choose a basis for the block and what follows it."""
+        captured = _array.on_host(row_energies(xp, self._factor))
+        captured[::-1].sort()
+        residual = self._energy - float(captured[: self.rank].sum())
+        self._novelty = NoveltyTest.begin(residual, self._rows_absorbed, self._expected)
+        self._segment = Segment.begin(
+            xp, self._factor, block, self._width, probes, (self.seed, self._segments_begun)
+        )
+        self._segments_begun += 1
+
+    def _fold_segment(self, xp: Namespace) -> None:
+        """Fold the open segment and its heavy rows, if any, into the factor."""
+        rows = self._open_rows(xp)
+        if self._novelty is not None:
+            self._expected = self._novelty.usual
+        self._segment = self._novelty = self._heavy = None
+        if rows:
+            self._fold(xp, xp.concat(rows))
+
+    def _fold(self, xp: Namespace, rows: Array) -> None:
+        """Fold rows into the factor."""
+        stacked = rows if self._factor is None else xp.concat([self._factor, rows])
+        self._factor = truncate_rows(xp, stacked, self._width + self._width // 4)
+
+    def _open_rows(self, xp: Namespace) -> list[Array]:
+        """Return what the open segment adds to the factor."""
+        rows = [] if self._segment is None or not self._segment.rows else [self._segment.factor(xp)]
+        return rows if self._heavy is None else [*rows, self._heavy]
+
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:
-        if self._whole_moment:
-            self._moment = self._moment + other._moment
+        if self._is_exact:
+            assert self._moment is not None and other._moment is not None
+            self._moment = self._moment.plus(xp, other._moment)
             return
         self._fold_segment(xp)
         other._fold_segment(xp)
-        self._stack(xp, other._factor)
-        self._residual_energy += other._residual_energy
-        self._seen_energy += other._seen_energy
-        self._seen_weight += other._seen_weight
+        self._fold(xp, other._factor)
+        self._rows_absorbed += other._rows_absorbed
 
     def _condense(self, xp: Namespace) -> None:
         self._fold_segment(xp)
 
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
-        if self._whole_moment:
-            values, vectors = top_eigh(xp, self._moment, self.rank)
-            return vectors.T, values
-        rows = self._factor
-        if self._basis is not None:
-            rows = xp.concat([rows, nystrom_rows(xp, self._basis, self._image)])
-        return principal_rows(xp, rows, self.rank)
+        if self._moment is not None:
+            return self._moment.principal(xp, self.rank)
+        rows = [self._factor, *self._open_rows(xp)]
+        return principal_rows(xp, xp.concat(rows), self.rank)
+
+    def _first_block(self, xp: Namespace, chunks: RowChunks) -> Rows:
+        return chunks.cut(0, self._block_ends(chunks)[0]).joined(xp)
+
+    def _block_ends(self, chunks: RowChunks) -> list[int]:
+        """Return where the blocks of rows end; the last one takes what exceeds whole blocks."""
+        size = self._block_rows
+        return [*range(size, chunks.count - size + 1, size), chunks.count]
 
     def _segment_limit(self) -> int:
-        return self._width * _SEGMENTS[min(self._segments, len(_SEGMENTS) - 1)]
+        return self._width * _LENGTHS[min(self._length, len(_LENGTHS) - 1)]
 
-    def _count_explained_rows(
-        self,
-        xp: Namespace,
-        chunks: RowChunks,
-        captured_energy: HostArray,
-        ends: list[int],
-        opening: bool,
-    ) -> int:
-        """Return where the leading blocks end of which the basis misses no more than usual."""
-        energies, host_weights = chunks.energies(), chunks.host_weights
-        missed_rows = energies - captured_energy * host_weights * self._unit**2
-        sums = (_array.group_sums(values, ends) for values in (energies, missed_rows, host_weights))
-        limits = xp.finfo(self._basis.dtype)
-        rounding = 100 * float(limits.eps)
-        # The image holds energies over the unit. Rows too large for that need another unit.
-        most = float(limits.max) / _ROOM * self._unit
-        begin = 0
-        for end, energy, missed, weight in zip(ends, *sums, strict=True):
-            # The basis was chosen on its first block, which therefore says nothing about novelty.
-            if begin or not opening:
-                missed = max(0.0, missed)
-                usual = self._residual_energy / self._seen_energy if self._seen_energy else 1.0
-                # A few huge rows carry most of the energy of some layers. A block without them
-                # misses a large share of its own energy, but of nothing that matters.
-                mean = self._seen_energy / self._seen_weight if self._seen_weight else 0.0
-                new = missed > (_NOVEL * usual + rounding) * max(energy, mean * weight)
-                if new or energy > most:
-                    return begin
-                self._residual_energy += missed
-                self._seen_energy += energy
-                self._seen_weight += weight
-            begin = end
-        return begin
+    def _rows_left(self) -> int:
+        """Return how many rows the open segment takes until it ends, in whole blocks."""
+        assert self._segment is not None
+        rows = self._segment_limit() - self._segment.rows
+        return math.ceil(rows / self._block_rows) * self._block_rows
 
-    def _begin_segment(self, xp: Namespace, rows: Rows) -> None:
-        """Choose the basis: the leading rows of F, and probes of the block about to come."""
-        count = min(self._factor.shape[0], self._width - self._probes)
-        kept = self._factor[:count, :]
-        shape = (self._width - count, rows.count)
-        signs = _array.from_numpy(
-            xp,
-            _array.random_signs(shape, self.seed, self._segments),
-            _array.device(rows.x),
-            rows.x.dtype,
-        )
-        self._unit = rows.unit()
-        tests = orthonormal_columns(xp, (signs @ rows.apply_weights(rows.x)).T) / self._unit
-        probes = rows.x.T @ rows.apply_weights(rows.x @ tests)
-        self._basis = orthonormal_columns(xp, xp.concat([kept.T, probes], axis=1)) / self._unit
-        self._image = xp.zeros_like(self._basis.T)
-        self._segment_rows = 0
-
-    def _fold_segment(self, xp: Namespace) -> None:
-        """Fold the open segment, if any, into the factor."""
-        if self._basis is None:
-            return
-        self._stack(xp, nystrom_rows(xp, self._basis, self._image))
-        self._basis = self._image = None
-        self._segments += 1
-
-    def _stack(self, xp: Namespace, rows: Array) -> None:
-        """Fold rows into the factor."""
-        stacked = rows if self._factor is None else xp.concat([self._factor, rows])
-        self._factor = truncate_rows(xp, stacked, self._factor_rows)
+    def _heavy_count(self) -> int:
+        return 0 if self._heavy is None else int(self._heavy.shape[0])

@@ -3,13 +3,20 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipa_core import HebbianRule, RandomizedSVD, ReconstructionAutoencoder
-from tests.core import contract
-from tests.core.spectra import streams
+from ipa_core import (
+    ExactCovariance,
+    HebbianRule,
+    IncrementalPCA,
+    RandomizedSVD,
+    ReconstructionAutoencoder,
+)
+from tests.core import contract, oracle
+from tests.core.spectra import hard_streams, streams
 
 dtypes = st.sampled_from(["float32", "float64"])
 
@@ -44,3 +51,16 @@ def test_resume(xp, factory, tmp_path_factory, stream, dtype):
 def test_statistical_law(xp, center, rule, stream):
     stream = replace(stream, rows=20_000)
     contract.law_statistical(xp, partial(rule, center=center), stream, "float32")
+
+
+@pytest.mark.parametrize("learner_class", [ExactCovariance, IncrementalPCA, RandomizedSVD])
+@given(stream=hard_streams(), rank=st.integers(4, 8))
+@settings(max_examples=25)
+def test_guarantee_on_hard_streams(xp, learner_class, stream, rank):
+    _, batches = stream
+    learner = learner_class(rank)
+    for batch in batches:
+        learner.update(xp.asarray(batch))
+    moment = oracle.moment(np.concatenate(batches))
+    excess = oracle.excess(moment, learner.finalize().components)
+    assert excess <= max(learner_class.guarantee.excess, 1e-4)

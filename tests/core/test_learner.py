@@ -140,28 +140,28 @@ def test_an_update_in_two_halves(xp, learner_class):
     for batch in batches:
         whole.update(batch)
         image = frozen(halves)
-        finish = halves.begin_update(batch)
+        pending = halves.begin_update(batch)
         assert_frozen(halves, image)
-        assert finish() is halves
+        assert pending.finish() is halves
     assert_frozen(halves, frozen(whole))
 
 
 def test_the_second_half_refuses_and_changes_nothing(xp, learner):
     image = frozen(learner)
-    finish = learner.begin_update(xp.asarray(np.full((3, 6), np.nan)))
+    pending = learner.begin_update(xp.asarray(np.full((3, 6), np.nan)))
     with pytest.raises(NonFiniteError, match="3 of 3 rows"):
-        finish()
+        pending.finish()
     assert_frozen(learner, image)
 
 
 def test_halves_may_not_cross(learner_class):
     x = np.random.default_rng(0).standard_normal((600, 40))
     for learner in (learner_class(3), learner_class(3).update(x)):
-        finish = learner.begin_update(x)
+        pending = learner.begin_update(x)
         learner.update(x[:, ::-1])
         image = frozen(learner)
-        with pytest.raises(IPAError, match="call what begin_update returned first"):
-            finish()
+        with pytest.raises(IPAError, match="finish the first one first"):
+            pending.finish()
         assert_frozen(learner, image)
 
 

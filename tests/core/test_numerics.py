@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from ipa_core import ExactCovariance, IncrementalPCA, NonFiniteError, RandomizedSVD
+from ipa_core import (
+    ExactCovariance,
+    IncrementalPCA,
+    NonFiniteError,
+    RandomizedSVD,
+    excess_error,
+    fit_projector,
+)
 from tests.core import oracle
 
 ROWS, FEATURES, RANK = 3000, 40, 4
@@ -210,3 +217,71 @@ def test_accelerators_leave_small_decompositions_to_the_host(monkeypatch, learne
     projector = fitted(xp, learner_class, x, "float32")
     assert projector.components.dtype == torch.float32
     assert oracle.angle(plain.components, projector.components) < 1e-3
+
+
+def sparse_rows_without_drift():
+    g = np.random.default_rng(0)
+    n, d, r = 60_000, 1000, 16
+    rare = g.random(n) < r / 2000
+    x = np.zeros((n, r + d), "f4")
+    column = np.where(rare, g.integers(0, r, n), r + g.integers(0, d, n))
+    x[np.arange(n), column] = np.where(rare, 30, 1)
+    return x
+
+
+def late_subspace():
+    g = np.random.default_rng(0)
+    x = np.zeros((40_000, 1000), "f4")
+    x[:, :500] = g.standard_normal((40_000, 500))
+    x[36_000:, 500:516] = 10 * g.standard_normal((4000, 16))
+    return x
+
+
+def outlier_dimension():
+    g = np.random.default_rng(0)
+    z = g.standard_normal((20_000, 768)) * np.arange(1, 769) ** -0.3
+    z[:, 5] = 3000 * (1 + 0.1 * g.standard_normal(20_000))
+    return z.astype("f4")
+
+
+def cauchy_entries():
+    return np.random.default_rng(0).standard_cauchy((20_000, 600)).astype("f4")
+
+
+@pytest.mark.parametrize(
+    ("stream", "most"),
+    [
+        (sparse_rows_without_drift, 1e-6),
+        (late_subspace, 1e-3),
+        (outlier_dimension, 1e-3),
+        (cauchy_entries, 1e-4),
+    ],
+)
+def test_streams_that_broke_the_former_sketch(stream, most):
+    x = stream()
+    assert excess(x, RandomizedSVD(16).update(x).finalize()) < most
+
+
+@pytest.mark.parametrize("learner_class", [ExactCovariance, IncrementalPCA, RandomizedSVD])
+@pytest.mark.parametrize("features", [30, 200])
+def test_directions_eight_decades_apart(learner_class, features):
+    g = np.random.default_rng(0)
+    x = g.standard_normal((3000, features)) * np.arange(1, features + 1) ** -0.5
+    rotation = np.linalg.qr(g.standard_normal((features, features)))[0]
+    x[:, :2] *= 1e8
+    projector = learner_class(8).update(x @ rotation).finalize()
+    # Judged by the part of P outside the two directions: no moment of x holds sixteen decades.
+    rest = x[:, 2:].T @ x[:, 2:]
+    inside = (projector.components @ rotation.T)[:, 2:]
+    captured = np.linalg.svd(inside)[2][:6]
+    optimal = np.linalg.eigvalsh(rest)[:-6].sum()
+    assert (np.trace(rest) - np.trace(captured @ rest @ captured.T)) / optimal - 1 < 0.02
+
+
+def test_excess_error_with_a_mean_of_a_thousand():
+    x = (spectrum_rows() + 1000).astype("float32")
+    projector = fit_projector(x[:2000], RANK)
+    wide, p = x.astype("float64"), projector.components.astype("float64")
+    residual = ((wide - (wide @ p.T) @ p) ** 2).sum() / len(x)
+    exact = residual / oracle.optimum(oracle.moment(wide), RANK) - 1
+    assert excess_error(projector, x) == pytest.approx(exact, rel=1e-3, abs=1e-6)

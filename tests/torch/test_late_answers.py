@@ -124,8 +124,7 @@ def test_no_batch_stops_a_cuda_device():
     learner = RandomizedSVD(3, oversample=13).update(rows[:20_000])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        finish = learner.begin_update(rows[20_000:20_512])
-        finish()
+        learner.begin_update(rows[20_000:20_512]).finish()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert learner.samples == 20_512

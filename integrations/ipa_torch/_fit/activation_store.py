@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, Self, TypeAlias, cast
 
 import torch
@@ -150,11 +151,11 @@ class _RowBuffer:
 
     def begin_update(
         self, rows: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> Callable[[], Self]:
+    ) -> SimpleNamespace:
         """Copy the rows; they are checked and kept, by rebinding, in the second half."""
         # A copy, even where nothing has to be converted: the model may change its input later.
         kept = rows.to(self._dtype, copy=True).cpu()
-        return partial(self._keep, kept, weights)
+        return SimpleNamespace(finish=partial(self._keep, kept, weights))
 
     def _keep(self, kept: torch.Tensor, weights: torch.Tensor | None) -> Self:
         if not bool(torch.isfinite(kept).all()):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self, cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,9 +46,9 @@ class _ShapeProbe:
 
     def begin_update(
         self, rows: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> Callable[[], Self]:
+    ) -> SimpleNamespace:
         self.features = int(rows.shape[-1])
-        return lambda: self
+        return SimpleNamespace(finish=lambda: self)
 
 
 def learner_bytes(

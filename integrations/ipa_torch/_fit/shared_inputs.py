@@ -28,7 +28,7 @@ class InputPrefix:
         """
         convergence = self.convergence and self.convergence.observe(self.learner, *rows)
         learner = copy.copy(self.learner)
-        return InputPrefix(learner, convergence), learner.begin_update(*rows)
+        return InputPrefix(learner, convergence), learner.begin_update(*rows).finish
 
 
 class SharedInputTree:

@@ -1,0 +1,92 @@
+"""Detection of rows that a basis does not explain: heavy rows, and a change of the stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ipa_core._array import HostArray, HostMask
+
+# A row is heavy if the basis misses this share of the residual of the whole stream in it alone,
+# and this many times the mean residual of a row.
+_HEAVY_SHARE = 0.01
+_HEAVY_RATIO = 8.0
+# A change is found when blocks have missed this share of the residual beyond the usual.
+_CHANGE = 0.02
+# Share of the usual by which a block may miss more without counting towards a change.
+_SLACK = 0.02
+
+
+@dataclass(frozen=True)
+class NoveltyTest:
+    r"""Cumulative-sum test for a rise of the energy that a basis misses.
+
+    A block of weight w, of which the basis misses the energy m, moves
+
+    .. math:: s \leftarrow \max(0,\, s + m - 1.02\, \bar m\, w),
+
+    with :math:`\bar m` the mean of m / w over the blocks before it. A change is found where s
+    exceeds 0.02 of the residual of everything seen. What is lost before a change is found is a
+    bounded share of the error, however much of its energy a basis misses as a rule. A change also
+    takes a rise of the residual: there are no more than the logarithm of its growth.
+
+    Parameters
+    ----------
+    residual : float
+        Energy outside the leading ``rank`` directions when the basis was chosen.
+    heavy_energy : float
+        Energy above which a row that the basis misses is heavy.
+    expected : float
+        Energy that the basis before missed of a unit of weight: usual until blocks have been seen.
+        0 if nothing is expected; no block then counts as a rise.
+    missed, weight : float
+        Energy that the basis has missed since, and the weight of the blocks.
+    rise : float
+        s.
+
+    References
+    ----------
+    Page, "Continuous inspection schemes", Biometrika 1954.
+    """
+
+    residual: float
+    heavy_energy: float
+    expected: float = 0.0
+    missed: float = 0.0
+    weight: float = 0.0
+    rise: float = 0.0
+
+    @classmethod
+    def begin(cls, residual: float, rows: int, expected: float) -> NoveltyTest:
+        """Return the test of a basis chosen after so many rows with this residual."""
+        residual = max(0.0, residual)
+        return cls(residual, max(_HEAVY_SHARE, _HEAVY_RATIO / rows) * residual, expected)
+
+    @property
+    def usual(self) -> float:
+        """Energy that the basis usually misses of a unit of weight."""
+        return self.missed / self.weight if self.weight else self.expected
+
+    @property
+    def changed(self) -> bool:
+        """Whether the stream has changed."""
+        return self.rise > _CHANGE * (self.residual + self.missed)
+
+    def heavy(self, missed: HostArray) -> HostMask:
+        """Return which rows (n,) are heavy, from the energy that the basis misses in each."""
+        mask: HostMask = missed > self.heavy_energy
+        return mask
+
+    def after(self, missed: float, weight: float) -> NoveltyTest:
+        """Return the test after one more block."""
+        return replace(
+            self.after_first(missed, weight),
+            missed=self.missed + missed,
+            weight=self.weight + weight,
+        )
+
+    def after_first(self, missed: float, weight: float) -> NoveltyTest:
+        """Return the test after the block that the basis was chosen on, of which it misses less."""
+        if not self.usual:
+            return self
+        rise = self.rise + missed - (1.0 + _SLACK) * self.usual * weight
+        return replace(self, rise=max(0.0, rise))

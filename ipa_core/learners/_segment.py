@@ -1,0 +1,88 @@
+"""Nystrom sketch of a segment of the stream over one fixed basis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from ipa_core import _array
+from ipa_core._array import Array, Namespace
+from ipa_core._linalg import nystrom_rows, orthonormal_columns
+from ipa_core.learners._row_blocks import Rows
+
+# Blocks of the energy of the first block that an image has room for: more than a segment has.
+_ROOM = 2.0**12
+
+
+@dataclass(frozen=True)
+class Segment:
+    r"""Rows X of a segment, as the image of a basis O under their second moment.
+
+    .. math:: Y \leftarrow Y + X^\top W X O
+
+    Parameters
+    ----------
+    basis : array of shape (features, k)
+        O / unit.
+    image : array of shape (k, features)
+        Y^T / unit.
+    unit : float
+        Power of two by which lengths are divided, so that products stay in the range of the dtype.
+    rows : int
+        Number of rows.
+    energy : float
+        Weighted sum of the squared lengths of the rows.
+    """
+
+    basis: Array
+    image: Array
+    unit: float
+    rows: int = 0
+    energy: float = 0.0
+
+    @classmethod
+    def begin(
+        cls,
+        xp: Namespace,
+        factor: Array,
+        block: Rows,
+        width: int,
+        probes: int,
+        seed: tuple[int, int],
+    ) -> Segment:
+        """Choose a basis: leading rows of the factor, and probes of the block about to come.
+
+        The probes are randomly signed sums of what the rows of the block have outside of the rows
+        of the factor, power-iterated once on the block.
+        """
+        unit = block.unit()
+        count = min(factor.shape[0], width - probes)
+        known = orthonormal_columns(xp, factor[:count, :].T)
+        x = block.x / unit
+        outside = x - (x @ known) @ known.T
+        signs = _array.from_numpy(
+            xp,
+            _array.random_signs((width - count, block.count), *seed),
+            _array.device(x),
+            x.dtype,
+        )
+        tests = orthonormal_columns(xp, (signs @ block.apply_weights(outside)).T)
+        found = outside.T @ block.apply_weights(outside @ tests)
+        basis = orthonormal_columns(xp, xp.concat([known, found], axis=1)) / unit
+        return cls(basis, xp.zeros_like(basis.T), unit)
+
+    def holds(self, xp: Namespace, energy: float) -> bool:
+        """Return whether the image has room for a block of this energy."""
+        return energy <= float(xp.finfo(self.basis.dtype).max) / _ROOM * self.unit
+
+    def add(self, parts: list[tuple[Rows, Array]]) -> Self:
+        """Add rows X, each part with its X O."""
+        image, count, energy = self.image, self.rows, self.energy
+        for rows, seen in parts:
+            image = image + rows.apply_weights(seen).T @ rows.x
+            count, energy = count + rows.count, energy + rows.energy()
+        return replace(self, image=image, rows=count, energy=energy)
+
+    def factor(self, xp: Namespace) -> Array:
+        """Return F (k, features) with F^T F the second moment of the rows, by Nystrom."""
+        return nystrom_rows(xp, self.basis, self.image, self.energy / self.rows / self.unit**2)
