@@ -68,7 +68,7 @@ class NoveltyTest:
 
     @property
     def changed(self) -> bool:
-        """Whether the stream has changed."""
+        """True if the stream has changed."""
         return self.rise > _CHANGE * (self.residual + self.missed)
 
     def heavy(self, missed: HostArray) -> HostMask:

@@ -67,8 +67,8 @@ class Segment:
             x.dtype,
         )
         tests = orthonormal_columns(xp, (signs @ block.apply_weights(outside)).T)
-        found = outside.T @ block.apply_weights(outside @ tests)
-        basis = orthonormal_columns(xp, xp.concat([known, found], axis=1)) / unit
+        response = outside.T @ block.apply_weights(outside @ tests)
+        basis = orthonormal_columns(xp, xp.concat([known, response], axis=1)) / unit
         return cls(basis, xp.zeros_like(basis.T), unit)
 
     def holds(self, xp: Namespace, energy: float) -> bool:
@@ -83,6 +83,6 @@ class Segment:
             count, energy = count + rows.count, energy + rows.energy()
         return replace(self, image=image, rows=count, energy=energy)
 
-    def factor(self, xp: Namespace) -> Array:
+    def to_factor(self, xp: Namespace) -> Array:
         """Return F (k, features) with F^T F the second moment of the rows, by Nystrom."""
         return nystrom_rows(xp, self.basis, self.image, self.energy / self.rows / self.unit**2)

@@ -257,14 +257,14 @@ class RandomizedSVD(Learner):
         light = _array.zero_where(missed, heavy)
         sums = (_array.group_sums(v, ends) for v in (chunks.energies(), light, weights, heavy))
         count, waiting = 0, self._heavy_count()
-        for end, energy, missing, weight, found in zip(ends, *sums, strict=True):
+        for end, energy, missing, weight, heavy_rows in zip(ends, *sums, strict=True):
             test = self._novelty
             first = not (count or self._segment.rows)
             test = test.after_first(missing, weight) if first else test.after(missing, weight)
             if test.changed or not self._segment.holds(xp, energy):
                 break
             self._novelty = test
-            count, waiting = end, waiting + found
+            count, waiting = end, waiting + heavy_rows
             if waiting >= self._block_rows:
                 break
         return count
@@ -296,7 +296,9 @@ class RandomizedSVD(Learner):
 
     def _open_rows(self, xp: Namespace) -> list[Array]:
         """Return what the open segment adds to the factor."""
-        rows = [] if self._segment is None or not self._segment.rows else [self._segment.factor(xp)]
+        rows = (
+            [] if self._segment is None or not self._segment.rows else [self._segment.to_factor(xp)]
+        )
         return rows if self._heavy is None else [*rows, self._heavy]
 
     def _absorb_summary(self, xp: Namespace, other: Self) -> None:

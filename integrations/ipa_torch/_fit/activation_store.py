@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, Self, TypeAlias, cast
 
 import torch
@@ -27,6 +26,7 @@ from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.checkpoint import skip
 from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED
+from ipa_torch._fit.row_consumer import Deferred
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
@@ -149,13 +149,11 @@ class _RowBuffer:
         self.samples = 0
         self.bytes = 0
 
-    def begin_update(
-        self, rows: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> SimpleNamespace:
+    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Deferred:
         """Copy the rows; they are checked and kept, by rebinding, in the second half."""
         # A copy, even where nothing has to be converted: the model may change its input later.
         kept = rows.to(self._dtype, copy=True).cpu()
-        return SimpleNamespace(finish=partial(self._keep, kept, weights))
+        return Deferred(partial(self._keep, kept, weights))
 
     def _keep(self, kept: torch.Tensor, weights: torch.Tensor | None) -> Self:
         if not bool(torch.isfinite(kept).all()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, overload
 
@@ -11,6 +11,7 @@ import torch
 
 from ipa_core import Learner
 from ipa_core.errors import FileFormatError, SettingError, ShapeError
+from ipa_torch._fit.row_consumer import Deferred, PendingRows
 
 
 class HeadLearners(Sequence[Learner]):
@@ -24,7 +25,8 @@ class HeadLearners(Sequence[Learner]):
     Examples
     --------
     >>> import torch
-    >>> from ipa_torch import fit_learners
+    >>> from ipa_torch._fit.row_consumer import Deferred, PendingRows
+    from ipa_torch import fit_learners
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6))
     >>> learners = fit_learners(
     ...     model, [torch.randn(8, 4)], source="outputs", heads=3, progress=False
@@ -63,9 +65,7 @@ class HeadLearners(Sequence[Learner]):
         """Rank of each learner."""
         return self._learners[0].rank
 
-    def begin_update(
-        self, rows: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> Callable[[], Self]:
+    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Deferred:
         """Begin to learn from rows of all heads, as `Learner.begin_update`.
 
         Raises
@@ -80,21 +80,21 @@ class HeadLearners(Sequence[Learner]):
                 "of heads of this activation, or leave the layer out of the targets"
             )
         blocks = rows.split(features // len(self), dim=-1)
-        finishes = [
+        pending = [
             learner.begin_update(block, weights)
             for learner, block in zip(self._learners, blocks, strict=True)
         ]
+        return Deferred(partial(self._finish, pending))
 
-        return partial(self._finish, finishes)
-
-    def _finish(self, finishes: Iterable[Callable[[], object]]) -> Self:
-        for finish in finishes:
-            finish()
+    def _finish(self, pending: Iterable[PendingRows]) -> Self:
+        for update in pending:
+            update.finish()
         return self
 
     def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Self:
         """Learn from rows of all heads."""
-        return self.begin_update(rows, weights)()
+        self.begin_update(rows, weights).finish()
+        return self
 
     def compact(self) -> Self:
         """Return the same in its smallest form."""

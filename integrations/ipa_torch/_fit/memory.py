@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_weights import RowWeighter
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
+from ipa_torch._fit.row_consumer import Deferred
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
@@ -44,11 +44,9 @@ class _ShapeProbe:
     features: int | None = None
     samples = 0
 
-    def begin_update(
-        self, rows: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> SimpleNamespace:
+    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Deferred:
         self.features = int(rows.shape[-1])
-        return SimpleNamespace(finish=lambda: self)
+        return Deferred(lambda: self)
 
 
 def learner_bytes(
