@@ -27,6 +27,8 @@ def unsupported_reason(layer: ParamWrapper) -> str | None:
     experts = layer.get_base_layer()
     if (reason := refusal(experts, layer.parameter_name)) is not None:
         return reason
+    if layer.get_param().is_meta:  # PEFT adds B A to the weights before accelerate loads them
+        return f"{type(experts).__name__}, whose weights are offloaded"
     _, features, _ = FusedParameter(layer.parameter_name, experts).sizes
     if layer.in_features != features:
         return f"{type(experts).__name__}, whose inputs and outputs PEFT confuses"

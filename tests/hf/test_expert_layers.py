@@ -6,7 +6,7 @@ import torch
 from ipa_core import ExactCovariance
 from ipa_core.errors import SettingError
 from ipa_hf import expert_layers
-from ipa_torch import LayerError, fit_projectors, learner_bytes
+from ipa_torch import LayerError, attach, fit_projectors, learner_bytes
 
 from .moe_models import FAMILIES, TARGETS, batches, captured_rows, excess, experts_of, make
 
@@ -148,6 +148,13 @@ def test_only_named_parameters_are_collected():
 def test_other_parameters_are_refused(targets, message):
     with pytest.raises(LayerError, match=message), expert_layers(make("GptOss"), targets):
         pass
+
+
+def test_attach_refuses_fused_experts():
+    model = make("Mixtral")
+    projectors = learned(model, batches(1))
+    with pytest.raises(LayerError, match=r"_proj\[0\]'.*adapt fused experts with ipa_hf"):
+        attach(model, projectors)
 
 
 def test_opening_twice_is_refused():

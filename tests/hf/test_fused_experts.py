@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -320,6 +321,12 @@ def test_experts_outside_of_transformers_interface_are_refused_by_name():
             on_missing="raise",
             progress=False,
         )
+
+
+def test_offloaded_experts_are_refused_by_name():
+    model = accelerate.cpu_offload(make("Mixtral"))
+    with pytest.raises(LayerError, match="MixtralExperts, whose weights are offloaded"):
+        ipa_hf.get_ipa_model(model, config(model), batches(), on_missing="raise", progress=False)
 
 
 def test_experts_whose_lora_peft_loses_are_refused_by_name(monkeypatch):

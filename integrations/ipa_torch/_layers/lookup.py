@@ -21,7 +21,10 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
     try:
         layer = model.get_submodule(name)
     except AttributeError as error:
-        raise LayerError(f"expected a layer of the model, got {name!r}: {error}") from error
+        cure = "check the name"
+        if name.endswith("]"):  # of ipa_hf.expert_layers
+            cure = "adapt fused experts with ipa_hf.get_ipa_model"
+        raise LayerError(f"expected a layer of the model, got {name!r}: {error}; {cure}") from error
     parent = model.get_submodule(name.rpartition(".")[0])
     if layer is model:
         raise LayerError(
