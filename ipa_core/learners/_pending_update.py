@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ipa_core._array import Array, HostArray
-from ipa_core.learners._row_blocks import Rows
+from ipa_core.learners._row_blocks import Product, Rows
 from ipa_core.learners._validation import PendingBatch
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ class PendingUpdate(Generic[LearnerT]):
         The rows.
     waiting : tuple of Rows
         Rows of earlier batches that fill up a block together with these.
-    seen : tuple of array
+    products : tuple of Product
         Products of leading rows that do not depend on validation.
     squares : callable
-        Waits for the squared lengths of the rows, and of the rows of ``seen``.
+        Waits for the squared lengths of the rows, and of the rows of the products.
     """
 
     learner: LearnerT
@@ -43,7 +43,7 @@ class PendingUpdate(Generic[LearnerT]):
     template: Array
     batch: PendingBatch
     waiting: tuple[Rows, ...]
-    seen: tuple[Array, ...]
+    products: tuple[Product, ...]
     squares: Callable[[], list[HostArray]]
 
     def finish(self) -> LearnerT:

@@ -93,10 +93,18 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Product X O of a piece of the rows, and X in the precision in which it was multiplied."""
+
+    x: Array
+    seen: Array
+
+
+@dataclass(frozen=True)
 class Sketch:
     """Products X O in the pieces of the rows X, and the squared lengths of their rows."""
 
-    seen: tuple[Array, ...]
+    products: tuple[Product, ...]
     squares: HostArray
 
 

@@ -8,7 +8,7 @@ from typing import Self
 from ipa_core import _array
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import nystrom_rows, orthonormal_columns
-from ipa_core.learners._row_blocks import Rows
+from ipa_core.learners._row_blocks import Product, Rows
 
 # Blocks of the energy of the first block that an image has room for: more than a segment has.
 _ROOM = 2.0**12
@@ -32,6 +32,9 @@ class Segment:
         Number of rows.
     energy : float
         Weighted sum of the squared lengths of the rows.
+    is_half : bool
+        Whether products are taken in half precision. The basis then holds rounded numbers: the
+        image is of the very basis that was used, and rounding of rows averages out.
     """
 
     basis: Array
@@ -39,6 +42,7 @@ class Segment:
     unit: float
     rows: int = 0
     energy: float = 0.0
+    is_half: bool = False
 
     @classmethod
     def begin(
@@ -49,6 +53,7 @@ class Segment:
         width: int,
         probes: int,
         seed: tuple[int, int],
+        is_half: bool,
     ) -> Segment:
         """Choose a basis: leading rows of the factor, and probes of the block about to come.
 
@@ -69,17 +74,29 @@ class Segment:
         tests = orthonormal_columns(xp, (signs @ block.apply_weights(outside)).T)
         response = outside.T @ block.apply_weights(outside @ tests)
         basis = orthonormal_columns(xp, xp.concat([known, response], axis=1)) / unit
-        return cls(basis, xp.zeros_like(basis.T), unit)
+        if is_half:
+            half = _array.half_dtype(xp, _array.device(basis))
+            basis = _array.cast(xp, _array.cast(xp, basis, half), basis.dtype)
+        return cls(basis, xp.zeros_like(basis.T), unit, is_half=is_half)
+
+    def multiply(self, xp: Namespace, x: Array) -> Product:
+        """Return X O / unit."""
+        if not self.is_half:
+            return Product(x, x @ self.basis)
+        dtype = _array.half_dtype(xp, _array.device(x))
+        half = _array.cast(xp, x, dtype)
+        return Product(half, half @ _array.cast(xp, self.basis, dtype))
 
     def holds(self, xp: Namespace, energy: float) -> bool:
         """Return whether the image has room for a block of this energy."""
         return energy <= float(xp.finfo(self.basis.dtype).max) / _ROOM * self.unit
 
-    def add(self, parts: list[tuple[Rows, Array]]) -> Self:
+    def add(self, xp: Namespace, parts: list[tuple[Rows, Product]]) -> Self:
         """Add rows X, each part with its X O."""
         image, count, energy = self.image, self.rows, self.energy
-        for rows, seen in parts:
-            image = image + rows.apply_weights(seen).T @ rows.x
+        for rows, product in parts:
+            weighted = _array.cast(xp, rows.apply_weights(product.seen), product.x.dtype)
+            image = image + weighted.T @ product.x
             count, energy = count + rows.count, energy + rows.energy()
         return replace(self, image=image, rows=count, energy=energy)
 

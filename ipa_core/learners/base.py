@@ -19,7 +19,7 @@ from ipa_core.errors import (
     SettingError,
 )
 from ipa_core.learners._pending_update import PendingUpdate
-from ipa_core.learners._row_blocks import RowChunks, Rows, Sketch, join
+from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, join
 from ipa_core.learners._state import flatten, unflatten
 from ipa_core.learners._validation import PendingBatch, match, template_of, validate
 from ipa_core.learners.guarantee import Guarantee
@@ -115,7 +115,7 @@ class Learner(ABC):
         for start in range(0, chunks.count, self._block_rows):
             self._absorb_block(xp, chunks.cut(start, start + self._block_rows).joined(xp))
 
-    def _begin_sketch(self, parts: tuple[Array, ...]) -> tuple[Array, ...]:
+    def _begin_sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> tuple[Product, ...]:
         """Start products of rows that are not validated yet. Default: none."""
         return ()
 
@@ -202,10 +202,11 @@ class Learner(ABC):
         with _array.ignore_overflow():
             rows = validate(batch, weights, template)
             waiting = self._pending_rows(rows)
-            seen = self._begin_sketch((*(part.x for part in waiting), rows.x))
+            products = self._begin_sketch(rows.xp, (*(part.x for part in waiting), rows.x))
+            seen = [product.seen for product in products]
             squares = _array.squared_norms_async(rows.xp, (rows.x, *seen))
         begun = self.samples, self._template
-        return PendingUpdate(self, begun, template, rows, waiting, seen, squares)
+        return PendingUpdate(self, begun, template, rows, waiting, products, squares)
 
     def merge(self, other: Self) -> Self:
         """Return a new learner that has seen the rows of both; neither operand changes.
@@ -377,7 +378,7 @@ class Learner(ABC):
                 squares, *seen = update.squares()
                 rows = update.batch.result(squares)
             self._template = update.template
-            sketch = Sketch(update.seen, _array.host_concat(seen)) if seen else None
+            sketch = Sketch(update.products, _array.host_concat(seen)) if seen else None
             self._absorb_whole_blocks(update.batch.xp, RowChunks((*update.waiting, rows), sketch))
         except BaseException:
             self.__dict__ = before

@@ -15,6 +15,7 @@ from ipa_core import (
     RandomizedSVD,
     ReconstructionAutoencoder,
 )
+from ipa_core._array import device, half_dtype
 from tests.core import contract, oracle
 from tests.core.spectra import hard_streams, streams
 
@@ -32,10 +33,13 @@ def test_law(xp, factory, law, stream, dtype):
     law(xp, factory, stream, dtype)
 
 
+@pytest.mark.parametrize("half_products", [False, True])
 @pytest.mark.parametrize("center", [False, True])
 @given(stream=streams(wide=True), dtype=dtypes)
-def test_law_of_the_sketch(xp, center, law, stream, dtype):
-    law(xp, partial(RandomizedSVD, center=center), stream, dtype)
+def test_law_of_the_sketch(xp, center, half_products, law, stream, dtype):
+    if half_products and half_dtype(xp, device(xp.zeros(1))) is None:
+        pytest.skip("no products in half precision here")
+    law(xp, partial(RandomizedSVD, center=center, half_products=half_products), stream, dtype)
 
 
 @given(stream=streams(), dtype=dtypes)
