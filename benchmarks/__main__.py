@@ -7,6 +7,7 @@ import sys
 SUITE = [
     "learners",
     "peers",
+    "peers_sklearn",
     "growth",
     "torch_learning",
     "torch_peers",

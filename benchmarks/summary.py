@@ -81,6 +81,36 @@ ROWS = [
         "torch.pca_lowrank, all rows in memory",
     ),
     Row(
+        "peers_sklearn",
+        "scikit-learn `IncrementalPCA` over `StreamingPCA`, 20,000 x 4,096, 64 components",
+        "30+",
+        lambda r: r["dense"]["IncrementalPCA"]["time_ratio"],
+    ),
+    Row(
+        "peers_sklearn",
+        "peak memory of `StreamingPCA` over that of `IncrementalPCA`, the same",
+        "1",
+        lambda r: r["dense"]["StreamingPCA"]["peak_mb"] / r["dense"]["IncrementalPCA"]["peak_mb"],
+    ),
+    Row(
+        "peers_sklearn",
+        "TF-IDF of 10,043 reviews, rank 50: excess error",
+        "0.01",
+        lambda r: r["sparse"]["fit_projector"]["excess"],
+    ),
+    Row(
+        "peers_sklearn",
+        "peak memory over the dense matrix, the same",
+        "0.1",
+        lambda r: r["sparse"]["fit_projector"]["peak_mb"] / r["sparse_as_dense_mb"],
+    ),
+    Row(
+        "peers_sklearn",
+        "scikit-learn `TruncatedSVD` (randomized) over `fit_projector`, the same",
+        "",
+        lambda r: r["sparse"]["TruncatedSVD"]["time_ratio"],
+    ),
+    Row(
         "torch_learning",
         "(forward + learning) / forward, MiniLM, all linear, rank 16, CPU",
         "1.22",

@@ -61,6 +61,7 @@ EXCEPTIONS = {
     "python -m benchmarks.learners": QUIET,
     "python -m benchmarks.hf_moe_cost": QUIET,
     "python -m benchmarks.peers": QUIET,
+    "python -m benchmarks.peers_sklearn": QUIET,
     "python -m benchmarks.growth": QUIET,
     "python -m benchmarks.torch_learning": QUIET,
     "python -m benchmarks.torch_peers": QUIET,

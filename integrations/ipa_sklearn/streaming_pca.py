@@ -232,6 +232,7 @@ class StreamingPCA(IncrementalPCA):
         array([[ 1.581],
                [-1.581]])
         """
+        check_is_fitted(self)
         # Past IncrementalPCA, which makes batches of a sparse matrix dense.
         return super(IncrementalPCA, self).transform(X)
 
