@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import record
 from ipa_core import ActivationStore, ExactCovariance, fit_projector
 from ipa_torch import LayerProjectors
-from tests.scale import learning_run, runs, storing_run
+from tests.scale import fit_run, runs, store_run
 
 AT_MOST = 300.0  # seconds for a kill and what follows from it
 PACKAGES = ["dask", "distributed", "ipa-projectors", "torch"]
@@ -66,7 +66,7 @@ def learning(kills: int, scratch: Path) -> list[dict[str, Any]]:
     whole.mkdir()
     steps = folder / "checkpoints"
     found = chain(
-        "learning_run",
+        "fit_run",
         folder,
         kills,
         0.5,
@@ -74,7 +74,7 @@ def learning(kills: int, scratch: Path) -> list[dict[str, Any]]:
         lambda: any(steps.glob(".writing-*")) or (folder / "done.safetensors").exists(),
         lambda: max((path.name for path in steps.glob("step-*")), default="nothing yet"),
     )
-    learning_run.main(whole, pause=0)
+    fit_run.main(whole, pause=0)
     ours, wanted = (LayerProjectors.load(f / "done.safetensors") for f in (folder, whole))
     assert runs.same(ours, wanted)
     return found
@@ -102,8 +102,8 @@ def storing(kills: int, scratch: Path) -> list[dict[str, Any]]:
         before.update(path.name for path in folder.glob("*"))
         return said
 
-    found = chain("storing_run", folder, kills, 0.12, begun, seen)
-    storing_run.main(whole, pause=0)
+    found = chain("store_run", folder, kills, 0.12, begun, seen)
+    store_run.main(whole, pause=0)
     one, other = ActivationStore(folder), ActivationStore(whole)
     for name in other:
         assert np.array_equal(np.concatenate([*one[name]]), np.concatenate([*other[name]]))

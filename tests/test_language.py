@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("ipa_core", "integrations", "benchmarks", "docs", "tests")
 #: The rules, and the list of old names.
 EXCLUDED = {"tests/language.py", "tests/test_language.py", "CHANGELOG.md"}
-#: Generated tables, and folders whose prose is not rewritten yet.
-EXCLUDED_FOLDERS = ("benchmarks/results", "integrations/ipa_torch", "tests/scale", "tests/torch")
+#: Generated tables.
+EXCLUDED_FOLDERS = ("benchmarks/results",)
 
 
 def sources():

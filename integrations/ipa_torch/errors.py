@@ -1,4 +1,4 @@
-"""What can go wrong with the layers of a model."""
+"""Errors about the layers of a model and about other ranks."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from ipa_core.errors import IPAError, SettingError
 
 
 class LayerError(IPAError, LookupError):
-    """A layer is not there, was never run, or is of a kind that cannot do what is asked."""
+    """A layer is missing, never ran, or is of an unsupported class."""
 
     page = "docs/torch.md#limits"
 
 
 class PeerError(IPAError, RuntimeError):
-    """Another process of a distributed run failed; the message says which, and with what."""
+    """Another rank of a distributed run failed; the message has its number and its error."""
 
     page = "docs/scaling.md"
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
-    """Hold an argument against the ``Literal`` that lists what it may be.
+    """Check that an argument is one of the values of a ``Literal``.
 
     Raises
     ------
     SettingError
-        If it is something else.
+        If it is not.
     """
     if value not in get_args(choices):
         listed = " or ".join(map(repr, get_args(choices)))

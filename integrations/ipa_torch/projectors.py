@@ -1,4 +1,4 @@
-"""What was learned for the layers of a model."""
+"""Results of a fit by layer name: projectors or learners."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ipa_torch.errors import LayerError
 
 T = TypeVar("T")
 
-#: Why a layer was not learned where learning was interrupted before.
-BEFORE_ITS_TURN = "learning ended before its turn"
+#: Reason why a layer of a later memory pass has no result after an interruption.
+ENDED_BEFORE = "learning ended before its pass"
 
 
 class LayerMapping(Mapping[str, T]):
-    """A read-only mapping from layer names to what was learned, shared by equal layers."""
+    """A read-only mapping from layer names to results, which layers with equal inputs share."""
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class LayerMapping(Mapping[str, T]):
         try:
             return self._learned[name]
         except KeyError:
-            reason = self.missing.get(name, "it was no target")
-            raise KeyError(f"expected a layer that was learned, got {name!r}: {reason}") from None
+            reason = self.missing.get(name, "it was not a target")
+            raise KeyError(f"expected a layer with a result, got {name!r}: {reason}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._learned)
@@ -54,7 +54,7 @@ class LayerMapping(Mapping[str, T]):
 
     @property
     def shared(self) -> list[tuple[str, ...]]:
-        """Names of the layers that share a value, group by group; single layers too."""
+        """Names of the layers of each result."""
         groups: dict[int, list[str]] = {}
         for name, value in self._learned.items():
             groups.setdefault(id(value), []).append(name)
@@ -67,18 +67,18 @@ M = TypeVar("M", bound=LayerMapping[Any])
 class LayerLearners(LayerMapping[Learner]):
     """A read-only mapping from layer names to learners, as `fit_learners` returns it.
 
-    Layers that always saw the same activations have the identical learner.
+    Layers with the same activations in all batches have the identical learner.
 
     Parameters
     ----------
     learned : mapping of str to Learner or HeadLearners
         In the model's order of layers.
     missing : mapping of str to str, optional
-        Layers that were asked for and not learned, and why.
+        Target layers without a learner, with the reason.
     stopped : mapping of str to str, optional
-        Why learning stopped, layer by layer.
+        Reason why the fit of each layer stopped.
     passes : int, default 1
-        How many times the batches were read so that the learners stayed within a memory budget.
+        Number of memory passes over the batches, for a memory budget.
 
     Examples
     --------
@@ -100,18 +100,18 @@ class LayerLearners(LayerMapping[Learner]):
 class LayerProjectors(LayerMapping[Projector]):
     """A read-only mapping from layer names to projectors, as `fit_projectors` returns it.
 
-    Layers that always saw the same inputs have the identical `Projector`.
+    Layers with the same inputs in all batches have the identical `Projector`.
 
     Parameters
     ----------
     learned : mapping of str to Projector
         In the model's order of layers.
     missing : mapping of str to str, optional
-        Layers that were asked for and not learned, and why.
+        Target layers without a projector, with the reason.
     stopped : mapping of str to str, optional
-        Why learning stopped, layer by layer.
+        Reason why the fit of each layer stopped.
     passes : int, default 1
-        How many times the batches were read so that the learners stayed within a memory budget.
+        Number of memory passes over the batches, for a memory budget.
 
     Examples
     --------
@@ -154,36 +154,36 @@ class LayerProjectors(LayerMapping[Projector]):
         )
 
     def truncate(self, rank: int | Mapping[str, int]) -> LayerProjectors:
-        """Return projectors of a smaller rank, or of each layer's own; sharing is kept. No cost.
+        """Return projectors of a smaller rank, for all or by layer; sharing is kept. No cost.
 
         Raises
         ------
         RankError
-            If a rank is larger than the one learned.
+            If a rank is larger than the projector's.
         LayerError
             If a mapping leaves out a layer.
         """
-        made: dict[tuple[int, int], Projector] = {}
+        truncated: dict[tuple[int, int], Projector] = {}
         smaller = {}
         for name, projector in self._learned.items():
-            own = resolve_rank(name, rank)
-            key = (id(projector), own)
-            if key not in made:
-                made[key] = projector.truncate(own)
-            smaller[name] = made[key]
+            new_rank = resolve_rank(name, rank)
+            key = (id(projector), new_rank)
+            if key not in truncated:
+                truncated[key] = projector.truncate(new_rank)
+            smaller[name] = truncated[key]
         return LayerProjectors(
             smaller, missing=self.missing, stopped=self.stopped, passes=self.passes
         )
 
     def allocate(self, budget: int, *, floor: int = 1, cap: int | None = None) -> LayerProjectors:
-        """Return projectors whose ranks are spread so that they capture most in all.
+        """Return projectors with ranks that capture the most energy in total, within a budget.
 
         Parameters
         ----------
         budget : int
-            Sum of the ranks, of each projector that layers share once.
+            Sum of the ranks; a shared projector counts once.
         floor, cap : int, optional
-            Least and largest rank of a layer; by default 1 and the rank learned.
+            Smallest and largest rank of a layer; by default 1 and the rank of its projector.
 
         Raises
         ------
@@ -192,7 +192,7 @@ class LayerProjectors(LayerMapping[Projector]):
 
         Notes
         -----
-        Energies count as shares of their layer's total; see `ipa_core.allocate_ranks`.
+        The energies of a layer are divided by their total; see `ipa_core.allocate_ranks`.
         """
         first = {names[0]: self._learned[names[0]] for names in self.shared}
         shares = {
@@ -203,45 +203,51 @@ class LayerProjectors(LayerMapping[Projector]):
         return self.truncate({name: ranks[names[0]] for names in self.shared for name in names})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all projectors to one safetensors file, a shared one once."""
+        """Write all projectors to a safetensors file, a shared projector once."""
         ipa_core.save(self._learned, path)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None
     ) -> LayerProjectors:
-        """Read what `save` wrote, as torch tensors.
+        """Read projectors from a file of `save`, as torch tensors.
 
         Raises
         ------
         FileFormatError
-            If the file holds something else, is damaged, or was written by a newer version.
+            If the file has other content, is damaged, or is of another format version.
         """
         loaded = ipa_core.load(path, library=torch, device=device)
         if not isinstance(loaded, dict):
             raise FileFormatError(
-                f"{path}: expected projectors of named layers, got a single one; "
+                f"{path}: expected projectors of named layers, got a single projector; "
                 "read it with ipa_core.load"
             )
         return cls(loaded)
 
 
-def join_passes(turns: Sequence[M], layers: Iterable[str], kind: type[M]) -> M:
-    """Return what was learned in several passes, in the order of ``layers``."""
+def join_passes(passes: Sequence[M], layers: Iterable[str], kind: type[M]) -> M:
+    """Return the results of all memory passes, in the order of ``layers``."""
     learned: dict[str, Any] = {}
     missing: dict[str, str] = {}
     stopped: dict[str, str] = {}
-    for turn in turns:
-        learned.update(turn)
-        missing.update(turn.missing)
-        stopped.update(turn.stopped)
+    for memory_pass in passes:
+        learned.update(memory_pass)
+        missing.update(memory_pass.missing)
+        stopped.update(memory_pass.stopped)
     ordered = {name: learned[name] for name in layers if name in learned}
-    late = {name: BEFORE_ITS_TURN for name in layers if name not in learned | missing}
-    return kind(ordered, missing=missing | late, stopped=stopped, passes=len(turns))
+    unreached = {name: ENDED_BEFORE for name in layers if name not in learned | missing}
+    return kind(ordered, missing=missing | unreached, stopped=stopped, passes=len(passes))
 
 
 def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:
-    """Return the rank of a layer, where all have one or each has its own."""
+    """Return the rank of a layer, from a rank for all layers or a mapping.
+
+    Raises
+    ------
+    LayerError
+        If the mapping has no rank for it.
+    """
     if not isinstance(rank, Mapping):
         return rank
     if name not in rank:
@@ -250,13 +256,13 @@ def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:
 
 
 def _span(values: Sequence[float], form: str) -> str:
-    """Return the least and the largest value, or the one that all have."""
+    """Return the smallest and the largest value, or the common value."""
     least, largest = format(min(values), form), format(max(values), form)
     return least if least == largest else f"{least} to {largest}"
 
 
 def shared_name(names: tuple[str, ...]) -> str:
-    """Return names with their common beginning written once: ``a.{q, k}``.
+    """Return names with their common prefix written once: ``a.{q, k}``.
 
     Examples
     --------

@@ -235,5 +235,5 @@ def test_resumes_with_the_same_command_only(model, texts, tmp_path, monkeypatch,
         patch.setattr(PeftModel, "save_pretrained", stop)
         assert fit(model, texts, tmp_path / "adapter") == 1
     assert fit(model, texts, tmp_path / "adapter", "--rank", "3") == 1
-    assert "start anew" in capsys.readouterr().err
+    assert "start over" in capsys.readouterr().err
     assert fit(model, texts, tmp_path / "adapter") == 0

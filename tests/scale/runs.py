@@ -1,4 +1,4 @@
-"""Runs that are killed: what a child process does, and a kill -9 at a moment of its work."""
+"""Child processes of the tests: their model and batches, start, and kill -9."""
 
 import os
 import signal
@@ -20,9 +20,7 @@ def model():
 
 
 class Net(nn.Module):
-    """Query and value share an input, a convolution draws patches at random, and a pixel above 100
-    breaks the last layer's input.
-    """
+    """Two layers with a shared input, and a convolution; a pixel above 100 gives NaN at the end."""
 
     def __init__(self):
         super().__init__()
@@ -42,24 +40,24 @@ def batches(count, size=24, seed=0):
     return [torch.randn(size, 3, 8, 8, generator=generator) for _ in range(count)]
 
 
-def same(one, other):
+def same(first, second):
     """Return whether two sets of projectors are equal to the bit."""
-    return one.keys() == other.keys() and all(
-        torch.equal(one[name].components, other[name].components)
-        and torch.equal(one[name].energies, other[name].energies)
-        and one[name].samples == other[name].samples
-        for name in one
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].components, second[name].components)
+        and torch.equal(first[name].energies, second[name].energies)
+        and first[name].samples == second[name].samples
+        for name in first
     )
 
 
 def environment():
-    """Return the environment of child processes: they import what is tested, with one thread."""
+    """Return the environment of child processes: this checkout, with one thread."""
     paths = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def start(module, *arguments):
-    """Start ``python -m tests.scale.<module>`` in a group of its own."""
+    """Start ``python -m tests.scale.<module>`` in a new process group."""
     return subprocess.Popen(
         [sys.executable, "-m", f"tests.scale.{module}", *map(str, arguments)],
         cwd=ROOT,
@@ -72,18 +70,18 @@ def start(module, *arguments):
 
 
 def kill(process):
-    """End a process and its children as the machine's failure would."""
+    """Kill a process and its children."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
 def until(condition, process, seconds=60):
-    """Wait until something is so; fail if the process ends before."""
+    """Wait until a condition holds; fail if the process ends before."""
     end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None:
             raise AssertionError(f"ended before: {process.communicate()}")
         if time.monotonic() > end:
             kill(process)
-            raise AssertionError("it takes too long")
+            raise AssertionError(f"expected the condition within {seconds} seconds")
         time.sleep(0.005)

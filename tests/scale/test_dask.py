@@ -142,11 +142,11 @@ class Tracked(np.ndarray):
 
     @classmethod
     def of(cls, block):
-        made = block.view(cls)
+        counted = block.view(cls)
         cls.alive += 1
         cls.most = max(cls.most, cls.alive)
-        weakref.finalize(made, cls.end)
-        return made
+        weakref.finalize(counted, cls.end)
+        return counted
 
     @classmethod
     def end(cls):
@@ -177,9 +177,9 @@ def test_a_worker_is_killed_on_the_way(cluster, tmp_path):
         path.unlink()
     import threading
 
-    found = []
+    projectors = []
     thread = threading.Thread(
-        target=lambda: found.append(fit_projector(lazy, 4, learner=ExactCovariance))
+        target=lambda: projectors.append(fit_projector(lazy, 4, learner=ExactCovariance))
     )
     thread.start()
     end = time.monotonic() + 120
@@ -189,7 +189,7 @@ def test_a_worker_is_killed_on_the_way(cluster, tmp_path):
     victim = int(min(tmp_path.iterdir()).name.split("-")[0])
     os.kill(victim, signal.SIGKILL)
     thread.join(timeout=120)
-    (projector,) = found
+    (projector,) = projectors
     assert len(list(tmp_path.iterdir())) > 40, "what the victim had learned is learned again"
     assert projector.samples == len(X)
     assert excess(projector, X) < 1e-5

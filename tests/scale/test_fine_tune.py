@@ -24,37 +24,37 @@ def batch(number):
     return torch.randn(40, 12, generator=torch.Generator().manual_seed(number))
 
 
-def train(model, optimiser, online, steps):
+def train(model, optimizer, online, steps):
     for step in steps:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (model(batch(step)) - 1).square().mean().backward()
-        optimiser.step()
-        online.step(optimiser)
+        optimizer.step()
+        online.step(optimizer)
 
 
-def optimiser_of(model):
+def optimizer_of(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
 def begun():
     model = base()
     attach(model, fit_projectors(model, [batch(99)], 3, progress=False))
-    return model, optimiser_of(model)
+    return model, optimizer_of(model)
 
 
 @pytest.mark.parametrize("learner", [IncrementalPCA, HebbianRule])
 def test_interrupted_online_fine_tune_goes_on_as_if_nothing_had_been(tmp_path, learner):
-    model, optimiser = begun()
+    model, optimizer = begun()
     with OnlineLearning(model, learner=learner) as online:
-        train(model, optimiser, online, range(10))
+        train(model, optimizer, online, range(10))
     whole = adapter_state_dict(model)
 
-    model, optimiser = begun()
+    model, optimizer = begun()
     with OnlineLearning(model, learner=learner) as online:
-        train(model, optimiser, online, range(6))
+        train(model, optimizer, online, range(6))
         saved = {
             "adapter": adapter_state_dict(model),
-            "optimiser": optimiser.state_dict(),
+            "optimizer": optimizer.state_dict(),
             "online": online.state_dict(),
         }
     torch.save(saved, tmp_path / "step-6.pt")
@@ -65,20 +65,20 @@ def test_interrupted_online_fine_tune_goes_on_as_if_nothing_had_been(tmp_path, l
         torch.equal(value, saved["adapter"][name])
         for name, value in adapter_state_dict(model).items()
     )
-    optimiser = optimiser_of(model)
-    optimiser.load_state_dict(saved["optimiser"])
+    optimizer = optimizer_of(model)
+    optimizer.load_state_dict(saved["optimizer"])
     with OnlineLearning(model, learner=learner) as online:
         online.load_state_dict(saved["online"])
-        train(model, optimiser, online, range(6, 10))
+        train(model, optimizer, online, range(6, 10))
     again = adapter_state_dict(model)
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_state_of_other_learning_is_refused():
-    model, optimiser = begun()
+    model, optimizer = begun()
     with OnlineLearning(model) as online:
-        train(model, optimiser, online, range(2))
+        train(model, optimizer, online, range(2))
         state = online.state_dict()
     with pytest.raises(FileFormatError, match="layer '0'.*HebbianRule"):
         OnlineLearning(model, learner=HebbianRule).load_state_dict(state)

@@ -9,7 +9,7 @@ from ipa_core import HebbianRule, RandomizedSVD, load_state, save_state
 from ipa_core.errors import FileFormatError, SettingError, StreamError
 from ipa_torch import CheckpointConfig, LayerProjectors, StoppingCriteria, fit_projectors
 from ipa_torch._fit.memory import measure_learner_bytes
-from tests.scale import learning_run, runs
+from tests.scale import fit_run, runs
 
 
 class Stop(Exception):
@@ -152,7 +152,7 @@ def test_damaged_checkpoints_are_named_and_never_loaded(tmp_path):
         else:
             data[at] ^= 1 << rng.randrange(8)
             victim.write_bytes(data)
-        with pytest.raises(FileFormatError, match="go on from step-0000000004.*is lost"):
+        with pytest.raises(FileFormatError, match="resume from step-0000000004.*are lost"):
             learn(batches, tmp_path / "bad", every=2)
         shutil.rmtree(tmp_path / "bad" / "step-0000000006")
         if number < 2:
@@ -165,7 +165,7 @@ def test_kill_at_any_moment(tmp_path):
     """A run that is killed by -9 until it completes equals an uninterrupted run."""
     rng, done = random.Random(0), tmp_path / "done.safetensors"
     for _ in range(3):
-        process = runs.start("learning_run", tmp_path)
+        process = runs.start("fit_run", tmp_path)
         seen = set()
         wanted = rng.choice([2, 4, 9])
 
@@ -176,11 +176,11 @@ def test_kill_at_any_moment(tmp_path):
         runs.until(moment, process)
         runs.kill(process)
     assert not done.exists()
-    process = runs.start("learning_run", tmp_path)
+    process = runs.start("fit_run", tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     (tmp_path / "whole").mkdir()
-    learning_run.main(tmp_path / "whole", pause=0)
+    fit_run.main(tmp_path / "whole", pause=0)
     assert runs.same(
         LayerProjectors.load(done), LayerProjectors.load(tmp_path / "whole/done.safetensors")
     )

@@ -17,7 +17,7 @@ from ipa_core.errors import (
     StreamError,
 )
 from ipa_torch import LayerError, fit_projectors, store_activations
-from tests.scale import runs, storing_run
+from tests.scale import runs, store_run
 
 
 def store(folder, batches, **options):
@@ -39,8 +39,8 @@ def contents(folder):
     return {name: np.concatenate([*layer]) for name, layer in opened.items()}
 
 
-def equal(one, other):
-    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+def equal(first, second):
+    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -150,9 +150,7 @@ def test_damaged_and_missing_shards(tmp_path):
             fit_projector(opened["value"], 2)
         fit_projector(opened["out"], 2)
         lenient = ActivationStore(tmp_path / "bad", on_damaged="skip")
-        with pytest.warns(
-            UserWarning, match=f"left out {shard.rows} rows of 'query'.*{shard.file}"
-        ):
+        with pytest.warns(UserWarning, match=f"skipped {shard.rows} rows of 'query'.*{shard.file}"):
             left = fit_projector(lenient["query"], 2)
         assert left.samples == good["query"].samples - shard.rows
         shutil.rmtree(tmp_path / "bad")
@@ -244,16 +242,16 @@ def test_kill_at_any_moment(tmp_path):
     """A run that is killed by -9 three times equals an uninterrupted run."""
     folder = tmp_path / "killed"
     for kills in range(3):
-        process = runs.start("storing_run", folder)
+        process = runs.start("store_run", folder)
         wanted = 2 + 9 * kills
         runs.until(lambda wanted=wanted: len([*folder.glob("*.safetensors")]) > wanted, process)
         runs.kill(process)
         if (folder / "index.json").exists():
             assert ActivationStore(folder).damaged() == {}
-    process = runs.start("storing_run", folder)
+    process = runs.start("store_run", folder)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    storing_run.main(tmp_path / "whole", pause=0)
+    store_run.main(tmp_path / "whole", pause=0)
     assert equal(contents(folder), contents(tmp_path / "whole"))
     named = {s.file for layer in ActivationStore(folder).values() for s in layer.shards}
     assert {path.name for path in folder.iterdir()} == named | {"index.json"}

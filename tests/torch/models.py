@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two blocks over token numbers; a padding mask is honoured exactly."""
+    """Two blocks over token numbers; a padding mask is honored exactly."""
 
     def __init__(self, width=12, blocks=2, vocabulary=20, keywords=True):
         super().__init__()
@@ -120,7 +120,7 @@ class Tied(nn.Module):
 
 
 class Bypassed(nn.Module):
-    """A layer that is read past: its weight is used and its forward is not."""
+    """A layer whose weight is used without calling the layer."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Experts(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A quantised layer as packages make them: no nn.Linear, no floating weight."""
+    """A quantized layer as packages make them: no nn.Linear, no floating weight."""
 
     def __init__(self, layer):
         super().__init__()

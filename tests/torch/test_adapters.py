@@ -43,11 +43,11 @@ def adapted(**options):
 
 def train(model, steps=3, lr=0.05):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=lr)
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
     for step in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(batch(step)).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def tensors(model):
@@ -288,7 +288,7 @@ class TestNamed:
         model = adapted()
         projectors = fitted(model)
         for name in ("default", "", "a.b", "train"):
-            with pytest.raises(SettingError, match="taken are \\['default'\\]"):
+            with pytest.raises(SettingError, match="in use are \\['default'\\]"):
                 attach(model, projectors, adapter_name=name)
         with pytest.raises(SettingError, match="at least one layer"):
             attach(model, {}, adapter_name="empty")

@@ -17,7 +17,7 @@ def fit(model, batches, rank=2, **options):
 
 
 def endless(features=12, rows=64, seed=0):
-    """Rows of one distribution, for ever."""
+    """Endless batches of a fixed distribution."""
     generator = torch.Generator().manual_seed(seed)
     scale = 1 / torch.arange(1, features + 1)
     while True:
@@ -61,8 +61,8 @@ class TestBudget:
 def test_fit_options_are_the_parameters_that_a_bridge_passes_on():
     parameters = inspect.signature(fit_projectors).parameters
     assert len(parameters) <= 14
-    own = {"model", "batches", "rank", "targets", "on_missing"}
-    assert set(FitOptions.__annotations__) == set(parameters) - own
+    not_passed_on = {"model", "batches", "rank", "targets", "on_missing"}
+    assert set(FitOptions.__annotations__) == set(parameters) - not_passed_on
 
 
 class TestConvergence:
@@ -92,9 +92,9 @@ class TestConvergence:
         def drifting():
             stream = endless()
             for step in range(200):
-                angle = torch.tensor(1.0 + step).log()  # a turn as large in each doubling
-                turned = torch.randn(64, 1) * 3 * torch.stack([angle.cos(), angle.sin()])
-                yield next(stream) + nn.functional.pad(turned, (4, 6))
+                angle = torch.tensor(1.0 + step).log()  # an equal rotation in each doubling
+                rotated = torch.randn(64, 1) * 3 * torch.stack([angle.cos(), angle.sin()])
+                yield next(stream) + nn.functional.pad(rotated, (4, 6))
 
         projectors = fit(mlp(12, 4), drifting(), 1, stop=StoppingCriteria(tolerance=1e-2))
         assert projectors.stopped["0"] == "the batches ended"

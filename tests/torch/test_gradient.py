@@ -95,12 +95,12 @@ def test_half_of_the_rank_may_be_inputs(outputs):
     model = nn.Sequential(nn.Linear(40, outputs))
     damped = partial(DampedGradientSketch, learner=ExactCovariance)
     fit = partial(fit_gradient_projectors, model, [x], loss=squares)
-    found = fit(rank=5, learner=partial(damped, input_share=0.5))["0"].components.double()
+    components = fit(rank=5, learner=partial(damped, input_share=0.5))["0"].components.double()
     inputs = torch.linalg.svd(x.double(), full_matrices=False).Vh[:2]
     gradient = fit(rank=1, learner=damped)["0"].components.double()
-    torch.testing.assert_close(found @ found.T, torch.eye(5).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(components @ components.T, torch.eye(5).double(), atol=1e-6, rtol=0)
     for wanted in (inputs, gradient):
-        assert torch.linalg.svdvals(wanted @ found.T).min() > 0.999
+        assert torch.linalg.svdvals(wanted @ components.T).min() > 0.999
 
 
 def test_input_share_is_in_the_state_and_equal_in_what_merges():
@@ -160,19 +160,23 @@ def test_a_batch_that_is_refused_changes_nothing():
 @pytest.mark.parametrize("kind", [GradientSketch, DampedGradientSketch])
 def test_merges_and_needs_equal_seeds(kind):
     x, g = torch.randn(60, 1, 12), torch.randn(60, 1, 40)
-    whole, one, two = (kind(3) for _ in range(3))
+    whole, first, second = (kind(3) for _ in range(3))
     whole.update(x, g)
-    one.update(x[:25], g[:25])
-    two.update(x[25:], g[25:])
-    again = kind(3).load_state_dict(two.state_dict())
-    for both in (one.merge(two), one.merge(again).compact(), kind(3).merge(one).merge(two)):
+    first.update(x[:25], g[:25])
+    second.update(x[25:], g[25:])
+    again = kind(3).load_state_dict(second.state_dict())
+    for both in (
+        first.merge(second),
+        first.merge(again).compact(),
+        kind(3).merge(first).merge(second),
+    ):
         assert both.samples == 60
         torch.testing.assert_close(
             torch.linalg.svdvals(both.finalize().components @ whole.finalize().components.T),
             torch.ones(3),
         )
     with pytest.raises(SettingError, match="equal rank and seed"):
-        one.merge(kind(3, seed=1))
+        first.merge(kind(3, seed=1))
     with pytest.raises(EmptyStreamError):
         kind(3).finalize()
 

@@ -76,9 +76,9 @@ def test_pairs_are_at_the_same_places(case, limit):
     layer, x = case
     with torch.no_grad():
         y = layer(x)
-    rows, own = view_of(layer).rows_and_grads(x, y, limit)
+    rows, grads = view_of(layer).rows_and_grads(x, y, limit)
     weight = layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1))
-    torch.testing.assert_close(torch.einsum("ngd,god->ngo", rows, weight), own)
+    torch.testing.assert_close(torch.einsum("ngd,god->ngo", rows, weight), grads)
 
 
 @given(st.integers(1, 500), st.integers(1, 60))
@@ -89,7 +89,7 @@ def test_spread_draws_from_all_over(count, limit):
         return
     assert len(drawn) == limit
     assert 0 <= min(drawn) and max(drawn) < count
-    # One from each stretch: neighbours are at most two stretches apart.
+    # One from each stretch: neighbors are at most two stretches apart.
     assert bool((drawn.diff() >= 0).all())
     assert bool((drawn.diff() <= 2 * count / limit + 1).all())
 

@@ -95,14 +95,14 @@ def test_first_moment_turns_as_gradients_do():
     model = adapted(mlp(12, 4), [old])
     lift = model[0].lora_B["default"]
     lift.data.normal_()
-    optimiser = torch.optim.AdamW([lift], lr=0.0, betas=(0.0, 0.9), weight_decay=0.0)
+    optimizer = torch.optim.AdamW([lift], lr=0.0, betas=(0.0, 0.9), weight_decay=0.0)
     with OnlineLearning(model) as online:
         model(new).square().sum().backward()
-        optimiser.step()
-        online.step(optimiser)
+        optimizer.step()
+        online.step(optimizer)
     lift.grad = None
     model(new).square().sum().backward()
-    torch.testing.assert_close(optimiser.state[lift]["exp_avg"], lift.grad, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(optimizer.state[lift]["exp_avg"], lift.grad, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -142,16 +142,16 @@ def test_shared_inputs_and_padding():
 def test_training_goes_on(learner):
     model = adapted(Transformer(), [torch.randint(0, 20, (4, 9))], dropout=0.1)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
     losses = []
     with OnlineLearning(model, learner=learner) as online:
         for step in range(20):
             batch = torch.randint(0, 20, (8, 9), generator=torch.Generator().manual_seed(step))
             loss = model(batch).square().mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
-            lost_share = online.step(optimiser)
+            optimizer.step()
+            lost_share = online.step(optimizer)
             losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(0 <= jump <= 1 for jump in lost_share.values())
@@ -162,7 +162,7 @@ def test_trained_p_or_no_adapter_is_refused():
     model = mlp(12, 4)
     with pytest.raises(SettingError, match="got none"):
         OnlineLearning(model)
-    with pytest.raises(SettingError, match="got a trained one"):
+    with pytest.raises(SettingError, match="got a trained P"):
         OnlineLearning(adapted(model, [decaying(50, 12)], trainable=True))
 
 

@@ -55,13 +55,13 @@ def test_all_linear_leaves_out_both_heads_of_a_distilled_model():
 def test_all_linear_knows_conv1d_and_custom_layers():
     transformers = pytest.importorskip("transformers")
 
-    class Quantised(nn.Module):
+    class Quantized(nn.Module):
         in_features, out_features = 8, 4
 
         def forward(self, x):
             return x[..., :4]
 
-    model = nn.Sequential(transformers.pytorch_utils.Conv1D(8, 6), Quantised(), nn.ReLU())
+    model = nn.Sequential(transformers.pytorch_utils.Conv1D(8, 6), Quantized(), nn.ReLU())
     assert list(select_layers(model)) == ["0", "1"]
 
 

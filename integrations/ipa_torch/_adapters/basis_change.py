@@ -1,4 +1,4 @@
-"""Changing P under a trained B with the least change of the function."""
+"""Change of basis of a trained B when P changes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from ipa_torch._adapters.projection import SharedProjection
 def change_basis(
     projection: SharedProjection,
     lora_B: Mapping[str, nn.Parameter],
-    learned: Projector,
+    projector: Projector,
     scale: float,
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, float]:
-    """Put a learned P in place and carry B and its first moment along; return the jumps."""
+    """Replace P, and change the basis of B and of its first moment; return the lost shares.
+
+    The lost share of a layer is the part of B P_old outside the new span, in Frobenius norm.
+    """
     old = projection.weight.detach().double()
-    new = procrustes_align(old, learned.components.to(old.device).double())
-    passage = old @ new.T
+    new = procrustes_align(old, projector.components.to(old.device).double())
+    transition = old @ new.T
     ratio = float(projection.scale) / scale
     lost_share = {}
     with torch.no_grad():
         for name, parameter in lora_B.items():
             before = parameter.double()
-            after = before @ passage
+            after = before @ transition
             lost_share[name] = _share_outside_span(before, after)
             parameter.copy_(ratio * after)
             moment = optimizer.state.get(parameter, {}).get("exp_avg") if optimizer else None
             if moment is not None:
-                # A gradient is a covector: it scales against its parameter, and turns with it.
-                moment.copy_(moment.double() @ passage / ratio)
+                # Gradients rotate as their parameter does, and scale inversely.
+                moment.copy_(moment.double() @ transition / ratio)
         projection.weight.copy_(new)
         projection.scale.fill_(scale)
     return lost_share
@@ -50,8 +53,8 @@ def procrustes_align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     True
     """
     left, _, right = torch.linalg.svd(old @ new.T)
-    turned: torch.Tensor = (left @ right) @ new
-    return turned
+    aligned: torch.Tensor = (left @ right) @ new
+    return aligned
 
 
 def _share_outside_span(before: torch.Tensor, after: torch.Tensor) -> float:

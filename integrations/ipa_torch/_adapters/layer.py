@@ -1,4 +1,4 @@
-"""A layer with low-rank adapters beside it."""
+"""Layer with low-rank adapters."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ipa_torch._layers.sizes import outputs_of
 
 
 class AdapterLayer(nn.Module):
-    r"""A layer W and named adapters, one of them active: :math:`W x + B \, s P x`.
+    r"""Layer W with named adapters, one of them active: :math:`W x + B \, s P x`.
 
-    Attributes of the layer (``weight``, ``in_features``) can be read as before.
+    Attributes of the base layer (``weight``, ``in_features``) are available as before.
 
     Parameters
     ----------
     base : torch.nn.Module
-        The layer; none of its tensors is ever written.
+        The layer. Its tensors are never written.
 
     Examples
     --------
@@ -42,26 +42,28 @@ class AdapterLayer(nn.Module):
         self.dropouts: dict[str, float] = {}
         self.active: str | None = None
         self.merged: str | None = None
-        self._kept: tuple[nn.Parameter, ...] = ()  # a tuple, so that it is no parameter of this one
+        self._unmerged_weight: tuple[
+            nn.Parameter, ...
+        ] = ()  # in a tuple: no parameter of this module
         self.train(base.training)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of P: the weight's, float32 where that is quantised."""
+        """Dtype of P: that of the weight, or float32 if it is quantized."""
         weight = self._weight()
         floating = weight is not None and weight.is_floating_point()
         return weight.dtype if weight is not None and floating else torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is."""
+        """Device of the layer."""
         weight = self._weight()
         return torch.device("cpu") if weight is None else weight.device
 
     @property
     def mergeable(self) -> bool:
-        """Whether the layer has a floating weight of its own."""
-        return self._own_weight() is not None
+        """True if the layer has a floating parameter ``weight``."""
+        return self._weight_parameter() is not None
 
     def projection(self, name: str) -> SharedProjection:
         """Return the projection of an adapter."""
@@ -70,7 +72,7 @@ class AdapterLayer(nn.Module):
         return projection
 
     def find_equal_projection(self, projection: SharedProjection) -> SharedProjection | None:
-        """Return a frozen projection of this layer that equals a new one, if there is one."""
+        """Return a frozen projection of this layer with equal values, or None."""
         for other in map(self.projection, self.projections):
             if not (projection.trainable or other.trainable) and (
                 torch.equal(other.scale, projection.scale)
@@ -89,7 +91,7 @@ class AdapterLayer(nn.Module):
         self.dropouts[name] = dropout
 
     def remove(self, name: str) -> None:
-        """Remove an adapter; if it is merged and not the last one, the old weight returns."""
+        """Remove an adapter; if it is merged and not the last, restore the old weight."""
         if self.merged == name and len(self.lora_B) > 1:
             self.unmerge()
         projection = self.projection(name)
@@ -99,10 +101,10 @@ class AdapterLayer(nn.Module):
             self.active = None
 
     def adapter_parameters(self, name: str | None = None) -> list[nn.Parameter]:
-        """Return the parameters of one adapter, or of all."""
+        """Return the parameters of an adapter, or of all."""
         names = list(self.lora_B) if name is None else [name]
-        lora_B = [self.lora_B[one] for one in names]
-        return lora_B + [p for one in names for p in self.projections[one].parameters()]
+        lora_B = [self.lora_B[adapter] for adapter in names]
+        return lora_B + [p for adapter in names for p in self.projections[adapter].parameters()]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output and that of the active adapter, added up."""
@@ -114,21 +116,21 @@ class AdapterLayer(nn.Module):
         if self.training and (rate := self.dropouts[self.active]):
             z = nn.functional.dropout(z, rate)
         lora_B = self.lora_B[self.active]
-        if self._is_plain(x, z, lora_B):
+        if self._can_add_in_place(x, z, lora_B):
             return self._added_in_place(x, z, lora_B.to(z.dtype))
         output = self.base_layer(*args, **kwargs)
         if not torch.is_autocast_enabled(output.device.type):
             z = z.to(lora_B.dtype)
         return output + self.view.expand(z, lora_B).to(output.dtype)
 
-    def _is_plain(self, x: torch.Tensor, z: torch.Tensor, lora_B: torch.Tensor) -> bool:
+    def _can_add_in_place(self, x: torch.Tensor, z: torch.Tensor, lora_B: torch.Tensor) -> bool:
         base = self.base_layer
         return (
             type(base) is nn.Linear
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not x.is_nested
             and x.dtype == z.dtype == base.weight.dtype
-            # Float16 has too small a range for B and its gradient.
+            # The range of float16 is too small for B and its gradient.
             and z.dtype in (lora_B.dtype, torch.bfloat16)
             and not torch.is_autocast_enabled(x.device.type)
         )
@@ -136,22 +138,22 @@ class AdapterLayer(nn.Module):
     def _added_in_place(
         self, x: torch.Tensor, z: torch.Tensor, lora_B: torch.Tensor
     ) -> torch.Tensor:
-        """Add onto the output of a linear layer, which is fresh and saved for no gradient.
+        """Add B s P x in place to the output of a linear layer, which autograd does not save.
 
-        That spares two passes over it. It is made with two axes, as autograd copies what is
-        changed through a view.
+        This saves two passes over the output. It is computed with two axes, as autograd copies a
+        view that is changed in place.
         """
         output: torch.Tensor = self.base_layer(x.reshape(-1, x.shape[-1]))
         output.addmm_(z.reshape(-1, z.shape[-1]), lora_B.T)
-        # Not a view for autograd, as F.linear does it: the caller may add onto it in place, too.
+        # Not a view for autograd, as in F.linear: the caller may change it in place, too.
         shape = [*x.shape[:-1], output.shape[-1]]
         whole: torch.Tensor = torch.ops.aten._unsafe_view(output, shape)
         return whole
 
     def merge(self, name: str) -> None:
-        """Give the layer the weight W + s B P; the old weight is kept aside for `unmerge`."""
+        """Give the layer the weight W + s B P; keep the old weight for `unmerge`."""
         self.unmerge()
-        weight = self._own_weight()
+        weight = self._weight_parameter()
         assert weight is not None
         projection = self.projection(name)
         with torch.no_grad():
@@ -159,19 +161,21 @@ class AdapterLayer(nn.Module):
             lora_B = self.lora_B[name].to(wide) * projection.scale.to(wide)
             delta = self.view.delta_weight(lora_B @ projection.weight.to(wide), weight)
             merged = (weight.to(wide) + delta).to(weight.dtype)
-        self._kept = (weight,)
-        # A new parameter: what is tied to the old one (an embedding) must not change.
+        self._unmerged_weight = (weight,)
+        # A new parameter: a tied weight (of an embedding) must not change.
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
         self.merged = name
 
     def unmerge(self) -> None:
-        """Put the old weight back, bit by bit."""
+        """Restore the old weight, bit by bit."""
         if self.merged is not None:
-            (self.base_layer.weight,) = self._kept
-            self._kept, self.merged = (), None
+            (self.base_layer.weight,) = self._unmerged_weight
+            self._unmerged_weight, self.merged = (), None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self._kept = tuple(nn.Parameter(fn(w), requires_grad=w.requires_grad) for w in self._kept)
+        self._unmerged_weight = tuple(
+            nn.Parameter(fn(w), requires_grad=w.requires_grad) for w in self._unmerged_weight
+        )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -188,12 +192,12 @@ class AdapterLayer(nn.Module):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
-    def _own_weight(self) -> nn.Parameter | None:
+    def _weight_parameter(self) -> nn.Parameter | None:
         weight = self.base_layer._parameters.get("weight")
         return weight if weight is not None and weight.is_floating_point() else None
 
     def _weight(self) -> torch.Tensor | None:
-        """Return the tensor that says where the layer is and in which dtype it computes."""
+        """Return the tensor with the device and dtype of the layer."""
         weight = getattr(self.base_layer, "weight", None)
         if isinstance(weight, torch.Tensor):
             return weight

@@ -1,4 +1,4 @@
-"""Adapters of a whole model: plugging in, switching, merging, taking out."""
+"""Adapters of a model: attach, switch, merge, detach."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ def attach(
     dropout: float = 0.0,
     adapter_name: str = "default",
 ) -> None:
-    r"""Put a low-rank adapter beside each layer: :math:`W x + B \, s P x`, with B = 0 at first.
+    r"""Add a low-rank adapter to each layer: :math:`W x + B \, s P x`, with B = 0 at first.
 
     The model's outputs are unchanged until B is trained. B, and P if ``trainable``, are the only
-    parameters left that want a gradient: thaw a head yourself. Layers with one projector in common
-    that are given the same tensor compute P x once.
+    parameters that require a gradient: unfreeze a head yourself. Layers with the same projector and
+    the same input tensor compute P x once.
 
     Parameters
     ----------
     model : torch.nn.Module
         Changed in place: each layer is replaced by an `AdapterLayer` around it.
     projectors : mapping of str to Projector
-        From layer names, as `fit_projectors` gives it.
+        By layer names, as from `fit_projectors`.
     scaling : "energy" or float, default "energy"
         s. ``"energy"`` gives s P x the energy that LoRA's random A would give it, layer by layer,
         so that learning rates carry over between models (about ten times LoRA's for a frozen P). A
-        number is the paper's lambda. With a frozen P and Adam, s and the learning rate are one
-        knob: halving one and doubling the other changes nothing.
+        number is the paper's lambda. With a frozen P and Adam, s and the learning rate are
+        equivalent: halving s and doubling the rate changes nothing.
     trainable : bool, default False
-        Train P, too. A frozen P is a buffer; it saves P x for the backward pass and not x.
+        Train P as well. A frozen P is a buffer; it saves P x for the backward pass and not x.
     dropout : float, default 0
         Probability with which entries of P x are dropped in training.
     adapter_name : str, default "default"
-        Its name; it becomes the active one. Adapters with equal frozen projectors share them.
+        Name of the adapter, which becomes active. Adapters share equal frozen projectors.
 
     Raises
     ------
     LayerError
-        If a layer is not in the model, its forward would never run, or it is no matrix.
+        If a layer is not in the model, its forward would never run, or its class is unsupported.
     ShapeError
-        If a projector has other features than its layer.
+        If a projector and its layer have different numbers of features.
     SettingError
-        If the name is taken or empty, or a number is out of range.
+        If the name is in use or invalid, or a number is out of range.
 
     Notes
     -----
-    Cost for n rows: O(n r (features + outputs)) a layer, the first part once for each group that
-    shares.
+    Cost for n rows: O(n r (features + outputs)) for each layer, the part of the features once for
+    layers that share P x.
 
     Examples
     --------
@@ -128,12 +128,12 @@ def add_adapter(
 
 
 def check_new(model: nn.Module, adapter_name: str) -> None:
-    """Hold a name against those of the adapters there are, and of what modules have anyway.
+    """Check the name of a new adapter.
 
     Raises
     ------
     SettingError
-        If it cannot be that of a new adapter.
+        If it is in use, or torch cannot use it as the name of a parameter.
     """
     taken = list_adapters(model)
     if (
@@ -142,8 +142,8 @@ def check_new(model: nn.Module, adapter_name: str) -> None:
         or adapter_name in taken
     ):
         raise SettingError(
-            f"expected a new name for an adapter, an identifier, got {adapter_name!r}; taken are "
-            f"{taken} and the names that torch's modules use"
+            f"expected a new name for an adapter, an identifier, got {adapter_name!r}; in use are "
+            f"{taken} and the attributes of torch's modules"
         )
 
 
@@ -163,7 +163,7 @@ def list_adapters(model: nn.Module) -> list[str]:
 
 
 def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
-    """Make one adapter the active one, and the only one that wants gradients; None for none.
+    """Activate an adapter, and train only its parameters; None for none.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     False
     """
     if adapter_name is not None:
-        _checked(model, adapter_name)
+        _existing(model, adapter_name)
     for _, layer in adapter_layers(model):
         layer.active = (
             adapter_name if adapter_name is not None and adapter_name in layer.lora_B else None
@@ -196,7 +196,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Run the model without its adapters, merged ones too; nothing of them changes.
+    """Disable all adapters, also merged ones, within a context. Their tensors do not change.
 
     Examples
     --------
@@ -220,22 +220,22 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Compute an adapter into the weights: no cost at inference until `unmerge`.
+    """Merge an adapter into the weights: no cost at inference until `unmerge`.
 
-    The weights themselves are not written: each layer gets a new one and keeps the old one aside.
+    No weight is written: each layer gets a new weight and keeps the old one.
 
     Parameters
     ----------
     model : torch.nn.Module
     adapter_name : str, optional
-        The active one by default.
+        By default the active adapter.
 
     Raises
     ------
     LayerError
-        If a layer is quantised, or wrapped by another library; nothing is merged then.
+        If a layer is quantized, or wrapped by another library; then nothing is merged.
     SettingError
-        If the model has no such adapter, or none is active.
+        If the model has no such adapter, or no adapter is active.
 
     Examples
     --------
@@ -246,26 +246,27 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> None:
     >>> merge(model)
     >>> unmerge(model)
     """
-    named = [
-        (name, layer, adapter_name or layer.active or "") for name, layer in adapter_layers(model)
+    selected = [
+        (name, layer, wanted)
+        for name, layer in adapter_layers(model)
+        if (wanted := adapter_name or layer.active or "") in layer.lora_B
     ]
-    chosen = [(name, layer, one) for name, layer, one in named if one in layer.lora_B]
-    if not chosen:
+    if not selected:
         raise SettingError(
             f"expected an adapter among {list_adapters(model)}, got {adapter_name!r}"
         )
-    for name, layer, _ in chosen:
+    for name, layer, _ in selected:
         if not layer.mergeable:
             raise LayerError(
                 f"layer {name!r}: expected a floating weight to merge into, got a "
                 f"{type(layer.base_layer).__name__}; leave the adapters unmerged"
             )
-    for _, layer, one in chosen:
-        layer.merge(one)
+    for _, layer, wanted in selected:
+        layer.merge(wanted)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the old weights back, bit by bit.
+    """Restore the old weights, bit by bit.
 
     Examples
     --------
@@ -273,17 +274,17 @@ def unmerge(model: nn.Module) -> None:
 
     >>> import torch
     >>> from ipa_torch import unmerge
-    >>> unmerge(torch.nn.Linear(2, 2))  # nothing is merged: nothing to do
+    >>> unmerge(torch.nn.Linear(2, 2))  # no effect without a merged adapter
     """
     for _, layer in adapter_layers(model):
         layer.unmerge()
 
 
 def detach(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Take an adapter out, or all of them, and with the last one every trace.
+    """Remove an adapter, or all; without adapters the model has its original layers again.
 
-    A layer with a merged adapter keeps the merged weight if it is the last one to go: `merge` and
-    `detach` make a plain model with the adapter in its weights.
+    A layer whose last adapter is merged keeps the merged weight: after `merge` and `detach` the
+    original layers have the adapter in their weights.
 
     Raises
     ------
@@ -302,7 +303,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
       (0): Linear(in_features=16, out_features=4, bias=True)
     )
     """
-    for name in list_adapters(model) if adapter_name is None else [_checked(model, adapter_name)]:
+    for name in list_adapters(model) if adapter_name is None else [_existing(model, adapter_name)]:
         for _, layer in adapter_layers(model):
             if name in layer.lora_B:
                 layer.remove(name)
@@ -313,7 +314,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
         unfreeze(unwrap_model(model))
 
 
-def _checked(model: nn.Module, adapter_name: str) -> str:
+def _existing(model: nn.Module, adapter_name: str) -> str:
     if adapter_name not in (known := list_adapters(model)):
         raise SettingError(f"expected an adapter among {known}, got {adapter_name!r}")
     return adapter_name

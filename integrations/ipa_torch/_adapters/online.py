@@ -1,4 +1,4 @@
-"""Projections that go on learning while the adapter is trained."""
+"""Online learning of projections during the training of an adapter."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from ipa_torch._layers.matmul_view import input_of
 
 
 class OnlineLearning:
-    r"""Lets an adapter's frozen P follow the inputs that its layers see in training.
+    r"""Updates of an adapter's frozen P from the inputs of its layers in training.
 
     The paper's online modes: ``online_ipca`` with `ipa_core.IncrementalPCA`, ``online_gha`` with
-    `ipa_core.HebbianRule`. Forward passes in training mode with gradients enabled record, once,
-    also under gradient checkpointing. P changes in `step` alone: call it after the optimiser's.
+    `ipa_core.HebbianRule`. Forward passes in training mode with gradients enabled are recorded,
+    once, also under gradient checkpointing. P changes in `step` only: call it after the step of the
+    optimizer.
 
-    The new P is first turned within its span towards the old one (Procrustes), and B is carried
-    along, so that the function changes as little as it can:
+    The new P is first rotated within its span to be closest to the old P (Procrustes), and the
+    basis of B is changed, so that the function changes as little as possible:
 
     .. math:: B \leftarrow \frac{s_{old}}{s_{new}} \, B \, P_{old} P_{new}^\top
 
-    What is left is the part of B P_old outside the new span; `step` reports it. The optimiser's
-    first moment of B turns alike, times s_new / s_old, as gradients do.
+    The part of B P_old outside the new span is lost; `step` returns its share. The optimizer's
+    first moment of B is rotated likewise, times s_new / s_old, as gradients are.
 
     Parameters
     ----------
@@ -46,12 +47,12 @@ class OnlineLearning:
     learner : callable, default `ipa_core.IncrementalPCA`
         Makes a learner from a rank.
     adapter_name : str, default "default"
-        Which adapter; its P must be frozen.
+        The adapter; its P must be frozen.
     scaling : "energy" or float, default "energy"
-        As given to `attach`: "energy" follows the inputs, a number stays.
+        As for `attach`: "energy" follows the inputs, a number is constant.
     row_weights : callable or None
-        As for `fit_projectors`; it is given the keywords that the model is called with, or its
-        positional arguments.
+        As for `fit_projectors`; its argument is the keywords of the model's call, or the positional
+        arguments.
     max_patches : int or None, default 8192
         As for `fit_projectors`.
 
@@ -62,9 +63,9 @@ class OnlineLearning:
 
     Notes
     -----
-    Of `torch.compile`: compiled code runs no hooks that it was not compiled with. `step` says so
-    when nothing was recorded. In distributed training all workers' learners are merged in `step`,
-    so that P is the same everywhere.
+    Compiled code (`torch.compile`) runs no hooks that are registered afterwards; `step` raises if
+    nothing was recorded. In distributed training `step` merges the learners of all ranks, so that P
+    is the same on all.
 
     Examples
     --------
@@ -73,11 +74,11 @@ class OnlineLearning:
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
     >>> x = torch.randn(64, 8)
     >>> attach(model, fit_projectors(model, [x], rank=2, progress=False))
-    >>> optimiser = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     >>> with OnlineLearning(model) as online:
     ...     model(x).square().mean().backward()
-    ...     optimiser.step()
-    ...     lost_share = online.step(optimiser)
+    ...     optimizer.step()
+    ...     lost_share = online.step(optimizer)
     >>> sorted(lost_share)
     ['0']
     """
@@ -105,9 +106,9 @@ class OnlineLearning:
         if not self._groups or any(projection.trainable for projection in self._groups):
             raise SettingError(
                 f"expected an adapter {adapter_name!r} with a frozen P, got "
-                f"{'a trained one' if self._groups else 'none'}; attach it with trainable=False"
+                f"{'a trained P' if self._groups else 'none'}; attach it with trainable=False"
             )
-        self._learners = {one: learner(one.rank) for one in self._groups}
+        self._learners = {projection: learner(projection.rank) for projection in self._groups}
         self._recorded: set[tuple[SharedProjection, int]] = set()
         self._forward: set[SharedProjection] = set()  # recorded outside of backward passes
         self._fresh: set[SharedProjection] = set()  # recorded since the last step
@@ -115,7 +116,7 @@ class OnlineLearning:
 
     def __repr__(self) -> str:
         layers = sum(map(len, self._groups.values()))
-        rows = max(one.samples for one in self._learners.values())
+        rows = max(learner.samples for learner in self._learners.values())
         return f"OnlineLearning({layers} layers, {len(self._groups)} projectors, {rows:,} rows)"
 
     def __enter__(self) -> Self:
@@ -141,51 +142,52 @@ class OnlineLearning:
         self._handles.clear()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float]:
-        """Take over what was learned into P, and carry B along.
+        """Update P from the learners, and change the basis of B.
 
         Parameters
         ----------
         optimizer : torch.optim.Optimizer, optional
-            The one that trains B; its first moments are carried along.
+            The optimizer of B, whose first moments change basis with B.
 
         Returns
         -------
         dict of str to float
-            For each layer the share of B P_old, in Frobenius norm, that the new span has no room
-            for: 0 for no jump of the function.
+            For each layer the share of B P_old outside the new span, in Frobenius norm: 0 if the
+            function does not change.
 
         Raises
         ------
         SettingError
             If nothing was recorded since the last step.
         """
-        # Among workers nobody may leave: the others would wait for ever.
+        # In a process group no rank may raise: the others would wait for it.
         if not self._fresh and world() is None:
             raise SettingError(
                 "expected a forward pass in training mode with gradients since the last step, got "
                 "none that was seen; enter the context before it, and do not compile the model"
             )
         lost_share: dict[str, float] = {}
-        found = merge_across_ranks(
-            {next(iter(g)): self._learners[p] for p, g in self._groups.items()}, world()
-        )
-        for (projection, layers), learned in zip(self._groups.items(), found.values(), strict=True):
-            if learned is None or learned.samples < projection.rank:
+        learners = {next(iter(g)): self._learners[p] for p, g in self._groups.items()}
+        projectors = merge_across_ranks(learners, world())
+        for (projection, layers), projector in zip(
+            self._groups.items(), projectors.values(), strict=True
+        ):
+            if projector is None or projector.samples < projection.rank:
                 lost_share |= dict.fromkeys(layers, 0.0)
                 continue
             lora_B = {name: layer.lora_B[self._adapter] for name, layer in layers.items()}
             lost_share |= change_basis(
-                projection, lora_B, learned, resolve_scale(learned, self._scaling), optimizer
+                projection, lora_B, projector, resolve_scale(projector, self._scaling), optimizer
             )
         self._fresh.clear()
         self._forward.clear()
         return lost_share
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the learners' states by their first layer, to be saved beside the optimiser's.
+        """Return the learners' states by their first layer, to be saved with the optimizer's.
 
-        P itself is in the model's state, and in `adapter_state_dict`. Each process of a distributed
-        training has learners of its own.
+        P is in the model's state, and in `adapter_state_dict`. In distributed training each rank
+        has its own learners.
         """
         return {
             next(iter(layers)): self._learners[projection].state_dict()
@@ -193,7 +195,7 @@ class OnlineLearning:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on learning from where `state_dict` stood, with the same adapters and learner.
+        """Restore the learners from a `state_dict` of the same adapters and learner.
 
         Raises
         ------
@@ -202,7 +204,7 @@ class OnlineLearning:
         FileFormatError
             If it is of another kind of learner.
         """
-        first = {next(iter(layers)): one for one, layers in self._groups.items()}
+        first = {next(iter(layers)): projection for projection, layers in self._groups.items()}
         if state.keys() != first.keys():
             raise SettingError(f"expected the state of {[*first]}, got that of {[*state]}")
         for name, projection in first.items():
@@ -212,7 +214,7 @@ class OnlineLearning:
                 raise with_context(error, f"layer {name!r}") from error
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The same tensor may come again in another batch, and counts again.
+        # The same tensor in another batch counts again.
         self._recorded.clear()
         self._tensor_ids.clear()
         self._row_weighter.start(kwargs or (args[0] if len(args) == 1 else args))
@@ -236,10 +238,10 @@ class OnlineLearning:
             raise with_context(error, f"layer {name!r}") from error
 
     def _is_first_run(self, projection: SharedProjection) -> bool:
-        """Tell a forward pass from its repetition, for a checkpoint, within the backward pass.
+        """Return False for the recomputation of a recorded forward pass in a backward pass.
 
-        A reentrant checkpoint runs first without gradients, which is not recorded: then the
-        repetition is.
+        Reentrant checkpointing runs first without gradients, which is not recorded; then the
+        recomputation is.
         """
         if torch._C._current_graph_task_id() == -1:
             self._forward.add(projection)
@@ -254,6 +256,6 @@ class OnlineLearning:
         self._fresh.add(projection)
         with no_autocast(x.device):
             view = projection.view
-            chosen = self._row_weighter(x, view.row_shape(x))
-            rows, weights = view.im2row(x.detach(), chosen, self._max_patches)
+            subset = self._row_weighter(x, view.row_shape(x))
+            rows, weights = view.im2row(x.detach(), subset, self._max_patches)
             self._learners[projection].update(rows, weights)

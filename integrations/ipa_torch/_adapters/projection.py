@@ -1,4 +1,4 @@
-"""P x, computed once for all layers that are given x."""
+"""Projection s P x, computed once for all layers with the same input."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ipa_torch._layers.matmul_view import ConvView, LinearView
 class SharedProjection(nn.Module):
     """s P x for every row x of the input of the layers that share it.
 
-    P is a buffer when frozen, which nothing can thaw by accident, and a parameter when trained.
-    The result is kept until the last layer that shares it has come, or the input is gone.
+    A frozen P is a buffer, which ``requires_grad_`` does not reach; a trained P is a parameter. The
+    result is kept until the last layer that shares it has used it, or the input is freed.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class SharedProjection(nn.Module):
     scale : float
         s.
     view : LinearView or ConvView
-        How the layers read their input.
+        View of the layers as a matrix product.
     trainable : bool
 
     Examples
@@ -56,7 +56,7 @@ class SharedProjection(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        """Whether P is a parameter."""
+        """True if P is a parameter."""
         return "weight" in self._parameters
 
     @property
@@ -65,7 +65,7 @@ class SharedProjection(nn.Module):
         return int(self.weight.shape[0])
 
     def extra_repr(self) -> str:
-        """Tell the shape, and what becomes of P in training."""
+        """Return the shape, and whether P is trained."""
         rank, features = self.weight.shape
         return f"{features} -> {rank}, {'trained' if self.trainable else 'frozen'}"
 
@@ -79,8 +79,8 @@ class SharedProjection(nn.Module):
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
         state = self._state(x)
         if self._recent is not None:
-            reference, known, result = self._recent
-            if reference() is x and known == state:
+            reference, recent_state, result = self._recent
+            if reference() is x and recent_state == state:
                 self._uses += 1
                 if self._uses == self.users:
                     self._recent = None
@@ -91,10 +91,10 @@ class SharedProjection(nn.Module):
         return result
 
     def _state(self, x: torch.Tensor) -> tuple[Any, ...]:
-        """Return all that the result depends on beside the identity of x.
+        """Return all that the result depends on but the identity of x.
 
-        The number of the running backward pass keeps a checkpointed block, which is run again
-        within it, from finding results of its first run: autograd counts what both save.
+        The number of the running backward pass keeps a checkpointed block, which runs again within
+        it, from the results of its first run: autograd counts the saved tensors of both.
         """
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,4 +1,4 @@
-"""Putting an adapted layer in a layer's place, and the layer back."""
+"""Replacement of layers by `AdapterLayer`, and freezing of a model's parameters."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ _FROZEN = "_ipa_frozen"
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
-    """Return the adapted layers of a model by name."""
+    """Return the adapter layers of a model by name."""
     return [
         (name, m) for name, m in unwrap_model(model).named_modules() if isinstance(m, AdapterLayer)
     ]
 
 
 def wrap(model: nn.Module, name: str) -> AdapterLayer:
-    """Return the adapted layer of that name, made and put in place if there is none."""
+    """Return the adapter layer of a name; wrap the layer if it is not one."""
     layer = model.get_submodule(name)
     if isinstance(layer, AdapterLayer):
         return layer
-    made = AdapterLayer(layer)
-    _replace(model, layer, made)
-    return made
+    adapter_layer = AdapterLayer(layer)
+    _replace(model, layer, adapter_layer)
+    return adapter_layer
 
 
 def unwrap(model: nn.Module, layer: AdapterLayer) -> None:
-    """Put the plain layer back."""
+    """Restore the base layer."""
     layer.base_layer.train(layer.training)
     _replace(model, layer, layer.base_layer)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another one, wherever that is."""
+    """Replace a module at all its places in the model."""
     for parent in [module for module in model.modules() if module is not new]:
         for key, child in parent._modules.items():
             if child is old:
@@ -46,9 +46,9 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _keep_off_fast_path(layer: AdapterLayer) -> None:
-    """Keep nn.TransformerEncoderLayer from reading weights past the layers that hold them.
+    """Register a hook, with which nn.TransformerEncoderLayer calls its layers.
 
-    In evaluation mode it calls a fused kernel, unless one of its modules has a hook.
+    Without hooks it calls a fused kernel in evaluation mode, with the weights of its layers.
     """
     if not layer._forward_pre_hooks:
         layer.register_forward_pre_hook(_noop_hook)
@@ -59,7 +59,7 @@ def _noop_hook(module: nn.Module, args: Any) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze all parameters, once, and remember which."""
+    """Freeze all parameters of a model without adapters, and record which were trainable."""
     if adapter_layers(model):
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""An adapter as a flat dictionary of tensors."""
+"""State dict of an adapter: a flat dictionary of tensors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _VERSION_KEY, _VERSION = "format_version", 2
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """Return all that an adapter is: B of each layer, each P once, and no learning state.
+    """Return the tensors of an adapter: B of each layer, and each P once.
 
     Returns
     -------
     dict of str to torch.Tensor
-        ``layers.NAME.lora_B`` (outputs, rank), ``layers.NAME.projection`` (number of its P),
+        ``layers.NAME.lora_B`` (outputs, rank), ``layers.NAME.projection`` (the number of its P),
         ``projections.NUMBER.weight`` (rank, features), ``.scale`` and ``.trainable``, and
         ``format_version``. Ready for ``safetensors.torch.save_file``; `load_adapter_state_dict`
         reads it.
@@ -68,25 +68,25 @@ def load_adapter_state_dict(
     dropout: float = 0.0,
     adapter_name: str = "default",
 ) -> None:
-    """Attach the adapter that `adapter_state_dict` described, in place of one of that name.
+    """Attach an adapter from its `adapter_state_dict`; it replaces an adapter of the same name.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The same architecture.
+        A model of the same architecture.
     state : mapping of str to torch.Tensor
-        On any device.
+        A result of `adapter_state_dict`, on any device.
     dropout : float, default 0
-        As for `attach`; it is a setting of training, not of the adapter.
+        As for `attach`; the state does not include it.
     adapter_name : str, default "default"
-        Its name here; it becomes the active one.
+        Name of the adapter in this model, which becomes active.
 
     Raises
     ------
     FileFormatError
         If an entry is missing or does not fit, or the state is of another format version.
     LayerError, ShapeError
-        If the model's layers are others.
+        If the model has other layers.
 
     Examples
     --------
@@ -142,7 +142,7 @@ def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Ten
         if key.startswith(f"{_LAYER}.") and key.endswith(".lora_B")
     ]
     if not names:
-        raise FileFormatError("expected the state of an adapter, got one without layers")
+        raise FileFormatError("expected the state of an adapter, got a state without layers")
     return {
         name: (
             int(_entry(state, f"{_LAYER}.{name}.projection")),

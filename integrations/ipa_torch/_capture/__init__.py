@@ -1,1 +1,1 @@
-"""Forward passes that leave a model as it was, and the rows to learn from."""
+"""Forward passes in evaluation mode, and the activation rows and weights in them."""

@@ -1,4 +1,4 @@
-"""Finding layers that are read past."""
+"""Detect layers whose weight is used without calling them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class WeightUseTracer(TorchFunctionMode):
-    """Notes the layers whose weight any torch function is given, by whomever.
+    """Record of the layers whose weights are passed to any torch function.
 
-    A layer of which this is so, and whose forward never runs, is bypassed:
-    ``F.linear(x, layer.weight)`` is invisible to hooks, and to adapters.
+    A layer in the record whose forward never runs is bypassed: hooks and adapters do not see
+    ``F.linear(x, layer.weight)``.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -29,8 +29,8 @@ class WeightUseTracer(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Look at the arguments, then do what was asked for."""
-        # Reading an attribute such as weight.dtype is no use of the weight.
+        """Record the layers of the arguments, then call the function."""
+        # Access to an attribute such as weight.dtype does not use the weight.
         if getattr(func, "__name__", "") != "__get__":
             for value in (*args, *(kwargs or {}).values()):
                 if isinstance(value, torch.Tensor) and id(value) in self._owners:

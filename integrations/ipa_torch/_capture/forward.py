@@ -1,4 +1,4 @@
-"""How a batch gets into a model."""
+"""Forward pass of a batch, and devices of models and batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Forward: TypeAlias = Callable[[nn.Module, Any], object]
 
 
 def default_forward(model: nn.Module, batch: Any) -> None:
-    """Call a model: a mapping gives keywords, a tuple or list positions, all else one argument."""
+    """Call a model with a batch: keywords of a mapping, items of a tuple or list, or the batch."""
     batch = on_device(batch, device_of(model))
     try:
         if isinstance(batch, Mapping):
@@ -23,18 +23,18 @@ def default_forward(model: nn.Module, batch: Any) -> None:
         else:
             model(batch)
     except TypeError as error:
-        # Most often a loader of (input, label) pairs and a model that takes inputs alone.
+        # Most often a loader of (input, label) pairs and a model of inputs only.
         error.add_note(
             "The model was called with the batch: a mapping as keywords, a tuple or list by "
-            "position. Pass forward=lambda model, batch: ... to call it in another way."
+            "position. Pass forward=lambda model, batch: ... for another call."
         )
         raise
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Return the device of the first tensor that is somewhere; None if there is none.
+    """Return the device of the first tensor that is not on the meta device; None without any.
 
-    Weights that are loaded when they are needed are on the meta device until then.
+    Offloaded weights are on the meta device until their layer runs.
     """
     for tensor in chain(model.parameters(), model.buffers()):
         if not tensor.is_meta:
@@ -43,9 +43,9 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def on_device(batch: Any, device: torch.device | None) -> Any:
-    """Return a batch with its tensors on ``device``, whatever they are nested in."""
+    """Return a batch with its tensors, also nested ones, on ``device``."""
     if isinstance(batch, torch.Tensor):
-        # A copy to the host has to be waited for.
+        # A copy to the host must be synchronous.
         return batch if device is None else batch.to(device, non_blocking=device.type != "cpu")
     if isinstance(batch, Mapping):
         return {key: on_device(value, device) for key, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Which rows of an activation count, and how much."""
+"""Weights of an activation's rows, from the masks of a batch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def attention_mask(batch: Any) -> Weights:
     Parameters
     ----------
     batch : mapping or other
-        A mapping with a 2-D ``attention_mask`` of shape (batch, positions), as tokenisers make it.
-        With a 2-D ``decoder_attention_mask`` as well, both are returned, the decoder's second.
+        A mapping with a 2-D ``attention_mask`` of shape (batch, positions), as tokenizers make it.
+        With a 2-D ``decoder_attention_mask``, both are returned, the decoder's second.
 
     Returns
     -------
@@ -40,16 +40,18 @@ def attention_mask(batch: Any) -> Weights:
     """
     if not isinstance(batch, Mapping):
         return None
-    mask, other = (_plain(batch.get(f"{part}attention_mask")) for part in ("", "decoder_"))
-    return mask if other is None else (mask, other)
+    mask, decoder_mask = (
+        _mask_or_none(batch.get(f"{part}attention_mask")) for part in ("", "decoder_")
+    )
+    return mask if decoder_mask is None else (mask, decoder_mask)
 
 
-def _plain(mask: Any) -> torch.Tensor | None:
+def _mask_or_none(mask: Any) -> torch.Tensor | None:
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 class RowSelection:
-    """The rows that count in one batch: one index, found once, whatever the number of layers."""
+    """Rows of nonzero weight in a batch, computed once for all layers."""
 
     def __init__(self, weights: torch.Tensor) -> None:
         self.shape = tuple(weights.shape)
@@ -68,60 +70,60 @@ class RowSelection:
         return row_shape == self.shape or row_shape == (math.prod(self.shape),)
 
     def on(self, device: torch.device) -> RowSubset:
-        """Return the places that count, None for all, and their weights, None for ones."""
+        """Return the positions of nonzero weight, None for all, and their weights, None for 1."""
         if device not in self._moved:
             self._moved[device] = on_device(self._index, device), on_device(self._weights, device)
         return self._moved[device]
 
 
 class RowWeighter:
-    """Finds the rows that count in each activation of the present batch.
+    """Row weights of each activation of the current batch.
 
-    In an encoder-decoder model the encoder's weights hold until its output has been computed, and
-    for that output itself afterwards; everything else is the decoder's.
+    In an encoder-decoder model, activations up to and including the encoder's output use the
+    encoder mask, all others the decoder mask.
     """
 
     def __init__(self, model: nn.Module, row_weights: RowWeights | None) -> None:
         self._row_weights = row_weights
         self._encoder = _encoder_of(model)
         self._handle: torch.utils.hooks.RemovableHandle | None = None
-        self._done = False
-        self._output: Key | None = None
+        self._encoder_done = False
+        self._encoder_output: Key | None = None
         self._first: RowSelection | None = None
         self._second: RowSelection | None = None
 
     def start(self, batch: Any) -> int | None:
-        """Begin a batch; return the number of its rows that count, if it has weights."""
-        self._done = False
+        """Start a batch; return its number of rows of nonzero weight, or None without weights."""
+        self._encoder_done = False
         weights = None if self._row_weights is None else self._row_weights(batch)
         first, second = weights if isinstance(weights, tuple) else (weights, None)
         self._first, self._second = (_selection(part) for part in (first, second))
         return None if self._first is None else self._first.rows
 
     def open(self) -> None:
-        """Set a hook on the encoder, if there is one, to know when it has ended."""
+        """Register a hook at the end of the encoder, if there is one."""
         if self._encoder is not None:
-            self._handle = self._encoder.register_forward_hook(self._encoder_ends)
+            self._handle = self._encoder.register_forward_hook(self._encoder_hook)
 
     def close(self) -> None:
-        """Take it off again."""
+        """Remove the hook."""
         if self._handle is not None:
             self._handle.remove()
 
     def __call__(self, activation: torch.Tensor, row_shape: tuple[int, ...]) -> RowSubset:
-        """Return the places of an activation that count, and their weights."""
-        selection = self._second if self._is_decoders(activation) else self._first
+        """Return the positions of nonzero weight in an activation, and their weights."""
+        selection = self._second if self._is_of_decoder(activation) else self._first
         if selection is None or not selection.fits(row_shape):
             return None, None
         return selection.on(activation.device)
 
-    def _is_decoders(self, activation: torch.Tensor) -> bool:
-        return self._done and storage_key(activation) != self._output
+    def _is_of_decoder(self, activation: torch.Tensor) -> bool:
+        return self._encoder_done and storage_key(activation) != self._encoder_output
 
-    def _encoder_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._done = True
+    def _encoder_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._encoder_done = True
         hidden = output if isinstance(output, torch.Tensor) else output[0]
-        self._output = storage_key(hidden)
+        self._encoder_output = storage_key(hidden)
 
 
 def _encoder_of(model: nn.Module) -> nn.Module | None:
@@ -136,7 +138,7 @@ def _selection(weights: Any) -> RowSelection | None:
         return None
     if not isinstance(weights, torch.Tensor):
         raise ShapeError(
-            f"expected row weights that are a tensor, got {type(weights).__name__}; "
-            "let row_weights return a tensor of one weight for each row, or None"
+            f"expected row weights as a tensor, got {type(weights).__name__}; "
+            "let row_weights return a tensor with a weight for each row, or None"
         )
     return RowSelection(weights)

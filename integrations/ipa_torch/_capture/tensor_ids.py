@@ -1,4 +1,4 @@
-"""Whether two layers were given the same tensor."""
+"""Identity of tensors within a batch: whether two layers have the same input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def storage_key(tensor: torch.Tensor) -> Key:
 
 
 def tensor_key(tensor: torch.Tensor) -> Key:
-    """Return what fixes a tensor's contents while it is alive: place, geometry and version."""
+    """Return a key of a live tensor's contents: memory, geometry and version."""
     return (
         *storage_key(tensor),
         tensor.storage_offset(),
@@ -28,11 +28,11 @@ def tensor_key(tensor: torch.Tensor) -> Key:
 
 
 class TensorIds:
-    """Numbers the tensors of a batch, the same number for the same live, unchanged contents.
+    """Numbers of the tensors of a batch, equal for the same live and unchanged contents.
 
-    Tensors are held weakly: nothing outlives the forward pass because it was seen here. An address
-    is trusted only while the tensor first seen there is alive and unchanged, as it is handed out
-    again once that is freed. Tensors made in inference mode count no versions, so each is new.
+    References are weak, so that no tensor outlives the forward pass. An address counts only while
+    its first tensor is alive and unchanged, as the allocator reuses it afterwards. Tensors made in
+    inference mode have no version counter; each gets a new number.
     """
 
     def __init__(self) -> None:
@@ -45,13 +45,13 @@ class TensorIds:
             return self._next()
         key = tensor_key(tensor)
         if key in self._seen:
-            reference, id_of = self._seen[key]
+            reference, number = self._seen[key]
             first = reference()
             if first is not None and tensor_key(first) == key:
-                return id_of
-        id_of = self._next()
-        self._seen[key] = (weakref.ref(tensor), id_of)
-        return id_of
+                return number
+        number = self._next()
+        self._seen[key] = (weakref.ref(tensor), number)
+        return number
 
     def clear(self) -> None:
         """Forget the tensors of the batch that has ended."""

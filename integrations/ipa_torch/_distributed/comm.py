@@ -1,4 +1,4 @@
-"""Bytes between the processes of a group."""
+"""Communication of bytes between the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ProcessGroup: TypeAlias = "distributed.ProcessGroup"
 
 
 class Communicator:
-    """Sends bytes among the members of a process group, who are numbered from 0.
+    """Communicator of bytes between the ranks of a process group.
 
-    Over gloo from the host's memory, over NCCL by way of the current GPU.
+    gloo sends from host memory, NCCL from the current GPU.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -25,13 +25,13 @@ class Communicator:
         self._device = torch.device("cuda" if gpu_only else "cpu")
 
     def send(self, to: int, data: bytes) -> None:
-        """Send bytes to one member, who must be about to `receive` them."""
+        """Send bytes to a rank, which must call `receive`."""
         to = distributed.get_global_rank(self._group, to)
         distributed.send(self._number(len(data)), to, self._group)
         distributed.send(self._tensor(data), to, self._group)
 
     def receive(self, source: int) -> bytes:
-        """Return the bytes that a member sends."""
+        """Return the bytes that a rank sends."""
         source = distributed.get_global_rank(self._group, source)
         size = self._number(0)
         distributed.recv(size, source, self._group)
@@ -40,7 +40,7 @@ class Communicator:
         return _bytes(data)
 
     def broadcast(self, source: int, data: bytes | None) -> bytes:
-        """Return everywhere what one member has; the others pass None."""
+        """Return the bytes of the source rank on all ranks; the others pass None."""
         origin = distributed.get_global_rank(self._group, source)
         size = self._number(0 if data is None else len(data))
         distributed.broadcast(size, origin, self._group)
@@ -49,7 +49,7 @@ class Communicator:
         return _bytes(content) if data is None else data
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Return everywhere what all members have, in their order."""
+        """Return the bytes of all ranks, in their order, on all ranks."""
         sizes = [self._number(0) for _ in range(self.world_size)]
         distributed.all_gather(sizes, self._number(len(data)), self._group)
         most = max(int(size) for size in sizes)
@@ -59,7 +59,7 @@ class Communicator:
         return [_bytes(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
     def all_reduce_min(self, value: int) -> int:
-        """Return the least of all members' numbers."""
+        """Return the smallest number of all ranks."""
         number = self._number(value)
         distributed.all_reduce(number, distributed.ReduceOp.MIN, self._group)
         return int(number)

@@ -1,4 +1,4 @@
-"""Learning among the processes of a group: each on its own batches, with one result."""
+"""Process group of a fit: lockstep of sharded models, exchange of errors and of reports."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ ProcessGroupArg: TypeAlias = "ProcessGroup | Literal['world'] | None"
 
 
 class FitProcessGroup:
-    """The processes that learn together; also this one alone.
+    """Ranks that fit together, or this process alone.
 
-    Whoever leaves the context by an exception tells the others, who raise `PeerError` when they
-    want to merge: nobody waits for ever. Ctrl-C is not told: torchrun ends the others.
+    A rank that leaves the context by an exception sends the error to the others, which raise
+    `PeerError` at the merge instead of waiting. Ctrl-C is not sent: torchrun ends the others.
     """
 
-    def __init__(self, members: ProcessGroupArg) -> None:
-        group = world() if members == "world" else members
+    def __init__(self, process_group: ProcessGroupArg) -> None:
+        group = world() if process_group == "world" else process_group
         self.group: ProcessGroup | None = group
         self._comm = None if group is None else Communicator(group)
-        self._steps: _Lockstep | None = None
+        self._lockstep: _Lockstep | None = None
         self._over = False
-        #: Whether learning was, in this process or another, and goes no further.
+        #: Whether any rank was interrupted.
         self.interrupted = False
 
     def __enter__(self) -> Self:
@@ -50,39 +50,39 @@ class FitProcessGroup:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, Exception) and self._comm is not None and not self._over:
-            self._leave()
+            self._stop_lockstep()
             self._comm.gather(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
 
     @property
     def folder(self) -> str | None:
-        """Name of the folder in which this process keeps its own files; None if it is alone."""
+        """Name of this rank's folder of checkpoints; None without a group."""
         return None if self._comm is None else f"rank-{self._comm.rank}-of-{self._comm.world_size}"
 
     def begin(self, model: nn.Module) -> None:
-        """Go in step from here on if the model is sharded: all take part in each forward pass."""
+        """Start lockstep if the model is sharded, as all ranks take part in each forward pass."""
         if self._comm is not None:
-            self._steps = _Lockstep(self._comm) if is_sharded(model) else None
+            self._lockstep = _Lockstep(self._comm) if is_sharded(model) else None
 
     def lockstep(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Return the batches; of a sharded model, no more than every member has."""
-        return batches if self._steps is None else self._steps.common(batches)
+        """Return the batches; of a sharded model, as many as every rank has."""
+        return batches if self._lockstep is None else self._lockstep.common(batches)
 
     def all_reduce_min(self, value: int) -> int:
-        """Return the least of the numbers above 0 of members who go in step, 0 if one has left.
+        """Return the smallest positive number of all ranks in lockstep, 0 if a rank has stopped.
 
-        Where they go by themselves it is ``value``.
+        Without lockstep it is ``value``.
         """
-        return value if self._steps is None else self._steps.all_reduce_min(value)
+        return value if self._lockstep is None else self._lockstep.all_reduce_min(value)
 
     def merge(
         self, learners: Mapping[str, MergeableLearner], seen: int
     ) -> dict[str, Projector | None]:
-        """Return for each layer's pupil the projector of everybody's rows; None if nobody has any.
+        """Check the reports of all ranks, then merge the learners; see `merge_learners`.
 
         Raises
         ------
         PeerError, EmptyStreamError
-            If another process failed, or no process had a batch.
+            If another rank failed, or no rank had a batch.
         """
         if self.group is not None:
             ranks = {name: learner.rank for name, learner in learners.items()}
@@ -97,7 +97,7 @@ class FitProcessGroup:
         Raises
         ------
         PeerError
-            If another process failed.
+            If another rank failed.
         """
         with self._over_if_a_peer_fails():
             return merge_across_ranks(learners, self.group)
@@ -127,38 +127,44 @@ class FitProcessGroup:
             raise
 
     def exchange(self, report: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return everybody's report; raise if one failed or has other layers, or all saw none."""
+        """Return the reports of all ranks.
+
+        Raises
+        ------
+        PeerError, SettingError, EmptyStreamError
+            If a rank failed or has other layers, or no rank had a batch.
+        """
         assert self._comm is not None
-        self._leave()
+        self._stop_lockstep()
         reports = [json.loads(data) for data in self._comm.gather(json.dumps(report).encode())]
-        for rank, other in enumerate(reports):
-            if "failed" in other:
+        for rank, peer_report in enumerate(reports):
+            if "failed" in peer_report:
                 self._over = True
-                raise PeerError(f"process {rank} failed with {other['failed']}")
-        if any(other["layers"] != reports[0]["layers"] for other in reports):
+                raise PeerError(f"process {rank} failed with {peer_report['failed']}")
+        equal = [peer_report["layers"] == reports[0]["layers"] for peer_report in reports]
+        if not all(equal):
             self._over = True
             raise SettingError(
                 "expected the same targets, ranks and (with max_bytes) passes in all processes, "
-                "got others in process "
-                f"{[other['layers'] == reports[0]['layers'] for other in reports].index(False)}"
+                f"got others in process {equal.index(False)}"
             )
-        if not any(other["seen"] for other in reports):
+        if not any(peer_report["seen"] for peer_report in reports):
             self._over = True
             raise EmptyStreamError(
-                "expected at least one batch in one of the processes, got none; "
+                "expected at least one batch in any process, got none; "
                 "check that the loaders are neither empty nor used up"
             )
         return reports
 
-    def _leave(self) -> None:
-        if self._steps is not None:
-            self._steps.leave()
+    def _stop_lockstep(self) -> None:
+        if self._lockstep is not None:
+            self._lockstep.leave()
 
 
 class _Lockstep:
-    """What members do at the same time: before each step they tell each other a number.
+    """Lockstep of all ranks: they exchange a number before each step.
 
-    It is 0 of one who goes no further, and then nobody does.
+    A rank that stops sends 0; then all ranks stop.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -166,13 +172,13 @@ class _Lockstep:
         self._over = False
 
     def all_reduce_min(self, value: int) -> int:
-        """Return the least of everybody's numbers."""
-        least = 0 if self._over else self._comm.all_reduce_min(value)
-        self._over = not least
-        return least
+        """Return the smallest number of all ranks."""
+        smallest = 0 if self._over else self._comm.all_reduce_min(value)
+        self._over = not smallest
+        return smallest
 
     def common(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield batches as long as every member has one."""
+        """Yield batches as long as every rank has another."""
         for batch in batches:
             if not self.all_reduce_min(1):
                 return
@@ -180,12 +186,12 @@ class _Lockstep:
         self.leave()
 
     def leave(self) -> None:
-        """Let the others end as well."""
+        """Stop, on all ranks."""
         self.all_reduce_min(0)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether the processes hold parts of the model's weights (FSDP)."""
+    """Return whether each rank holds a part of the model's weights (FSDP)."""
     return any(
         hasattr(parameter, "full_tensor") or hasattr(parameter, "_is_flat_param")
         for parameter in model.parameters()

@@ -1,4 +1,4 @@
-"""One projector for all processes of a group, from what each of them learned."""
+"""Tree reduction of learners over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ _FAILED = b"!"
 _OK = b"."
 
 # Roots move by the golden ratio: a model's wide layers recur every few learners, and with whole
-# steps it would be the same members who send them each time.
-_STEP = (5**0.5 - 1) / 2
+# steps the same ranks would send them each time.
+_ROOT_STEP = (5**0.5 - 1) / 2
 
 
 class MergeableLearner(Protocol):
-    """What `ipa_core.Learner` is to others who learned the same; its state has a ``template``."""
+    """Interface of learners that merge, such as `ipa_core.Learner`.
+
+    The state of a learner with samples has a tensor ``template``.
+    """
 
     rank: int
     samples: int
@@ -33,10 +36,10 @@ class MergeableLearner(Protocol):
         """Return the same in its smallest form."""
 
     def merge(self, other: Self) -> Self:
-        """Return what was learned from both parts."""
+        """Return the learner of both parts."""
 
     def finalize(self) -> Projector:
-        """Return the projector of what was seen."""
+        """Return the projector of the rows so far."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counts and tensors."""
@@ -46,7 +49,7 @@ class MergeableLearner(Protocol):
 
 
 def world() -> ProcessGroup | None:
-    """Return the group of all processes; None if this one is by itself."""
+    """Return the group of all ranks; None in a single process."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.group.WORLD
     return None
@@ -55,22 +58,25 @@ def world() -> ProcessGroup | None:
 def merge_across_ranks(
     learners: Mapping[str, MergeableLearner], group: ProcessGroup | None
 ) -> dict[str, Projector | None]:
-    """Return for each learner the projector of all members' rows; None if nobody has rows.
+    """Return for each learner the projector of all ranks' rows; None if no rank has rows.
 
-    For each learner the members that have rows form a binomial tree; summaries are merged from its
-    leaves to its root, always in the same order, and the root sends the projector round: it is the
-    same everywhere, to the bit. The roots take turns, so that each member sends and receives about
-    one summary for each learner, however many members there are. The learners stay as they are.
+    For each learner the ranks with rows form a binomial tree. Summaries are merged from the leaves
+    to the root in a fixed order, and the root broadcasts the projector, so that all ranks have the
+    same bits. The roots rotate: each rank sends and receives about one summary for each learner,
+    for any number of ranks. The learners do not change.
 
-    The learners are named by a layer each, for messages; all members must have them in one order.
+    Keys are layer names, for messages; all ranks must have them in the same order.
 
     Raises
     ------
     PeerError
-        Everywhere, if merging fails anywhere.
+        On all ranks, if a merge fails on any.
     """
     if group is None:
-        return {name: _finalized(one) if one.samples else None for name, one in learners.items()}
+        return {
+            name: _finalized(learner) if learner.samples else None
+            for name, learner in learners.items()
+        }
     states = merge_states(learners, group, lambda total: vars(total.finalize()))
     return {name: state and Projector(**state) for name, state in states.items()}
 
@@ -80,32 +86,31 @@ def merge_states(
     group: ProcessGroup,
     state_of: Callable[[MergeableLearner], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return for each learner a state, of numbers and CPU tensors, of the learner of all ranks.
+    """Return for each learner a state of the learner merged over all ranks, as CPU tensors.
 
-    As `merge_across_ranks`, of which ``state_of`` says what the root sends.
+    As `merge_across_ranks`; ``state_of`` gives the state that the root broadcasts.
     """
     comm = Communicator(group)
     trees = _trees([learner.samples for learner in learners.values()], comm)
-    named = [(name, learners[name], tree) for name, tree in zip(learners, trees, strict=True)]
-    done = [
-        _tree_reduce(one, tree, comm, state_of) if comm.rank in tree else None
-        for _, one, tree in named
+    reduced = [
+        _tree_reduce(learner, tree, comm, state_of) if comm.rank in tree else None
+        for learner, tree in zip(learners.values(), trees, strict=True)
     ]
     return {
-        name: _broadcast(name, mine, tree, comm) if tree else None
-        for mine, (name, _, tree) in zip(done, named, strict=True)
+        name: _broadcast(name, message, tree, comm) if tree else None
+        for name, message, tree in zip(learners, reduced, trees, strict=True)
     }
 
 
 def _trees(samples: list[int], comm: Communicator) -> list[list[int]]:
-    """Return for each learner the members that have rows, the root first."""
-    mine = torch.tensor(samples, dtype=torch.int64).numpy().tobytes()
-    counts = [torch.frombuffer(bytearray(part), dtype=torch.int64) for part in comm.gather(mine)]
+    """Return for each learner the ranks that have rows, the root first."""
+    data = torch.tensor(samples, dtype=torch.int64).numpy().tobytes()
+    counts = [torch.frombuffer(bytearray(part), dtype=torch.int64) for part in comm.gather(data)]
     trees = []
     for index in range(len(samples)):
-        having = [member for member in range(comm.world_size) if int(counts[member][index])]
-        turn = int(index * _STEP % 1 * len(having))
-        trees.append(having[turn:] + having[:turn])
+        ranks = [rank for rank in range(comm.world_size) if int(counts[rank][index])]
+        first = int(index * _ROOT_STEP % 1 * len(ranks))
+        trees.append(ranks[first:] + ranks[:first])
     return trees
 
 
@@ -115,15 +120,15 @@ def _tree_reduce(
     comm: Communicator,
     state_of: Callable[[MergeableLearner], Mapping[str, Any]],
 ) -> bytes | None:
-    """Pass summaries down the tree; return the packed state at its root."""
-    place, step = tree.index(comm.rank), 1
+    """Send summaries down the tree; return the packed state at its root, None elsewhere."""
+    position, step = tree.index(comm.rank), 1
     total = _attempt(learner.compact, learner)
     while step < len(tree):
-        if place % (2 * step):
-            comm.send(tree[place - step], _packed(total))
+        if position % (2 * step):
+            comm.send(tree[position - step], _packed(total))
             return None
-        if place + step < len(tree):
-            total = _merged(total, comm.receive(tree[place + step]), learner)
+        if position + step < len(tree):
+            total = _merged(total, comm.receive(tree[position + step]), learner)
         step *= 2
     if isinstance(total, str):
         return _FAILED + total.encode()
@@ -157,11 +162,11 @@ def _finalized(learner: MergeableLearner) -> Projector:
         return learner.finalize()
 
 
-def _attempt(work: Any, learner: MergeableLearner) -> Any:
-    """Return what work gives, or in words what went wrong: others wait for an answer."""
+def _attempt(call: Callable[[], Any], learner: MergeableLearner) -> Any:
+    """Return the result of a call, or its error as text, since other ranks wait for a message."""
     try:
         with no_autocast(_device(learner)):
-            return work()
+            return call()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -172,9 +177,9 @@ def _packed(total: MergeableLearner | str) -> bytes:
     return _OK + pack_state(total.state_dict())
 
 
-def _broadcast(name: str, mine: bytes | None, tree: list[int], comm: Communicator) -> Any:
+def _broadcast(name: str, message: bytes | None, tree: list[int], comm: Communicator) -> Any:
     """Return the state that the root sends to all ranks."""
-    message = comm.broadcast(tree[0], mine)
+    message = comm.broadcast(tree[0], message)
     if message[:1] == _FAILED:
         raise PeerError(f"layer {name!r}: expected learners that merge, got {message[1:].decode()}")
     return unpack_state(message[1:], library=torch)

@@ -1,4 +1,4 @@
-"""Writing the inputs of layers to disk, so that several things can be learned from one pass."""
+"""Writer of activation stores: the inputs of layers on disk, for several fits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError, check_choice
 
 Half: TypeAlias = Literal["float16", "bfloat16"]
-# What the header of a shard takes, at most.
+# Largest size of a shard's header.
 _HEADER = 512
 
 
@@ -51,25 +51,25 @@ def store_activations(
     shard_bytes: int = 256 << 20,
     progress: bool = True,
 ) -> ActivationStore:
-    """Write what layers of a model are given to disk, to learn from it as often as one likes.
+    """Write the input activations of a model's layers to disk, for any number of fits.
 
-    Rows are chosen as `fit_projectors` chooses them; layers that are given the same tensor share
-    what is written. A store that was interrupted, by a kill too, goes on where its index stands:
-    the batches it holds are drawn again, compared, and not run. A finished one is returned.
+    Rows are selected as by `fit_projectors`; layers that are given the same tensor share files. An
+    interrupted store, also after a kill, resumes from its index: the batches that it has are read,
+    compared and skipped. A finished store is returned.
 
     Parameters
     ----------
     model, batches, targets, row_weights, forward, max_patches, progress
         As for `fit_projectors`.
     folder : path-like
-        Made if it is not there; one store. In a distributed run each process needs its own.
+        Folder of the store, created if missing. In a distributed run each rank needs its own.
     max_bytes : int, optional
-        The most that all shards may take. Writing ends before the batch that would exceed it.
+        Largest size of all shards. Writing ends before the batch that would exceed it.
     dtype : {"float16", "bfloat16"}, default "float16"
-        What rows are rounded to: 11 bits of precision up to 65,504, or 8 bits with any range.
+        Precision of the rows: 11 bits up to 65,504, or 8 bits in the range of float32.
     shard_bytes : int, default 256 MiB
-        Rows are kept in memory until there are so many bytes, of all layers; then each layer's go
-        to a shard of their own. What a kill loses.
+        Size of the buffer of all layers' rows; a full buffer is written to a shard for each
+        distinct input. A kill loses the buffer.
 
     Returns
     -------
@@ -79,15 +79,15 @@ def store_activations(
     Raises
     ------
     SettingError
-        If the budget does not hold one batch, or the folder has a store with other settings.
+        If the budget is too small for a batch, or the folder has a store with other settings.
     NonFiniteError
         If a value is beyond the range of ``dtype``; the message names the layer.
     StreamError
-        If the batches are others than those that an interrupted store holds.
+        If the batches differ from those that an interrupted store has.
     FileFormatError
         If the index is damaged.
     LayerError
-        If ``targets`` match nothing, or nothing that runs.
+        If ``targets`` match no layer that runs.
 
     Notes
     -----
@@ -134,12 +134,12 @@ def store_activations(
                 if not writer.record_batch(batch, before):
                     break
         writer.end()
-    _report(layers, writer.index)
+    _report_missing(layers, writer.index)
     return ActivationStore(folder)
 
 
 class _RowBuffer:
-    """Stands for a learner: keeps the rows, in half precision on the host, and learns nothing."""
+    """Buffer of rows in half precision on the host, with the interface of a learner."""
 
     passes = 1
 
@@ -150,36 +150,39 @@ class _RowBuffer:
         self.bytes = 0
 
     def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Deferred:
-        """Copy the rows; they are checked and kept, by rebinding, in the second half."""
-        # A copy, even where nothing has to be converted: the model may change its input later.
-        kept = rows.to(self._dtype, copy=True).cpu()
-        return Deferred(partial(self._keep, kept, weights))
+        """Copy the rows; `PendingRows.finish` checks and adds them."""
+        # A copy also without a conversion: the model may change its input later.
+        copied = rows.to(self._dtype, copy=True).cpu()
+        return Deferred(partial(self._add, copied, weights))
 
-    def _keep(self, kept: torch.Tensor, weights: torch.Tensor | None) -> Self:
-        if not bool(torch.isfinite(kept).all()):
-            bad = int((~torch.isfinite(kept).all(1)).sum())
+    def _add(self, rows: torch.Tensor, weights: torch.Tensor | None) -> Self:
+        finite = torch.isfinite(rows).all(1)
+        if not bool(finite.all()):
             raise NonFiniteError(
-                f"expected values that {self._dtype} can hold, got others in {bad} of "
-                f"{kept.shape[0]} rows; store bfloat16, or mend what makes them"
+                f"expected finite values within the range of {self._dtype}, got others in "
+                f"{int((~finite).sum())} of {len(rows)} rows; store bfloat16, or check the model"
             )
-        own = None if weights is None else weights.to(torch.float32).cpu()
-        self._parts += ((kept, own),)
-        self.samples += kept.shape[0]
-        self.bytes += kept.nbytes + (0 if own is None else own.nbytes)
+        weights = None if weights is None else weights.to(torch.float32).cpu()
+        self._parts += ((rows, weights),)
+        self.samples += rows.shape[0]
+        self.bytes += rows.nbytes + (0 if weights is None else weights.nbytes)
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all rows, and their weights unless all are one."""
-        made = {"rows": torch.cat([rows for rows, _ in self._parts])}
+        """Return all rows, and their weights unless all are 1."""
+        tensors = {"rows": torch.cat([rows for rows, _ in self._parts])}
         if any(weights is not None for _, weights in self._parts):
-            made["weights"] = torch.cat(
-                [torch.ones(len(rows)) if own is None else own for rows, own in self._parts]
+            tensors["weights"] = torch.cat(
+                [
+                    torch.ones(len(rows)) if weights is None else weights
+                    for rows, weights in self._parts
+                ]
             )
-        return made
+        return tensors
 
 
 class _Writer:
-    """Collects what layers keep and writes it in shards; the index is always of whole ones."""
+    """Writer of the buffered rows in shards; the index lists complete shards only."""
 
     def __init__(
         self,
@@ -200,22 +203,24 @@ class _Writer:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / INDEX).exists():
             self.index = Index.read(folder)
-            own = {"dtype": dtype, **settings}
+            expected = {"dtype": dtype, **settings}
             got = {"dtype": self.index.dtype, **self.index.writer_state["settings"]}
-            if own != got:
+            if expected != got:
                 raise SettingError(
-                    f"expected a store of settings {own} in {folder}, got {got}; "
+                    f"expected a store of settings {expected} in {folder}, got {got}; "
                     "take another folder"
                 )
         else:
             self.index = Index({}, dtype, 0, None, {"settings": settings, "digest": "", "files": 0})
         self._batches = self.index.batches
         self._digest: str = self.index.writer_state["digest"]
-        shards = {shard.file: shard.bytes for own in self.index.layers.values() for shard in own}
-        self._written = sum(shards.values())
+        sizes = {
+            shard.file: shard.bytes for shards in self.index.layers.values() for shard in shards
+        }
+        self._bytes_written = sum(sizes.values())
 
     def skip_seen(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Return the batches that the store does not hold yet."""
+        """Return the batches that the store does not have yet."""
         left = iter(batches)
         for kind in (".index.json.*", ".*.safetensors.*"):
             for unfinished in self._folder.glob(kind):
@@ -229,7 +234,7 @@ class _Writer:
     def record_batch(self, batch: Any, before: Mapping[str, Any]) -> bool:
         """Count a batch; return whether there is room for more."""
         pending = [cast(_RowBuffer, node.learner).bytes + _HEADER for node in self._nodes()]
-        if self._max_bytes is not None and self._written + sum(pending) > self._max_bytes:
+        if self._max_bytes is not None and self._bytes_written + sum(pending) > self._max_bytes:
             self._inputs.node_of.update(before)
             self._reason = f"max_bytes of {self._max_bytes:,} reached"
             if not self._batches:
@@ -245,7 +250,7 @@ class _Writer:
         return True
 
     def end(self) -> None:
-        """Write what is left."""
+        """Write the remaining rows, and the reason of the end."""
         if not self._batches:
             raise EmptyStreamError("expected at least one batch, got none")
         self._flush(self._reason)
@@ -255,20 +260,20 @@ class _Writer:
         return list(nodes.values())
 
     def _flush(self, ended: str | None) -> None:
-        layers = {name: list(own) for name, own in self.index.layers.items()}
+        layers = {name: list(shards) for name, shards in self.index.layers.items()}
         number = self.index.writer_state["files"]
-        made: dict[int, Shard] = {}
+        written: dict[int, Shard] = {}
         for node in self._nodes():
             data: bytes = to_bytes(node.learner.tensors())
             file = f"{number:08d}.safetensors"
             replace_file(self._folder / file, data)
             digest = hashlib.sha256(data).hexdigest()
-            made[id(node)] = Shard(file, node.learner.samples, len(data), digest)
-            self._written += len(data)
+            written[id(node)] = Shard(file, node.learner.samples, len(data), digest)
+            self._bytes_written += len(data)
             number += 1
         for name, node in self._inputs.node_of.items():
-            if id(node) in made:
-                layers.setdefault(name, []).append(made[id(node)])
+            if id(node) in written:
+                layers.setdefault(name, []).append(written[id(node)])
         order = [name for name in self._fresh if name in layers]
         random = torch.get_rng_state().numpy().tobytes().hex()
         self.index = Index(
@@ -287,10 +292,10 @@ class _Writer:
         self._inputs.node_of.update(self._fresh)
 
 
-def _report(layers: Mapping[str, nn.Module], index: Index) -> None:
+def _report_missing(layers: Mapping[str, nn.Module], index: Index) -> None:
     missing = [name for name in layers if name not in index.layers]
     if len(missing) == len(layers):
-        raise LayerError("expected rows of at least one layer, got none; no forward of them ran")
+        raise LayerError("expected rows of at least one layer, got none; no target layer ran")
     if missing:
         warnings.warn(
             f"expected rows of every layer, got none of {', '.join(map(repr, missing))}; "

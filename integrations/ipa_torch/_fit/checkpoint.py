@@ -1,4 +1,4 @@
-"""Writing down where learning stands, and going on from there."""
+"""Checkpoints of a fit, and resuming from them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ipa_torch._fit.shared_inputs import InputPrefix
 
 _INDEX = "index.safetensors"
 _VERSION = 2
-_KEPT = 2
+_CHECKPOINTS_KEPT = 2
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where and how often `fit_projectors` writes down where it stands.
+    """Folder and frequency of the checkpoints of `fit_projectors`.
 
     Parameters
     ----------
     folder : path-like
-        Made if it is not there. It holds one run: the two latest checkpoints, each a folder that
-        appears whole or not at all.
+        Created if missing. It has the two latest checkpoints of a single run, each a folder that is
+        written atomically.
     batches : int, optional
-        Write after so many batches.
+        Number of batches between checkpoints.
     seconds : float or None, default 300
-        Write once so many seconds have passed since the last time.
+        Seconds between checkpoints.
 
     Examples
     --------
@@ -57,29 +57,29 @@ class CheckpointConfig:
                 raise SettingError(f"expected {name} above 0 or None, got {value!r}")
 
     @classmethod
-    def of(cls, given: CheckpointLike) -> Self:
-        """Return the checkpoints of what a caller gave: a folder alone has the usual ones."""
-        return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
+    def of(cls, checkpoint: CheckpointLike) -> Self:
+        """Return a configuration; that of a folder has the default frequency."""
+        return checkpoint if isinstance(checkpoint, cls) else cls(checkpoint)  # type: ignore[arg-type]
 
     def under(self, name: str) -> Self:
-        """Return the same in a folder of that folder."""
+        """Return the same with a sub-folder."""
         return replace(self, folder=Path(self.folder) / name)
 
     def of_process(self, name: str | None) -> Self:
-        """Return the same for one of several processes, named ``rank-1-of-4``, say.
+        """Return the same for a rank with the folder name ``rank-1-of-4``, say; None without ranks.
 
         Raises
         ------
         SettingError
-            If there are checkpoints of another number of processes, whose batches were others.
+            If the folder has checkpoints of another number of processes, with other batches.
         """
-        there = {path.name.rpartition("-of-")[2] for path in Path(self.folder).glob("rank-*-of-*")}
-        alone = any(Path(self.folder).glob("step-*"))
-        wanted = None if name is None else name.rpartition("-of-")[2]
-        if there - {wanted} or (alone and name is not None):
+        sizes = {path.name.rpartition("-of-")[2] for path in Path(self.folder).glob("rank-*-of-*")}
+        single = any(Path(self.folder).glob("step-*"))
+        size = None if name is None else name.rpartition("-of-")[2]
+        if sizes - {size} or (single and name is not None):
             raise SettingError(
-                f"expected checkpoints of {wanted or 1} processes in {self.folder}, got those of "
-                f"{', '.join(sorted(there)) or 1}; start as many, or take another folder"
+                f"expected checkpoints of {size or 1} processes in {self.folder}, got those of "
+                f"{', '.join(sorted(sizes)) or 1}; start as many, or use another folder"
             )
         return self if name is None else self.under(name)
 
@@ -89,13 +89,13 @@ CheckpointLike: TypeAlias = "CheckpointConfig | str | os.PathLike[str]"
 
 @dataclass
 class CheckpointWriter:
-    """Counts the batches of a run, and writes down where it stands when that is due.
+    """Count of the batches of a run, and writer of its checkpoints.
 
-    Without ``checkpoints`` it only counts. `all_reduce_min` keeps the ranks of a sharded model on
+    Without ``config`` it only counts. `all_reduce_min` keeps the ranks of a sharded model on
     the same checkpoint.
     """
 
-    checkpoints: CheckpointConfig | None
+    config: CheckpointConfig | None
     collector: ActivationCollector
     settings: Mapping[str, Any]
     all_reduce_min: Callable[[int], int]
@@ -105,21 +105,21 @@ class CheckpointWriter:
     _last: float = field(default_factory=time.monotonic)
 
     def skip_seen(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Return the batches that are left, the listener being put where it stood.
+        """Restore the collector from the latest checkpoint; return the remaining batches.
 
         Raises
         ------
         FileFormatError
-            If the checkpoint is damaged; the message says what is lost.
+            If the checkpoint is damaged or of another format version; the message has the cure.
         SettingError
             If it is of a run with other settings.
         StreamError
-            If the batches are others than those it has seen.
+            If the batches differ from those of the checkpoint.
         """
-        left = iter(batches)
-        if self.checkpoints is None:
-            return left
-        folder = Path(self.checkpoints.folder)
+        remaining = iter(batches)
+        if self.config is None:
+            return remaining
+        folder = Path(self.config.folder)
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.glob(".writing-*"):
             shutil.rmtree(unfinished)
@@ -131,17 +131,17 @@ class CheckpointWriter:
         if steps:
             index = _load(steps, self.collector, self.settings)
             self.seen = self._written = index["seen"]
-            self._digest = skip(left, self.seen, index["digest"], steps[-1])
+            self._digest = skip(remaining, self.seen, index["digest"], steps[-1])
             torch.set_rng_state(index["random"])
-        return left
+        return remaining
 
     def record_batch(self, batch: Any) -> None:
-        """Count a batch that has been learned from; write if it is time."""
+        """Count a batch; write a checkpoint if it is due."""
         self.seen += 1
-        if self.checkpoints is None:
+        if self.config is None:
             return
         self._digest = chained(self._digest, batch)
-        every, seconds = self.checkpoints.batches, self.checkpoints.seconds
+        every, seconds = self.config.batches, self.config.seconds
         due = (every is not None and self.seen - self._written >= every) or (
             seconds is not None and time.monotonic() - self._last >= seconds
         )
@@ -149,10 +149,10 @@ class CheckpointWriter:
             self.write()
 
     def write(self) -> None:
-        """Write down where the listener stands, unless that is written already."""
-        if self.checkpoints is None or self.seen == self._written:
+        """Write a checkpoint, unless there is one of this batch."""
+        if self.config is None or self.seen == self._written:
             return
-        folder = Path(self.checkpoints.folder)
+        folder = Path(self.config.folder)
         scratch = folder / f".writing-{os.getpid()}"
         scratch.mkdir()
         index = {
@@ -164,33 +164,33 @@ class CheckpointWriter:
         }
         _save(scratch, self.collector.snapshot(), index)
         os.replace(scratch, folder / f"step-{self.seen:010d}")
-        for old in steps_in(folder)[:-_KEPT]:
+        for old in steps_in(folder)[:-_CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
         self._written, self._last = self.seen, time.monotonic()
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the latest one last."""
+    """Return the checkpoints in a folder, the latest last."""
     return sorted(folder.glob("step-*"))
 
 
 def _seen(steps: list[Path]) -> int:
-    """Return how many batches the latest checkpoint has seen."""
+    """Return the number of batches of the latest checkpoint."""
     return int(steps[-1].name.removeprefix("step-")) if steps else 0
 
 
 def _up_to(seen: int, steps: list[Path]) -> list[Path]:
-    """Return the checkpoints up to the latest that all processes have; remove the others."""
+    """Return the checkpoints up to the latest that all ranks have; remove later checkpoints."""
     kept = [step for step in steps if _seen([step]) <= seen]
     if _seen(kept) != seen:
         raise FileFormatError(
-            f"expected a checkpoint of {seen} batches, the latest in another process, got those of "
-            f"{[_seen([step]) for step in steps]}; delete the checkpoints of all to start anew"
+            f"expected a checkpoint of {seen} batches, the latest of another process, got those of "
+            f"{[_seen([step]) for step in steps]}; delete all checkpoints to start over"
         )
     if kept != steps:
         warnings.warn(
-            f"learning goes on from batch {seen}, not {_seen(steps)}: another process was ended "
-            "before it had written that checkpoint",
+            f"learning resumes from batch {seen}, not {_seen(steps)}: another process ended "
+            "before it wrote that checkpoint",
             stacklevel=2,
         )
         for step in steps[len(kept) :]:
@@ -218,7 +218,7 @@ def _save(folder: Path, state: CollectorState, index: dict[str, Any]) -> None:
 def _load(
     steps: list[Path], collector: ActivationCollector, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Put a listener where the latest checkpoint stands; return the index."""
+    """Restore a collector from the latest checkpoint; return the index."""
     folder = steps[-1]
     try:
         index = load_state(folder / _INDEX, library=torch)
@@ -227,16 +227,16 @@ def _load(
         if index["settings"] != settings:
             raise SettingError(
                 f"{folder}: expected the checkpoint of a run with settings {dict(settings)}, got "
-                f"{index['settings']}; take another folder, or delete this one to start anew"
+                f"{index['settings']}; use another folder, or delete this folder to start over"
             )
         state = _read_state(folder, index, collector.snapshot().node_of)
     except (FileFormatError, FileNotFoundError) as error:
-        rest = f"go on from {steps[-2].name}" if len(steps) > 1 else "start anew"
+        cure = f"resume from {steps[-2].name}" if len(steps) > 1 else "start over"
         raise FileFormatError(
-            f"expected a whole checkpoint, got {error}; delete {folder} to {rest}: what was "
-            "learned since is lost"
+            f"expected a complete checkpoint, got {error}; delete {folder} to {cure}: later "
+            "batches are lost"
         ) from error
-    collector.resume(state)
+    collector.restore(state)
     return index
 
 
@@ -244,13 +244,12 @@ def _read_state(
     folder: Path, index: dict[str, Any], fresh: Mapping[str, InputPrefix]
 ) -> CollectorState:
     ran = {name: torch.device(device) for name, device in index["ran"].items()}
-    reached: dict[str, InputPrefix] = {}
+    nodes: dict[str, InputPrefix] = {}
     for number, entry in enumerate(index["nodes"]):
         names = entry["layers"]
-        devices = [ran[name] for name in names if name in ran]
+        device = next((ran[name] for name in names if name in ran), None)
         start = fresh[names[0]]
         node = InputPrefix(copy.copy(start.learner), start.convergence)
-        device = devices[0] if devices else None
         path = folder / f"{number}.safetensors"
         try:
             node.learner.load_state_dict(load_state(path, library=torch, device=device))
@@ -261,9 +260,9 @@ def _read_state(
             node.convergence = node.convergence.with_state(
                 load_state(path, library=torch, device=device)
             )
-        reached |= dict.fromkeys(names, node)
+        nodes |= dict.fromkeys(names, node)
     return CollectorState(
-        {name: reached[name] for name in fresh},
+        {name: nodes[name] for name in fresh},
         ran,
         index["stopped"],
         index["failed"],
@@ -271,19 +270,25 @@ def _read_state(
     )
 
 
-def skip(batches: Iterator[Any], count: int, wanted: str, folder: Path) -> str:
-    """Go past the batches that were learned from, if they are the same; return their digest."""
+def skip(batches: Iterator[Any], count: int, expected: str, folder: Path) -> str:
+    """Read the first batches and return their digest.
+
+    Raises
+    ------
+    StreamError
+        If they differ from those of the digest ``expected``.
+    """
     digest = ""
     for number in range(count):
         try:
             digest = chained(digest, next(batches))
         except StopIteration:
             raise StreamError(
-                f"expected at least the {count} batches that {folder} has seen, got {number}"
+                f"expected at least the {count} batches of {folder}, got {number}"
             ) from None
-    if digest != wanted:
+    if digest != expected:
         raise StreamError(
-            f"expected the first {count} batches to be those that {folder} has seen, got others; "
-            "give them in the same order (seed the loader), or delete the folder to start anew"
+            f"expected the first {count} batches to be those of {folder}, got others; "
+            "read them in the same order (seed the loader), or delete the folder to start over"
         )
     return digest

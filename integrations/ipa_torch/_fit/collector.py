@@ -1,4 +1,4 @@
-"""Hooks that hand the inputs of layers to learners."""
+"""Collector of activations: forward-pre-hooks that update learners."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ NO_ROWS = "it saw no row of positive weight"
 
 @dataclass(frozen=True)
 class CollectorState:
-    """What a listener knows.
+    """State of a collector between batches.
 
     Parameters
     ----------
     node_of : mapping of str to InputPrefix
-        For each layer the history it is at; layers that always saw the same inputs are at one.
+        Node of each layer in the tree of inputs; layers with the same inputs share a node.
     ran : mapping of str to torch.device
-        Layers whose forward ran, and where.
+        Layers whose forward ran, with the device.
     stopped, failed : mapping of str to str
-        Layers that learn no more because they have enough, or because of an input; and why.
+        Layers that are no longer updated, by a stopping criterion or an error, with the reason.
     bypassed : frozenset of str
-        Layers whose weight was used by another function than their forward.
+        Layers whose weight was passed to a function other than their forward.
     """
 
     node_of: Mapping[str, InputPrefix]
@@ -55,7 +55,7 @@ class CollectorState:
     bypassed: frozenset[str]
 
     def missing(self, name: str) -> str | None:
-        """Return why there is no projector for a layer, if there is none."""
+        """Return the reason why a layer has no projector, or None if it has."""
         if name in self.failed:
             return self.failed[name]
         if name not in self.ran:
@@ -63,7 +63,7 @@ class CollectorState:
         return None if self.node_of[name].learner.samples else NO_ROWS
 
     def groups(self) -> list[tuple[InputPrefix, list[str]]]:
-        """Return each history with its layers, in the model's order."""
+        """Return each node with its layers, in the model's order."""
         nodes: dict[int, tuple[InputPrefix, list[str]]] = {}
         for name, node in self.node_of.items():
             nodes.setdefault(id(node), (node, []))[1].append(name)
@@ -71,7 +71,7 @@ class CollectorState:
 
 
 class ActivationCollector:
-    """Listens to layers between ``__enter__`` and ``__exit__``, and learns."""
+    """Hooks on layers, between ``__enter__`` and ``__exit__``, that update learners."""
 
     def __init__(
         self,
@@ -103,17 +103,17 @@ class ActivationCollector:
 
     @property
     def passes(self) -> int:
-        """How often the learners want to read the batches."""
+        """Largest number of passes over the batches of any learner."""
         return max(node.learner.passes for node in self._inputs.node_of.values())
 
     @property
     def done(self) -> bool:
-        """Whether every layer that ever ran has stopped."""
+        """True if all layers that ran have stopped."""
         return bool(self._ran) and self._ran.keys() <= {*self._stopped, *self._failed}
 
     @property
     def has_samples(self) -> bool:
-        """Whether any layer has learned."""
+        """True if any learner has samples."""
         return any(node.learner.samples for node in self._inputs.node_of.values())
 
     def __enter__(self) -> Self:
@@ -142,7 +142,7 @@ class ActivationCollector:
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
-        """Enclose the forward pass of one batch."""
+        """Enclose the forward pass of a batch."""
         weighted = self._row_weighter.start(batch)
         self.rows = 0
         watch = nullcontext() if len(self._ran) == len(self._layers) else self._weight_use
@@ -160,23 +160,23 @@ class ActivationCollector:
         self._stop_layers()
 
     def finish(self, reason: str, result: Callable[[Learner], T], kind: type[M]) -> M:
-        """Return what was learned; layers on one history get one result."""
-        made: dict[int, T] = {}
+        """Return the results of the learners; layers at the same node share a result."""
+        results: dict[int, T] = {}
         learned, missing = {}, {}
         snapshot = self.snapshot()
         for name, node in snapshot.node_of.items():
-            if (missed := snapshot.missing(name)) is not None:
-                missing[name] = missed
+            if (why := snapshot.missing(name)) is not None:
+                missing[name] = why
                 continue
-            if id(node) not in made:
+            if id(node) not in results:
                 with _named(name), no_autocast(self._ran[name]):
-                    made[id(node)] = result(node.learner)
-            learned[name] = made[id(node)]
+                    results[id(node)] = result(node.learner)
+            learned[name] = results[id(node)]
         stopped = {name: self._stopped.get(name, reason) for name in learned}
         return kind(learned, missing=missing, stopped=stopped)
 
     def snapshot(self) -> CollectorState:
-        """Return where learning stands; between batches only."""
+        """Return the state; between batches only."""
         return CollectorState(
             dict(self._inputs.node_of),
             dict(self._ran),
@@ -185,8 +185,8 @@ class ActivationCollector:
             frozenset(self._weight_use.used),
         )
 
-    def resume(self, snapshot: CollectorState) -> None:
-        """Go on from where another listener to these layers stood."""
+    def restore(self, snapshot: CollectorState) -> None:
+        """Restore the state of another collector of the same layers."""
         self._inputs.node_of.update(snapshot.node_of)
         self._ran = dict(snapshot.ran)
         self._failed = dict(snapshot.failed)
@@ -202,7 +202,7 @@ class ActivationCollector:
             self._handles.pop(name).remove()
 
     def _stop_layers(self) -> None:
-        """Take the hooks off layers that have converged or spent their rows."""
+        """Remove the hooks of layers that have converged or reached ``max_rows``."""
         for name in list(self._handles):
             node = self._inputs.node_of[name]
             if node.convergence is not None and node.convergence.reached:
@@ -218,19 +218,19 @@ class ActivationCollector:
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._finish_pending()
-        if name in self._failed:  # found out by settling, in a model that went on all the same
+        if name in self._failed:  # in `_finish_pending`, while the forward pass continued
             return
         with self._drop_failed_layer(name):
             activation = input_of(module, args, kwargs)
             with no_autocast(activation.device):
-                rest = self._begin(name, activation)
-                if rest is None:
+                finish = self._begin(name, activation)
+                if finish is None:
                     return
                 if not _is_async_device(activation.device):
-                    return rest()
-            # The layer's own product is queued before the host waits for what it has asked.
+                    return finish()
+            # The layer's product is queued on the device before the host waits for row norms.
             handle = module.register_forward_hook(lambda *_: self._finish_pending())
-            self._pending = _PendingUpdate(name, activation, _version(activation), rest, handle)
+            self._pending = _PendingUpdate(name, activation, _version(activation), finish, handle)
 
     def _forward_hook(
         self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -240,9 +240,9 @@ class ActivationCollector:
         with self._drop_failed_layer(name):
             activation = output_of(module, output)
             with no_autocast(activation.device):
-                rest = self._begin(name, activation)
-                if rest is not None:
-                    rest()
+                finish = self._begin(name, activation)
+                if finish is not None:
+                    finish()
 
     def _begin(self, name: str, activation: torch.Tensor) -> Callable[[], None] | None:
         view = self._views[name]
@@ -251,17 +251,17 @@ class ActivationCollector:
         return self._inputs.advance(name, event, partial(self._rows, activation, view))
 
     def _finish_pending(self) -> None:
-        """Finish the update that is open, if one is."""
+        """Finish the pending update, if there is one."""
         if self._pending is None:
             return
-        opened, self._pending = self._pending, None
-        opened.handle.remove()
-        with self._drop_failed_layer(opened.name), no_autocast(opened.activation.device):
-            opened.finish()
+        pending, self._pending = self._pending, None
+        pending.handle.remove()
+        with self._drop_failed_layer(pending.name), no_autocast(pending.activation.device):
+            pending.finish()
 
     @contextmanager
     def _drop_failed_layer(self, name: str) -> Iterator[None]:
-        """Give errors the layer's name; leave the layer out where others are to go on."""
+        """Add the layer's name to errors; with ``drop_failed``, remove its hook instead."""
         try:
             with _named(name):
                 yield
@@ -281,36 +281,36 @@ class ActivationCollector:
 
 @dataclass(frozen=True)
 class _PendingUpdate:
-    """An update between its two halves, while the layer itself computes."""
+    """Update that has begun and is finished after the layer's forward."""
 
     name: str
     activation: torch.Tensor
     version: int
-    rest: Callable[[], None]
+    second_half: Callable[[], None]
     handle: torch.utils.hooks.RemovableHandle
 
     def finish(self) -> None:
         if _version(self.activation) != self.version:
             raise LayerError(
-                "expected a layer that leaves its input as it is, got one that changes it in "
-                "place; leave it out of the targets"
+                "expected a layer that does not change its input, got a change in place; "
+                "leave it out of the targets"
             )
-        self.rest()
+        self.second_half()
 
 
 def _is_async_device(device: torch.device) -> bool:
-    """Return whether the host can go on while the device computes."""
+    """Return whether the device computes asynchronously to the host."""
     return device.type != "cpu"
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was changed in place, as far as torch counts it."""
+    """Return torch's count of the changes in place of a tensor; 0 in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Give errors of the core the layer's name."""
+    """Add the layer's name to errors."""
     try:
         yield
     except IPAError as error:

@@ -116,7 +116,7 @@ class Convergence:
 
     @property
     def reached(self) -> bool:
-        """Whether the estimate is within the tolerance."""
+        """True if the estimate is within the tolerance."""
         return self._batches >= MIN_BATCHES and self.estimate <= self.tolerance
 
     def observe(
@@ -132,7 +132,7 @@ class Convergence:
         return after
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the estimate and what the next one is made from, as tensors."""
+        """Return the estimate and the sums of the next estimate, as tensors."""
         numbers = [self.estimate, self._last, self._batches, self._checkpoint]
         state = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
         for key, projector in (("half", self._half), ("now", self._now)):
@@ -145,13 +145,13 @@ class Convergence:
         return state if self._sums is None else state | {"sums": self._sums}
 
     def with_state(self, state: Mapping[str, torch.Tensor]) -> Convergence:
-        """Return the estimate that `state_dict` gave, with this one's tolerance."""
-        fresh = Convergence(self.tolerance)
-        fresh.estimate, fresh._last, batches, checkpoint = state["numbers"].tolist()
-        fresh._batches, fresh._checkpoint = int(batches), int(checkpoint)
-        fresh._half, fresh._now = _projector(state, "half"), _projector(state, "now")
-        fresh._sums = state.get("sums")
-        return fresh
+        """Return the estimate of a `state_dict`, with the same tolerance."""
+        restored = Convergence(self.tolerance)
+        restored.estimate, restored._last, batches, checkpoint = state["numbers"].tolist()
+        restored._batches, restored._checkpoint = int(batches), int(checkpoint)
+        restored._half, restored._now = _projector(state, "half"), _projector(state, "now")
+        restored._sums = state.get("sums")
+        return restored
 
     def _advance(self, learner: Learner) -> None:
         seen = learner.samples

@@ -1,4 +1,4 @@
-"""Learners of the heads of an activation: one for each block of its last axis."""
+"""Learners of the heads of an activation: a learner for each block of its last axis."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ class HeadLearners(Sequence[Learner]):
     Parameters
     ----------
     learners : iterable of Learner
-        Fresh learners, one for each head.
+        New learners, in the order of the heads.
 
     Examples
     --------
     >>> import torch
-    >>> from ipa_torch._fit.row_consumer import Deferred, PendingRows
-    from ipa_torch import fit_learners
+    >>> from ipa_torch import fit_learners
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6))
     >>> learners = fit_learners(
     ...     model, [torch.randn(8, 4)], source="outputs", heads=3, progress=False
@@ -101,7 +100,7 @@ class HeadLearners(Sequence[Learner]):
         return type(self)(learner.compact() for learner in self._learners)
 
     def merge(self, other: Self) -> Self:
-        """Return new learners that have seen the rows of both.
+        """Return new learners of the rows of both.
 
         Raises
         ------
@@ -111,7 +110,7 @@ class HeadLearners(Sequence[Learner]):
         if len(other) != len(self):
             raise SettingError(f"expected {len(self)} heads to merge with, got {len(other)}")
         return type(self)(
-            mine.merge(theirs) for mine, theirs in zip(self._learners, other, strict=True)
+            learner.merge(peer) for learner, peer in zip(self._learners, other, strict=True)
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,7 +128,7 @@ class HeadLearners(Sequence[Learner]):
         Raises
         ------
         FileFormatError, SettingError
-            If it is the state of something else, or of learners with other settings.
+            If it is the state of another class, or of learners with other settings.
         """
         if state.get("learner") != type(self).__name__:
             raise FileFormatError(

@@ -43,7 +43,7 @@ def fit_learners(
     on_missing: OnMissing = "warn",
     progress: bool = True,
 ) -> LayerLearners:
-    r"""Gather the statistics of each layer's activations: the learners themselves, not projectors.
+    r"""Fit learners to each layer's activations, and return them instead of projectors.
 
     With the default learner these are second moments, the Hessians of GPTQ up to a factor:
     ``learners[name].moment`` is the mean of :math:`x x^\top`.
@@ -57,8 +57,8 @@ def fit_learners(
     source : {"inputs", "outputs"}, default "inputs"
         Activations to learn from. Outputs are rows of features, of channels for convolutions.
     heads : int, optional
-        Divide the last axis into as many equal blocks and learn each by itself: the value of a
-        layer is then a `HeadLearners`, a sequence of learners.
+        Number of equal blocks of the last axis, each with its own learner: the value of a layer is
+        then a `HeadLearners`, a sequence of learners.
     learner : callable, default `ipa_core.ExactCovariance`
         Makes a learner from a rank: a `Learner` class, or ``functools.partial`` of it.
     max_patches : int or None, default 8192
@@ -71,13 +71,13 @@ def fit_learners(
     Returns
     -------
     LayerLearners
-        From layer names to learners, on the layers' devices. Layers that always saw the same
-        activations share a learner.
+        From layer names to learners, on the layers' devices. Layers with the same activations
+        share a learner.
 
     Raises
     ------
     SettingError
-        If ``source`` or ``heads`` is none of these, or a tolerance is asked for with ``heads``.
+        If ``source`` or ``heads`` has another value, or ``heads`` is combined with a tolerance.
     ShapeError
         If the heads do not divide an activation's features; the message names the layer.
     LayerError, EmptyStreamError, StreamError, PeerError, FileFormatError

@@ -1,4 +1,4 @@
-"""Layers in turns, where the learners of all of them do not fit into memory."""
+"""Memory of learners, and passes over the data that keep it within a budget."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
 from ipa_torch.projectors import resolve_rank
 
-#: Rows of an update when a learner is measured: no divisor of a block, so that some always wait.
-_STEP = 127
+#: Rows of an update in a measurement: no divisor of a block, so that some rows are always pending.
+_UPDATE_ROWS = 127
 
 
 @dataclass(frozen=True)
 class MemoryPass:
-    """Layers that are learned in one pass, and the bytes that their learners hold."""
+    """Layers that are fitted in the same pass, and the bytes of their learners."""
 
     layers: Mapping[str, nn.Module]
     bytes: int
 
 
 class _ShapeProbe:
-    """Stands for a learner in a pass that only finds out who shares which input."""
+    """Learner that only records the features, for a pass that finds shared inputs."""
 
     passes = 1
     features: int | None = None
@@ -59,36 +59,35 @@ def learner_bytes(
     forward: Forward | None = None,
     stop: StoppingCriteria | None = None,
 ) -> dict[tuple[str, ...], int]:
-    """Return the bytes that `fit_projectors` will hold for learners, before it is called.
+    """Return the bytes of the learners of `fit_projectors`, before it is called.
 
-    The sum is the least ``max_bytes`` with which it learns in one pass; with fewer it takes turns.
+    The sum is the smallest ``max_bytes`` for a single pass.
 
     Parameters
     ----------
     model, rank, targets, learner, forward, stop
         As for `fit_projectors`.
     batch
-        One batch of those to learn from: it shows which layers share an input.
+        A batch of the calibration data: it shows which layers share an input.
 
     Returns
     -------
     dict of tuple of str to int
-        For each learner the layers that share it, and its bytes while a batch is read: at most two
-        states, of the largest it will come to, for float32 inputs. Without the passing workspace of
-        the one that is learning, and the batch's own activations.
+        The layers of each learner, and its bytes while a batch is read: at most two states, of the
+        largest size that it reaches, for float32 inputs. Without the temporary workspace of an
+        update, and the activations of the batch.
 
     Raises
     ------
     LayerError
         If ``targets`` match nothing, a mapping of ranks leaves out a layer, or a layer that the
-        batch does not reach says nothing of its features.
+        batch does not reach has no ``in_features``.
     RankError
         If a rank is above the features of its input; the message names the layer.
 
     Notes
     -----
-    Cost: a forward pass, and a few thousand random rows for each different size of input, as
-    learners are of many kinds.
+    Cost: a forward pass, and an update by a few thousand random rows for each size of input.
 
     Examples
     --------
@@ -119,15 +118,15 @@ def split_by_memory(
     converging: bool,
     source: Source,
 ) -> list[MemoryPass]:
-    """Divide layers, in order, into as few turns as keep their learners within the budget.
+    """Split layers, in order, into as few memory passes as keep learners within the budget.
 
-    Layers that share the inputs of this batch are kept together and counted once; layers that it
-    does not reach are counted each by its own weight.
+    Layers that share the inputs of this batch are in the same pass and count once; a layer that it
+    does not reach counts by its weight.
 
     Raises
     ------
     SettingError
-        If one learner alone is larger.
+        If a single learner is larger.
     """
     if not max_bytes > 0:
         raise SettingError(f"expected max_bytes above 0 or None, got {max_bytes!r}")
@@ -139,8 +138,8 @@ def split_by_memory(
         group = {name: layers[name] for name in names}
         if size > max_bytes:
             raise SettingError(
-                f"layer {names[0]!r}: expected max_bytes of at least {size:,}, which its learner "
-                f"alone holds, got {max_bytes:,}; allow more, or learn a smaller rank"
+                f"layer {names[0]!r}: expected max_bytes of at least {size:,}, the size of its "
+                f"learner, got {max_bytes:,}; allow more, or use a smaller rank"
             )
         if memory_passes and memory_passes[-1].bytes + size <= max_bytes:
             memory_passes[-1] = MemoryPass(
@@ -162,12 +161,12 @@ def bytes_by_input(
     converging: bool,
     source: Source = "inputs",
 ) -> dict[tuple[str, ...], int]:
-    """Return the bytes of each make_learner, by the names of the layers that share it."""
+    """Return the bytes of each learner, by the names of the layers that share it."""
     measured = cache(
         lambda rank, features: measure_learner_bytes(make_learner, rank, features, converging)
     )
     sizes = {}
-    for names, features in _sharing(model, layers, ranks, batch, run, source):
+    for names, features in _groups_by_input(model, layers, ranks, batch, run, source):
         try:
             sizes[tuple(names)] = measured(ranks[names[0]], features)
         except IPAError as error:
@@ -180,7 +179,7 @@ def measure_learner_bytes(
 ) -> int:
     """Return the bytes that a learner of float32 rows holds while a batch is read: two states.
 
-    Measured on random rows, as learners are of many kinds.
+    Measured on random rows, as the learner may be of any class.
 
     Examples
     --------
@@ -188,17 +187,17 @@ def measure_learner_bytes(
     >>> measure_learner_bytes(ExactCovariance, 2, 100, False) > 2 * 4 * 100 * 100
     True
     """
-    probe, most = make_learner(rank), 0
+    learner, largest = make_learner(rank), 0
     generator = torch.Generator().manual_seed(0)
-    for _ in range(0, max(4200, 10 * rank), _STEP):  # two of the largest blocks
-        probe.update(torch.randn(_STEP, features, generator=generator))
-        arrays = probe.state_dict().values()
-        most = max(most, sum(x.nbytes for x in arrays if isinstance(x, torch.Tensor)))
+    for _ in range(0, max(4200, 10 * rank), _UPDATE_ROWS):  # two blocks of the largest size
+        learner.update(torch.randn(_UPDATE_ROWS, features, generator=generator))
+        arrays = learner.state_dict().values()
+        largest = max(largest, sum(x.nbytes for x in arrays if isinstance(x, torch.Tensor)))
     projectors = 2 * 4 * rank * features if converging else 0
-    return 2 * (most + projectors)
+    return 2 * (largest + projectors)
 
 
-def _sharing(
+def _groups_by_input(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
@@ -206,7 +205,7 @@ def _sharing(
     run: Forward,
     source: Source,
 ) -> list[tuple[list[str], int]]:
-    """Return groups of layers that share their inputs, with the features of these."""
+    """Return groups of layers that share their inputs, with the number of features."""
     inputs = SharedInputTree(ranks, lambda rank: cast(Learner, _ShapeProbe()), None)
     collector = ActivationCollector(
         layers,

@@ -19,7 +19,7 @@ from ipa_torch.projectors import LayerLearners, LayerProjectors, M
 
 @dataclass(frozen=True)
 class ResultKind(Generic[M]):
-    """What a fit returns for each layer, and its form on the way between ranks."""
+    """Results of a fit: their class, and their form as a state that ranks send."""
 
     kind: type[M]
     of_learner: Callable[[Learner], Any]
@@ -63,11 +63,11 @@ def merge_results(
     if fit_group.group is None:
         return collector.finish(reason, result.of_learner, result.kind)
     state = collector.snapshot()
-    own = _report(state, reason, seen) | {"interrupted": interrupted}
-    reports = fit_group.exchange(own)
-    fit_group.interrupted = any(report["interrupted"] for report in reports)
-    failed = {name: why for report in reports for name, why in report["failed_layers"].items()}
-    groups = _common(state, reports, failed)
+    report = _report(state, reason, seen) | {"interrupted": interrupted}
+    reports = fit_group.exchange(report)
+    fit_group.interrupted = any(each["interrupted"] for each in reports)
+    failed = {name: why for each in reports for name, why in each["failed_layers"].items()}
+    groups = _common_groups(state, reports, failed)
     learners = {names[0]: state.node_of[names[0]].learner for names in groups}
     states = fit_group.merge_states(learners, result.state_of)
     learned: dict[str, Any] = {}
@@ -79,11 +79,11 @@ def merge_results(
             learned |= dict.fromkeys(names, result.of_state(merged, learners[name]))
     ordered = {name: learned[name] for name in state.node_of if name in learned}
     missing = {
-        name: failed.get(name) or _joined(reports, "missing", name, NEVER_RAN)
+        name: failed.get(name) or _joined_reasons(reports, "missing", name, NEVER_RAN)
         for name in state.node_of
         if name not in learned
     }
-    stopped = {name: _joined(reports, "stopped", name, reason) for name in ordered}
+    stopped = {name: _joined_reasons(reports, "stopped", name, reason) for name in ordered}
     return result.kind(ordered, missing=missing, stopped=stopped)
 
 
@@ -100,16 +100,16 @@ def _report(state: CollectorState, reason: str, seen: int) -> dict[str, Any]:
         "layers": {name: node.learner.rank for name, node in state.node_of.items()},
         "groups": groups,
         "failed_layers": dict(state.failed),
-        # A member without batches has no say in why there is no projector, or why learning ended.
+        # The reasons of a rank without batches are not reported.
         "missing": missing if seen else {},
         "stopped": {name: why for name, why in stops.items() if name not in missing},
     }
 
 
-def _common(
+def _common_groups(
     state: CollectorState, reports: list[dict[str, Any]], failed: Mapping[str, str]
 ) -> list[list[str]]:
-    """Return groups of layers that shared their inputs in every member."""
+    """Return groups of layers that shared their inputs on every rank."""
     keys: dict[str, list[int]] = {name: [] for name in state.node_of if name not in failed}
     for report in reports:
         for number, names in enumerate(report["groups"]):
@@ -122,7 +122,7 @@ def _common(
     return list(groups.values())
 
 
-def _joined(reports: list[dict[str, Any]], kind: str, name: str, default: str) -> str:
-    """Return why, once for all members who say the same."""
+def _joined_reasons(reports: list[dict[str, Any]], kind: str, name: str, default: str) -> str:
+    """Return the reasons of all ranks, each once."""
     reasons = dict.fromkeys(report[kind][name] for report in reports if name in report[kind])
     return " / ".join(reasons) or default

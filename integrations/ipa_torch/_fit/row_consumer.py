@@ -1,4 +1,4 @@
-"""Interface of everything that takes the rows of a layer's input."""
+"""Interface of the consumers of a layer's activation rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class PendingRows(Protocol):
-    """Rows that a consumer was given and has not absorbed yet."""
+    """Rows that a consumer has begun to absorb."""
 
     @property
     def finish(self) -> Callable[[], Any]:
@@ -18,7 +18,7 @@ class PendingRows(Protocol):
 
 
 class RowConsumer(Protocol):
-    """Learner, size probe or row buffer: what a node of the tree of shared inputs holds.
+    """Learner, shape probe or row buffer, at a node of the tree of shared inputs.
 
     A consumer rebinds its state, so that ``copy.copy`` of it is a snapshot.
     """
@@ -35,6 +35,6 @@ class RowConsumer(Protocol):
 
 @dataclass(frozen=True)
 class Deferred:
-    """Pending rows whose absorption is one call."""
+    """Pending rows that a call absorbs."""
 
     finish: Callable[[], Any]

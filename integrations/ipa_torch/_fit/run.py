@@ -53,10 +53,10 @@ def run_fit(
     source: Source = "inputs",
     settings: Mapping[str, Any] | None = None,
 ) -> M:
-    """Run the model on the batches and return what the learners of its layers give.
+    """Run the model on the batches and return the results of its layers' learners.
 
-    The parameters are those of `fit_projectors`, and the ``settings`` that a checkpoint has to
-    agree with beside them.
+    The parameters are those of `fit_projectors`, and further ``settings`` that a checkpoint must
+    have.
     """
     model = unwrap_model(model)
     layers = select_layers(model, targets)

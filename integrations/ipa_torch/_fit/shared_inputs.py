@@ -1,4 +1,4 @@
-"""Learners of layers that see the same inputs, kept once."""
+"""Shared learners of layers with the same inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ipa_torch._layers.matmul_view import WeightedRows
 
 
 class InputPrefix:
-    """A history of inputs: what was learned from it, and how it went on in this batch."""
+    """Node of the tree: a sequence of inputs, its learner, and the next inputs in this batch."""
 
     __slots__ = ("convergence", "learner", "next")
 
@@ -22,9 +22,9 @@ class InputPrefix:
         self.next: dict[Hashable, InputPrefix] = {}
 
     def branch(self, rows: WeightedRows) -> tuple[InputPrefix, Callable[[], object]]:
-        """Return the history that one more input makes of this one, and what is left to do for it.
+        """Return the node after another input, and the call that finishes its update.
 
-        This one stays as it is.
+        This node does not change.
         """
         convergence = self.convergence and self.convergence.observe(self.learner, *rows)
         learner = copy.copy(self.learner)
@@ -32,12 +32,12 @@ class InputPrefix:
 
 
 class SharedInputTree:
-    """Where each layer stands in the tree of input histories.
+    """Prefix tree of the inputs of layers, with the node of each layer.
 
-    All layers of one rank start at one root. A layer that is given an input moves on to the child
-    that this input has led to from there; the first to come makes it, from a snapshot of the
-    learner, and pays for learning. So layers share a learner exactly as long as they have seen the
-    same inputs, and part when control flow, or an expert that a batch skips, parts them.
+    Layers of the same rank start at the same root. A layer with an input moves to the child of its
+    node for this input; the first layer there creates the child from a copy of the learner and
+    updates it. So layers share a learner exactly as long as they have had the same inputs. They
+    branch when control flow, or an expert that a batch skips, gives them different inputs.
     """
 
     def __init__(
@@ -51,25 +51,25 @@ class SharedInputTree:
             for rank in sorted(set(ranks.values()))
         }
         self.node_of = {name: roots[rank] for name, rank in ranks.items()}
-        self._left: list[InputPrefix] = []
+        self._branched: list[InputPrefix] = []
 
     def advance(
         self, name: str, event: Hashable, rows: Callable[[], WeightedRows]
     ) -> Callable[[], None] | None:
-        """Move a layer on by an input; ``rows`` computes its rows and weights, if needed.
+        """Move a layer to the node after an input; ``rows`` computes rows and weights, if needed.
 
-        What is returned, if this layer pays for learning, is the second half of that: to be called
-        before any other layer moves.
+        Return the call that finishes the update, if this layer begins it, or None. It must run
+        before another layer moves.
         """
-        node, rest = self.node_of[name], None
+        node, finish_update = self.node_of[name], None
         if event not in node.next:
-            reached, finish = node.branch(rows())
+            child, finish = node.branch(rows())
             if not node.next:
-                self._left.append(node)
-            node.next[event] = reached
-            rest = partial(self._finish, name, node, event, finish)
+                self._branched.append(node)
+            node.next[event] = child
+            finish_update = partial(self._finish, name, node, event, finish)
         self.node_of[name] = node.next[event]
-        return rest
+        return finish_update
 
     def _finish(
         self, name: str, node: InputPrefix, event: Hashable, finish: Callable[[], object]
@@ -77,13 +77,13 @@ class SharedInputTree:
         try:
             finish()
         except BaseException:
-            # Back to before: the next layer with this input finds out for itself.
+            # Back to the node before: the next layer with this input begins its own update.
             del node.next[event]
             self.node_of[name] = node
             raise
 
     def end_batch(self) -> None:
-        """Cut the ways that lead on: inputs of the next batch are others, old nodes can go."""
-        for node in self._left:
+        """Drop the children: inputs of the next batch are new."""
+        for node in self._branched:
             node.next.clear()
-        self._left.clear()
+        self._branched.clear()

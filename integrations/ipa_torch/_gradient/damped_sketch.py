@@ -114,7 +114,7 @@ class DampedGradientSketch(GradientSketch):
         return small
 
     def state_dict(self) -> dict[str, Any]:
-        """Return settings, counts and tensors, from which `load_state_dict` goes on."""
+        """Return settings, counts and tensors, for `load_state_dict`."""
         inputs = {} if self._inputs is None else self._inputs.state_dict()
         named = {_PREFIX + name: value for name, value in inputs.items()}
         return super().state_dict() | {"input_share": self.input_share} | named

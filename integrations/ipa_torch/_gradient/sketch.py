@@ -13,7 +13,7 @@ from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, Setting
 from ipa_torch._distributed.tree_reduce import MergeableLearner
 from ipa_torch._layers.row_samples import strided_sample
 
-#: Rows of each batch that are kept to measure what P captures of the inputs.
+#: Rows of each batch in the sample of the energies that P captures of the inputs.
 _SAMPLED_ROWS = 128
 
 
@@ -29,11 +29,11 @@ class GradientSketch:
 
     .. math:: Y = S^\top G, \qquad P = \text{leading right singular vectors of } Y
 
-    with a fixed matrix S of random signs, (outputs, k), k = max(32, 2r + 8), the same for every
-    worker. Y is linear in the data: sketches of two parts of it merge by addition.
+    with a fixed matrix S of random signs, (outputs, k), k = max(32, 2r + 8), the same on every
+    rank. Y is linear in the data: sketches of two parts merge by addition.
 
-    The energies of the projector are those of the inputs, on a sample of rows, so that
-    `energy_scale` holds; its rows are in the order of the gradient's singular values.
+    The energies of the projector are those of the inputs, on a sample of rows, as the scale of
+    `attach` needs them; its rows are in the order of the gradient's singular values.
 
     Memory O(k (features + outputs)), time O(k (features + outputs)) for a row.
 
@@ -41,7 +41,7 @@ class GradientSketch:
     ----------
     rank : int
     seed : int, default 0
-        Of S.
+        Seed of S.
 
     Examples
     --------
@@ -79,8 +79,10 @@ class GradientSketch:
         if not bool(image.any()):
             return
         self._image = image if self._image is None else self._image + image
-        alive = x[(g != 0).flatten(1).any(1)]  # padding has no gradient
-        self._sampled_rows.append(strided_sample(alive, _SAMPLED_ROWS).flatten(0, 1).clone())
+        with_gradient = x[(g != 0).flatten(1).any(1)]  # without padding
+        self._sampled_rows.append(
+            strided_sample(with_gradient, _SAMPLED_ROWS).flatten(0, 1).clone()
+        )
         self.samples += x.shape[0] * x.shape[1]
 
     def merge(self, other: Self) -> Self:
@@ -97,24 +99,24 @@ class GradientSketch:
                 f"{other.rank, other.seed}"
             )
         merged = copy.copy(self)
-        images = [one._image for one in (self, other) if one._image is not None]
+        images = [sketch._image for sketch in (self, other) if sketch._image is not None]
         merged._image = torch.stack(images).sum(0) if images else None
         merged._sampled_rows = self._sampled_rows + other._sampled_rows
         merged.samples = self.samples + other.samples
         return merged
 
     def finalize(self) -> Projector:
-        """Return the projector of what was seen.
+        """Return the projector of the rows so far.
 
         Raises
         ------
         EmptyStreamError
-            If nothing was seen, or no gradient arrived.
+            If there are no rows, or all gradients are 0.
         """
         if self._image is None or not bool(self._image.any()):
             raise EmptyStreamError(
-                "expected gradients, got none; let the loss depend on the layer and have a head "
-                "that has been trained for a moment"
+                "expected gradients, got none; let the loss depend on the layer, and train the "
+                "head for a moment before"
             )
         components = self._directions(self._image.double())
         rows = torch.cat(self._sampled_rows).double()
@@ -128,11 +130,11 @@ class GradientSketch:
         )
 
     def compact(self) -> Self:
-        """Return the sketch: it is small."""
+        """Return the sketch, which has no smaller form."""
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Return settings, counts and tensors, from which `load_state_dict` goes on."""
+        """Return settings, counts and tensors, for `load_state_dict`."""
         state: dict[str, Any] = {"rank": self.rank, "seed": self.seed, "samples": self.samples}
         if self._image is None:
             return state

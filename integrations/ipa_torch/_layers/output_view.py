@@ -1,4 +1,4 @@
-"""The outputs of a layer as rows."""
+"""View of a layer's output as rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from ipa_core.errors import ArrayTypeError
 from ipa_torch._layers.matmul_view import Convolution, LinearView, RowSubset, WeightedRows
+from ipa_torch._layers.unwrap import unwrap_layer
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class OutputView:
     axis: int = -1
 
     def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
-        """Return the axes of the positions."""
+        """Return the shape over which an activation has rows."""
         return tuple(activation.movedim(self.axis, -1).shape[:-1])
 
     def im2row(
@@ -31,14 +32,13 @@ class OutputView:
 
 def output_view(module: nn.Module) -> OutputView:
     """Return the view of a layer's output: the channels of a convolution, else the last axis."""
-    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        module = base
+    module = unwrap_layer(module)
     axes = len(module.kernel_size) if isinstance(module, Convolution) else 0
     return OutputView(-1 - axes)
 
 
 def output_of(module: nn.Module, output: Any) -> torch.Tensor:
-    """Return the activation among what a layer returned: the first floating tensor.
+    """Return the first floating tensor among the outputs of a layer.
 
     Raises
     ------

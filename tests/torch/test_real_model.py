@@ -52,8 +52,8 @@ def test_padding_changes_nothing_beyond_the_bound(minilm, learner):
     exact = fit(model, batches, ExactCovariance)
     for data in (batches, alone):
         for name, projector in fit(model, data, learner).items():
-            best, own = (p.total_energy * (1 - p.captured()) for p in (exact[name], projector))
-            assert own / best - 1 < learner.guarantee.excess, name
+            best, error = (p.total_energy * (1 - p.captured()) for p in (exact[name], projector))
+            assert error / best - 1 < learner.guarantee.excess, name
 
 
 def test_query_key_and_value_share(minilm):

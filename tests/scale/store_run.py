@@ -1,4 +1,4 @@
-"""A run that stores activations, slowly enough to be killed: FOLDER."""
+"""Writer of an activation store, slow enough to be killed: FOLDER."""
 
 import sys
 import time

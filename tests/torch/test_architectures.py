@@ -1,4 +1,4 @@
-"""Kinds of models: the exact optimum of the inputs captured by hand is the oracle for each."""
+"""Model architectures, each against the exact optimum of inputs captured without the library."""
 
 import pytest
 import torch
@@ -146,10 +146,10 @@ def test_adapters_train_merge_and_go(kind):
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     attach(model, projectors)
     torch.testing.assert_close(tensor_of(call(model, batch)).detach(), before)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     tensor_of(call(model, batch)).square().mean().backward()
-    assert all(p.grad is not None for p in optimiser.param_groups[0]["params"])
-    optimiser.step()
+    assert all(p.grad is not None for p in optimizer.param_groups[0]["params"])
+    optimizer.step()
     trained = tensor_of(call(model, batch)).detach()
     assert not torch.allclose(trained, before, atol=1e-6)
     if any(hasattr(module, "lora_A") or hasattr(module, "steps") for module in model.modules()):

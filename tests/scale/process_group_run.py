@@ -1,4 +1,4 @@
-"""What each of several processes does: FOLDER. Its outcomes are saved for the test to compare."""
+"""Fits of a rank in a process group: FOLDER. The outcomes are saved for the test to compare."""
 
 import shutil
 import sys
@@ -26,14 +26,14 @@ BATCHES = 7
 
 
 def share(rank, size, count=BATCHES):
-    """Return a process's batches: the first one has none, the others unequal numbers of them."""
+    """Return a rank's batches: none of rank 0, unequal numbers of the others."""
     if size == 1:
         return runs.batches(count)
     return runs.batches(count)[rank - 1 :: size - 1] if rank else []
 
 
 def learn(batches, model=None, **options):
-    """Learn about all layers with weights."""
+    """Fit all layers with weights."""
     options.setdefault("targets", lambda name, module: hasattr(module, "weight"))
     options.setdefault("learner", ExactCovariance)
     return fit_projectors(
@@ -41,24 +41,25 @@ def learn(batches, model=None, **options):
     )
 
 
-def outcome(work):
-    """Return the projectors' tensors, or the error in words."""
+def outcome(fit):
+    """Return the projectors' tensors, or the error as text."""
     try:
-        found = work()
+        projectors = fit()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     tensors = {
-        name: (p.components, p.energies, p.total_energy, p.samples) for name, p in found.items()
+        name: (p.components, p.energies, p.total_energy, p.samples)
+        for name, p in projectors.items()
     }
     return {
         "learned": tensors,
-        "shared": found.shared,
-        "missing": dict(found.missing),
-        "stopped": dict(found.stopped),
+        "shared": projectors.shared,
+        "missing": dict(projectors.missing),
+        "stopped": dict(projectors.stopped),
     }
 
 
-class Parting(nn.Module):
+class Branching(nn.Module):
     """Query and value share their input, unless a pixel is above 100."""
 
     def __init__(self):
@@ -75,7 +76,7 @@ def rows(rank, features=6):
 
 
 def failing(rank, at):
-    """Return a forward that fails in one process."""
+    """Return a forward that fails on one rank."""
 
     def forward(model, batch):
         if rank == at:
@@ -85,16 +86,16 @@ def failing(rank, at):
     return forward
 
 
-def parted(rank):
+def branched(rank):
     batch = rows(rank)
     if rank == 1:
         batch[0, 0] = 101.0
     torch.manual_seed(0)
-    return learn([batch], Parting(), on_missing="ignore")
+    return learn([batch], Branching(), on_missing="ignore")
 
 
 def resumed(rank, size, folder):
-    """Fail in the last process at its second batch, then go on."""
+    """Fail on the last rank at its second batch, then resume."""
     passed = 0
 
     def forward(model, batch):
@@ -107,8 +108,8 @@ def resumed(rank, size, folder):
     where = CheckpointConfig(folder / "checkpoints", batches=1)
     first = outcome(lambda: learn(share(rank, size), checkpoint=where, forward=forward))
     passed = 10
-    again = outcome(lambda: learn(share(rank, size), checkpoint=where, forward=forward))
-    return first, again, passed - 10
+    resumed_fit = outcome(lambda: learn(share(rank, size), checkpoint=where, forward=forward))
+    return first, resumed_fit, passed - 10
 
 
 def online(rank):
@@ -116,19 +117,19 @@ def online(rank):
     model = nn.Sequential(nn.Linear(6, 4))
     attach(model, fit_projectors(model, [rows(99)], 2, process_group=None, progress=False))
     parallel = DistributedDataParallel(model)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     seen = []
     with OnlineLearning(parallel, learner=ExactCovariance) as learning:
         for step in range(3):
             parallel(rows(10 * step + rank)).square().mean().backward()
-            optimiser.step()
-            learning.step(optimiser)
+            optimizer.step()
+            learning.step(optimizer)
             seen.append(model[0].projection("default").weight.detach().clone())
     return seen
 
 
 def split(size):
-    """Return a model that FSDP has sharded."""
+    """Return a model sharded by FSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -146,7 +147,7 @@ def sharded(rank, size):
 
 
 def sharded_resumed(rank, size, folder):
-    """Fail in the last process at its fourth batch; the first one has not written its third."""
+    """Fail on the last rank at its fourth batch; rank 0 lacks its third checkpoint."""
     batches = [rows(10 * rank + n) for n in range(5)]
 
     def broken():
@@ -167,9 +168,9 @@ def sharded_resumed(rank, size, folder):
     }
     first = outcome(lambda: learn(broken(), split(size), **options))
     mine = folder / "sharded" / f"rank-{rank}-of-{size}"
-    there = sorted(step.name for step in mine.glob("step-*"))
+    steps = sorted(step.name for step in mine.glob("step-*"))
     if rank == 0:
-        shutil.rmtree(mine / there[-1])
+        shutil.rmtree(mine / steps[-1])
     passed.clear()
     second = outcome(lambda: learn(batches, split(size), **options))
     count = len(passed)
@@ -177,7 +178,7 @@ def sharded_resumed(rank, size, folder):
     if rank == 0:
         (mine / "step-0000000005" / "index.safetensors").write_bytes(b"")
     damaged = outcome(lambda: learn(batches, split(size), **options))
-    return first, there, count, second, whole, damaged
+    return first, steps, count, second, whole, damaged
 
 
 GRADIENT_LEARNERS = {
@@ -199,7 +200,7 @@ def by_gradient(batches, name, fails=False):
 
 
 class Counted(nn.Module):
-    """DDP sends its buffer round in each forward pass."""
+    """DDP broadcasts its buffer in each forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -211,38 +212,38 @@ class Counted(nn.Module):
 
 
 def main(folder):
-    """Do all there is to do, and save it."""
+    """Run all fits, and save the outcomes."""
     distributed.init_process_group("gloo")
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    own = share(rank, size)
-    done = {
-        "exact": outcome(lambda: learn(own)),
+    batches = share(rank, size)
+    outcomes = {
+        "exact": outcome(lambda: learn(batches)),
         "default": outcome(
             lambda: fit_projectors(
-                runs.model(), own, 3, targets=["query", "value", "out"], progress=False
+                runs.model(), batches, 3, targets=["query", "value", "out"], progress=False
             )
         ),
-        "parted": outcome(lambda: parted(rank)),
-        "failed": outcome(lambda: learn(own, forward=failing(rank, size - 1))),
+        "branched": outcome(lambda: branched(rank)),
+        "failed": outcome(lambda: learn(batches, forward=failing(rank, size - 1))),
         "unequal": outcome(lambda: learn([rows(0, 6 + rank)], nn.Sequential(nn.LazyLinear(4)))),
-        "targets": outcome(lambda: learn(own, targets=["query"] if rank else ["value"])),
+        "targets": outcome(lambda: learn(batches, targets=["query"] if rank else ["value"])),
         "empty": outcome(lambda: learn([])),
         "resumed": resumed(rank, size, folder),
         "online": online(rank),
         "sharded": sharded(rank, size),
         "sharded again": sharded_resumed(rank, size, folder),
         "alone": outcome(lambda: learn(runs.batches(2 + rank), process_group=None)),
-        "gradient": outcome(lambda: by_gradient(own, "gradient")),
-        "mixed": outcome(lambda: by_gradient(own, "mixed")),
-        "inputs": outcome(lambda: by_gradient(own, "inputs")),
-        "gradient failed": outcome(lambda: by_gradient(own, "inputs", fails=rank == size - 1)),
+        "gradient": outcome(lambda: by_gradient(batches, "gradient")),
+        "mixed": outcome(lambda: by_gradient(batches, "mixed")),
+        "inputs": outcome(lambda: by_gradient(batches, "inputs")),
+        "gradient failed": outcome(lambda: by_gradient(batches, "inputs", fails=rank == size - 1)),
         "wrapped": outcome(lambda: learn([rows(rank)] * rank, DistributedDataParallel(Counted()))),
     }
     pair = distributed.new_group([size - 2, size - 1])
     if rank >= size - 2:
-        done["pair"] = outcome(lambda: learn(own, process_group=pair))
-    done["after"] = outcome(lambda: learn(own))
-    torch.save(done, folder / f"{rank}.pt")
+        outcomes["pair"] = outcome(lambda: learn(batches, process_group=pair))
+    outcomes["after"] = outcome(lambda: learn(batches))
+    torch.save(outcomes, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

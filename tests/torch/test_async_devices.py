@@ -1,4 +1,4 @@
-"""Devices that compute while the host goes on; a processor stands in for them."""
+"""Asynchronous devices, with a CPU in their place."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ from .models import Transformer, decaying
 
 
 @pytest.fixture
-def late(monkeypatch):
+def asynchronous(monkeypatch):
     monkeypatch.setattr(collector, "_is_async_device", lambda device: True)
 
 
@@ -27,15 +27,15 @@ def fit(model, batches, **options):
 def test_the_same_projectors_to_the_bit(monkeypatch, learner):
     model = Transformer(width=48)
     batches = [{"input_ids": torch.randint(0, 20, (16, 40))} for _ in range(6)]
-    at_once = fit(model, batches, learner=learner)
+    synchronous = fit(model, batches, learner=learner)
     monkeypatch.setattr(collector, "_is_async_device", lambda device: True)
-    after = fit(model, batches, learner=learner)
-    for name, projector in at_once.items():
-        assert torch.equal(projector.components, after[name].components)
-        assert projector.samples == after[name].samples
+    delayed = fit(model, batches, learner=learner)
+    for name, projector in synchronous.items():
+        assert torch.equal(projector.components, delayed[name].components)
+        assert projector.samples == delayed[name].samples
 
 
-def test_the_layer_computes_before_the_host_waits(late, monkeypatch):
+def test_the_layer_computes_before_the_host_waits(asynchronous, monkeypatch):
     events = []
     on_host = _array.on_host
 
@@ -56,28 +56,28 @@ def test_the_layer_computes_before_the_host_waits(late, monkeypatch):
     assert all(set(part.split()) == {"read"} for part in by_batch[1:])
 
 
-def test_an_unfit_input_is_named_and_leaves_only_its_layers_out(late):
+def test_an_invalid_input_is_named_and_drops_only_its_layers(asynchronous):
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.one, self.other = (nn.Linear(12, 12) for _ in range(3))
+            self.first, self.second, self.third = (nn.Linear(12, 12) for _ in range(3))
 
         def forward(self, x):
             self.first(x)
             x = x / 0
-            return self.one(x), self.other(x)
+            return self.second(x), self.third(x)
 
-    batches = [decaying(60, 12)]  # one, so that each layer has to find out for itself
-    with pytest.raises(NonFiniteError, match="layer 'one'"):
+    batches = [decaying(60, 12)]  # a single batch, so that each layer begins its own update
+    with pytest.raises(NonFiniteError, match="layer 'second'"):
         fit(Broken(), batches)
     with pytest.warns(UserWarning, match="got none for 2"):
         projectors = fit(Broken(), batches, stop=StoppingCriteria(on_error="return"))
     assert list(projectors) == ["first"]
     assert projectors["first"].samples == 60
-    assert all("finite" in projectors.missing[name] for name in ("one", "other"))
+    assert all("finite" in projectors.missing[name] for name in ("second", "third"))
 
 
-def test_a_forward_that_fails_leaves_no_hook(late):
+def test_a_forward_that_fails_leaves_no_hook(asynchronous):
     class Failing(nn.Linear):
         def forward(self, x):
             raise RuntimeError("broken")
@@ -88,7 +88,7 @@ def test_a_forward_that_fails_leaves_no_hook(late):
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)
 
 
-def test_an_unfit_layer_that_the_model_calls_again_stays_out(late):
+def test_a_dropped_layer_that_the_model_calls_again_stays_dropped(asynchronous):
     class Fragile(nn.Linear):
         def forward(self, x):
             raise ValueError("broken")
@@ -96,25 +96,27 @@ def test_an_unfit_layer_that_the_model_calls_again_stays_out(late):
     class Stubborn(nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.two = Fragile(12, 12), nn.Linear(12, 4)
+            self.fragile, self.last = Fragile(12, 12), nn.Linear(12, 4)
 
         def forward(self, x):
             for _ in range(2):
                 with contextlib.suppress(ValueError):
-                    self.one(x / 0)
-            return self.two(x)
+                    self.fragile(x / 0)
+            return self.last(x)
 
-    with pytest.warns(UserWarning, match="'one'"):
+    with pytest.warns(UserWarning, match="'fragile'"):
         projectors = fit(Stubborn(), [decaying(20, 12)], stop=StoppingCriteria(on_error="return"))
-    assert list(projectors) == ["two"]
+    assert list(projectors) == ["last"]
 
 
-def test_an_input_that_its_layer_changes_is_refused(late):
+def test_an_input_that_its_layer_changes_is_refused(asynchronous):
     class InPlace(nn.Linear):
         def forward(self, x):
             return super().forward(x.mul_(2))
 
-    with pytest.raises(LayerError, match="layer '0': expected a layer that leaves its input"):
+    with pytest.raises(
+        LayerError, match="layer '0': expected a layer that does not change its input"
+    ):
         fit(nn.Sequential(InPlace(12, 4)), [decaying(20, 12)])
 
 

@@ -1,4 +1,4 @@
-"""A run that learns with checkpoints, slowly enough to be killed: FOLDER [--store]."""
+"""Fit with checkpoints, slow enough to be killed: FOLDER."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ COUNT = 40
 
 
 def main(folder, pause=0.01):
-    """Learn, and save the projectors when done."""
+    """Fit, and save the projectors at the end."""
 
     def forward(model, batch):
         time.sleep(pause)

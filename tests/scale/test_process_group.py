@@ -1,4 +1,4 @@
-"""Several processes, started as users start them: what one has learned, all have."""
+"""Fits in a process group under torchrun and accelerate: all ranks have the same projectors."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import torch
 
 from ipa_core import Projector, RandomizedSVD
 from ipa_torch import LayerProjectors, fit_projectors
-from tests.scale import company_run, runs
+from tests.scale import process_group_run, runs
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -28,8 +28,8 @@ def launch(*command):
 @pytest.fixture(scope="module", params=[2, 4])
 def outcomes(request, tmp_path_factory):
     """The outcomes of 2 and of 4 processes under torchrun."""
-    folder = tmp_path_factory.mktemp("company")
-    launch(*TORCHRUN, request.param, "-m", "tests.scale.company_run", folder)
+    folder = tmp_path_factory.mktemp("process_group")
+    launch(*TORCHRUN, request.param, "-m", "tests.scale.process_group_run", folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -38,17 +38,17 @@ def projector(entry):
     return Projector(components, torch.zeros(components.shape[1]), energies, total, samples)
 
 
-def excess(one, rows):
+def excess(projector, rows):
     """Return the excess of the reconstruction error of the rows."""
     rows = rows.double()
-    p = one.components.double()
+    p = projector.components.double()
     left = rows.square().sum() - (rows @ p.T).square().sum()
     best = torch.linalg.svdvals(rows)[len(p) :].square().sum()
     return float(left / best - 1)
 
 
 def captured(batches):
-    """Return the rows that the linear layers see."""
+    """Return the input rows of the linear layers."""
     model, seen = runs.model(), {}
     for name in ("query", "value", "out"):
         getattr(model, name).register_forward_pre_hook(
@@ -60,7 +60,7 @@ def captured(batches):
 
 
 def equal(outcomes, key):
-    """Return the one outcome that all processes have, to the bit."""
+    """Return the outcome, which is the same on all ranks, to the bit."""
     first, *others = (outcome[key] for outcome in outcomes)
     for other in others:
         assert other["learned"].keys() == first["learned"].keys()
@@ -74,38 +74,38 @@ def equal(outcomes, key):
     return first
 
 
-def test_unequal_shares_and_none_give_the_result_of_one_process(outcomes):
-    found = equal(outcomes, "exact")
-    whole = company_run.learn(runs.batches(company_run.BATCHES))
-    assert [list(names) for names in found["shared"]] == [list(n) for n in whole.shared]
-    for name, entry in found["learned"].items():
+def test_unequal_and_empty_shares_give_the_result_of_a_single_process(outcomes):
+    merged = equal(outcomes, "exact")
+    whole = process_group_run.learn(runs.batches(process_group_run.BATCHES))
+    assert [list(names) for names in merged["shared"]] == [list(n) for n in whole.shared]
+    for name, entry in merged["learned"].items():
         assert entry[3] == whole[name].samples
-    for name, rows in captured(runs.batches(company_run.BATCHES)).items():
-        assert excess(projector(found["learned"][name]), rows) < 1e-5
-    assert set(found["stopped"].values()) == {"the batches ended"}
+    for name, rows in captured(runs.batches(process_group_run.BATCHES)).items():
+        assert excess(projector(merged["learned"][name]), rows) < 1e-5
+    assert set(merged["stopped"].values()) == {"the batches ended"}
 
 
 def test_default_learner_keeps_its_bound(outcomes):
-    found = equal(outcomes, "default")
-    for name, rows in captured(runs.batches(company_run.BATCHES)).items():
-        assert excess(projector(found["learned"][name]), rows) < RandomizedSVD.guarantee.excess
+    merged = equal(outcomes, "default")
+    for name, rows in captured(runs.batches(process_group_run.BATCHES)).items():
+        assert excess(projector(merged["learned"][name]), rows) < RandomizedSVD.guarantee.excess
 
 
-def test_layers_parted_in_one_process_are_parted_in_all(outcomes):
-    found = equal(outcomes, "parted")
-    assert found["shared"] == [("query",), ("value",)]
-    assert found["missing"] == {"never": "its forward never ran"}
-    assert found["learned"]["query"][3] == 50 * len(outcomes)
+def test_layers_that_branch_on_one_rank_branch_on_all(outcomes):
+    merged = equal(outcomes, "branched")
+    assert merged["shared"] == [("query",), ("value",)]
+    assert merged["missing"] == {"never": "its forward never ran"}
+    assert merged["learned"]["query"][3] == 50 * len(outcomes)
 
 
-def test_failure_of_one_is_told_to_the_others(outcomes):
+def test_failure_of_a_rank_is_raised_on_the_others(outcomes):
     *others, last = (outcome["failed"] for outcome in outcomes)
     assert last == "ValueError: no such token"
-    told = f"PeerError: process {len(others)} failed with ValueError: no such token"
-    assert others == [told] * len(others)
+    peer_error = f"PeerError: process {len(others)} failed with ValueError: no such token"
+    assert others == [peer_error] * len(others)
 
 
-def test_what_cannot_be_merged_is_an_error_everywhere(outcomes):
+def test_failed_merge_is_an_error_on_all_ranks(outcomes):
     messages = {outcome["unequal"] for outcome in outcomes}
     assert len(messages) == 1 and "PeerError: layer '0'" in (message := messages.pop())
     assert "features" in message
@@ -122,23 +122,25 @@ def test_each_process_resumes_from_its_own_checkpoint(outcomes):
         for name, entry in again["learned"].items():
             # The convolution draws other patches after a failure in its own process only.
             assert torch.equal(entry[0], whole["learned"][name][0]), name
-        assert passed == (len(company_run.share(rank, size)) - 1 if rank == size - 1 else 0)
+        assert passed == (len(process_group_run.share(rank, size)) - 1 if rank == size - 1 else 0)
 
 
-def test_online_modes_stay_in_step(outcomes):
+def test_online_modes_have_the_same_p_on_all_ranks(outcomes):
     first, *others = (outcome["online"] for outcome in outcomes)
     for other in others:
-        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
-    rows = [company_run.rows(10 * s + r) for s in range(3) for r in range(len(outcomes))]
+        assert all(torch.equal(p, q) for p, q in zip(first, other, strict=True))
+    rows = [process_group_run.rows(10 * s + r) for s in range(3) for r in range(len(outcomes))]
     everything = projector((first[-1], None, 0.0, 0))
     assert excess(everything, torch.cat(rows)) < 1e-4
 
 
-def test_sharded_model_ends_with_the_first_that_ends(outcomes):
-    found = equal(outcomes, "sharded")
-    assert found["learned"]["0"][3] == 2 * 50 * len(outcomes)
-    rows = [company_run.rows(10 * rank + n) for rank in range(len(outcomes)) for n in range(2)]
-    assert excess(projector(found["learned"]["0"]), torch.cat(rows)) < 1e-4
+def test_sharded_model_ends_with_the_first_rank_that_ends(outcomes):
+    merged = equal(outcomes, "sharded")
+    assert merged["learned"]["0"][3] == 2 * 50 * len(outcomes)
+    rows = [
+        process_group_run.rows(10 * rank + n) for rank in range(len(outcomes)) for n in range(2)
+    ]
+    assert excess(projector(merged["learned"]["0"]), torch.cat(rows)) < 1e-4
 
 
 def test_sharded_model_resumes_at_the_latest_checkpoint_of_all(outcomes):
@@ -150,24 +152,24 @@ def test_sharded_model_resumes_at_the_latest_checkpoint_of_all(outcomes):
     assert all(other.startswith("PeerError: process") for other in others)
     assert {*map(tuple, there)} == {("step-0000000002", "step-0000000003")}
     assert {*passed} == {3}
-    found = equal([{"again": entry} for entry in again], "again")
-    wanted = equal([{"whole": entry} for entry in whole], "whole")
-    for name, entry in found["learned"].items():
-        assert torch.equal(entry[0], wanted["learned"][name][0])
-    assert damaged[0].startswith("FileFormatError: expected a whole checkpoint")
+    merged = equal([{"again": entry} for entry in again], "again")
+    expected = equal([{"whole": entry} for entry in whole], "whole")
+    for name, entry in merged["learned"].items():
+        assert torch.equal(entry[0], expected["learned"][name][0])
+    assert damaged[0].startswith("FileFormatError: expected a complete checkpoint")
     assert all(f"process 0 failed with {damaged[0]}" in other for other in damaged[1:])
 
 
 def test_wrapped_model_with_buffers_and_unequal_batches(outcomes):
-    found = equal(outcomes, "wrapped")
-    assert found["learned"]["fc"][3] == 50 * sum(range(len(outcomes)))
+    merged = equal(outcomes, "wrapped")
+    assert merged["learned"]["fc"][3] == 50 * sum(range(len(outcomes)))
 
 
 @pytest.mark.parametrize("source", ["gradient", "mixed", "inputs"])
 def test_gradients_of_all_processes_count(outcomes, source):
-    found = equal(outcomes, source)
-    whole = company_run.by_gradient(runs.batches(company_run.BATCHES), source)
-    for name, entry in found["learned"].items():
+    merged = equal(outcomes, source)
+    whole = process_group_run.by_gradient(runs.batches(process_group_run.BATCHES), source)
+    for name, entry in merged["learned"].items():
         assert entry[3] == whole[name].samples
         angles = torch.linalg.svdvals(entry[0].double() @ whole[name].components.T.double())
         assert angles.min() > 1 - 1e-6, name
@@ -182,10 +184,10 @@ def test_failing_gradient_is_told_to_the_others(outcomes):
 def test_groups_and_processes_alone(outcomes):
     for rank, outcome in enumerate(outcomes):
         assert outcome["alone"]["learned"]["out"][3] == 24 * (2 + rank)
-    found = equal(outcomes[-2:], "pair")
+    merged = equal(outcomes[-2:], "pair")
     size = len(outcomes)
-    count = sum(len(company_run.share(rank, size)) for rank in (size - 2, size - 1))
-    assert found["learned"]["out"][3] == 24 * count
+    count = sum(len(process_group_run.share(rank, size)) for rank in (size - 2, size - 1))
+    assert merged["learned"]["out"][3] == 24 * count
     # After all these failures the processes still understand each other.
     after, before = equal(outcomes, "after"), equal(outcomes, "exact")
     assert torch.equal(after["learned"]["out"][0], before["learned"]["out"][0])
