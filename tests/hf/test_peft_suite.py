@@ -23,7 +23,7 @@ def test_saving_loading_merging_mixing_disabling_and_deleting(tmp_path):
     settings.write_text("[pytest]\n", encoding="utf-8")
     options = ["-p", "peft_plugin", "-p", "no:cacheprovider", "--import-mode=importlib", "-q"]
     command = [sys.executable, "-m", "pytest", "-c", settings, "--rootdir", SOURCE, *options]
-    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    paths = [str(Path(__file__).parent), *(str(path) for path in sys.path if path)]
     done = subprocess.run(
         [*map(str, command), "tests/test_custom_models.py"],
         cwd=SOURCE,

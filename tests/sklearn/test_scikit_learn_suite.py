@@ -44,7 +44,9 @@ def run_tests(folder, *arguments, **environment):
     done = subprocess.run(
         [*map(str, command), *map(str, arguments)],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(str(path) for path in sys.path if path)}
+        | environment,
         capture_output=True,
         text=True,
     )

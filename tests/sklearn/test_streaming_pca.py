@@ -231,7 +231,7 @@ np.testing.assert_allclose(pca.explained_variance_.numpy(), theirs.explained_var
 """
     environment = os.environ | {
         "SCIPY_ARRAY_API": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in sys.path if path),
     }
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True

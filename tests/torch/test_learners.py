@@ -174,7 +174,7 @@ print(len(calls), *map(digest, learners.values()))
 def test_goes_on_after_a_kill_with_equal_bytes(tmp_path, heads):
     def run(folder, last):
         program = KILLED.format(root=str(ROOT), folder=str(folder), last=last, heads=heads)
-        paths = os.pathsep.join(filter(None, sys.path))
+        paths = os.pathsep.join(str(path) for path in sys.path if path)
         return subprocess.run(
             [sys.executable, "-c", program],
             env=os.environ | {"PYTHONPATH": paths},
@@ -232,7 +232,7 @@ assert nothing["2"].samples == 650, nothing["2"]
 
 def test_all_ranks_get_the_learners_of_all_rows(tmp_path):
     program = RANKS.format(root=str(ROOT), store=f"file://{tmp_path / 'store'}")
-    paths = os.pathsep.join(filter(None, sys.path))
+    paths = os.pathsep.join(str(path) for path in sys.path if path)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(rank)],
