@@ -24,11 +24,11 @@ test: .venv/.installed-test  ## everything that must pass before a commit
 	$(PYTEST) --ignore=tests/timm
 	$(MAKE) test-timm check
 
-check: .venv/.installed-test docs  ## style, types, doctests, documentation
+check: .venv/.installed-test docs  ## style, language, types, doctests, documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(SINGLE) $(BIN)/python -m pytest --doctest-modules ipa_core integrations \
+	$(SINGLE) $(BIN)/python -m pytest --doctest-modules tests/test_language.py ipa_core integrations \
 		--ignore=integrations/ipa_timm
 
 bench: .venv/.installed-bench  ## the quick benchmarks

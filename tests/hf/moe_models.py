@@ -81,13 +81,13 @@ def make(family):
 def batches(count=4, size=6, length=12):
     """Give batches of random tokens, the second half of each text but the first padding."""
     generator = torch.Generator().manual_seed(2)
-    made = []
+    batches = []
     for _ in range(count):
         ids = torch.randint(3, 64, (size, length), generator=generator)
         mask = torch.ones_like(ids)
         mask[1:, length // 2 :] = 0
-        made.append({"input_ids": ids * mask, "attention_mask": mask})
-    return made
+        batches.append({"input_ids": ids * mask, "attention_mask": mask})
+    return batches
 
 
 def experts_of(model):
@@ -105,11 +105,11 @@ def captured_rows(model, batches):
 
     From the arguments of the experts' modules, each expert computed for its tokens alone.
     """
-    found = {}
+    captured = {}
     for batch in batches:
         kept = batch["attention_mask"].reshape(-1).bool()
         handles = [
-            module.register_forward_pre_hook(_capture(found, name, kept))
+            module.register_forward_pre_hook(_capture(captured, name, kept))
             for name, module in experts_of(model).items()
         ]
         model(**batch)
@@ -117,11 +117,11 @@ def captured_rows(model, batches):
             handle.remove()
     return {
         name: tuple(torch.cat(part) for part in zip(*rows, strict=True))
-        for name, rows in found.items()
+        for name, rows in captured.items()
     }
 
 
-def _capture(found, name, kept):
+def _capture(captured, name, kept):
     def hook(module, arguments):
         tokens, index, weights = arguments
         first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -132,8 +132,8 @@ def _capture(found, name, kept):
             rows, weight = tokens[token], weights[token, choice].float()
             hidden = _product(module, first, expert, rows)
             hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-            found.setdefault(f"{name}.{first}[{expert}]", []).append((rows, weight))
-            found.setdefault(f"{name}.down_proj[{expert}]", []).append((hidden, weight))
+            captured.setdefault(f"{name}.{first}[{expert}]", []).append((rows, weight))
+            captured.setdefault(f"{name}.down_proj[{expert}]", []).append((hidden, weight))
 
     return hook
 

@@ -79,8 +79,8 @@ def test_outputs_and_model_stay_as_they_were(family):
     with torch.no_grad():
         expected = model(**batch).logits
         with expert_layers(model, TARGETS, sharing="unreached"):
-            found = model(**batch).logits
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+            actual = model(**batch).logits
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
     fresh = make(family)
     assert [name for name, _ in model.named_modules()] == [n for n, _ in fresh.named_modules()]
     for module in experts_of(model).values():

@@ -76,8 +76,8 @@ def randomize(model, adapter_name="default"):
             b.copy_(0.5 * torch.randn(b.shape, generator=generator))
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_each_experts_A_is_its_scaled_projection(family):
