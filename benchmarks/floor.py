@@ -5,7 +5,7 @@ large matrix product and of a large copy, both measured in the same run.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -27,6 +27,12 @@ class Machine:
     def record(self) -> dict[str, float]:
         """Return both for a results file, in thousand millions."""
         return {f"giga_{name}_per_second": value / 1e9 for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_record(cls, found: Mapping[str, float]) -> "Machine":
+        """Return the machine that a results file tells of."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: found[f"giga_{name}_per_second"] * 1e9 for name in names})
 
 
 def machine(

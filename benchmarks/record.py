@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,17 @@ def write(name: str, quick: bool, packages: list[str], results: dict[str, Any]) 
     command = f"python -m benchmarks.{name}{' --quick' if quick else ''}"
     content = circumstances(command, packages) | results
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}{'_quick' if quick else ''}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path = path_of(name, quick)
+    unfinished = path.with_suffix(".tmp")  # a cut leaves the results before it whole
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
     print(f"written to {path}")
     return path
+
+
+def path_of(name: str, quick: bool) -> Path:
+    """Return the results file of a benchmark."""
+    return FOLDER / f"{name}{'_quick' if quick else ''}.json"
 
 
 def circumstances(command: str, packages: list[str]) -> dict[str, Any]:
@@ -34,7 +41,7 @@ def circumstances(command: str, packages: list[str]) -> dict[str, Any]:
             "load_at_the_end": round(os.getloadavg()[0], 1),
         },
         "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        | {package: _version(package) for package in packages},
     }
 
 
@@ -42,6 +49,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu() -> str:

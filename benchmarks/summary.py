@@ -222,7 +222,7 @@ def summary(quick: bool) -> str:
     for row in ROWS:
         path = FOLDER / f"{row.file}{'_quick' if quick else ''}.json"
         results = json.loads(path.read_text()) if path.is_file() else None
-        value = row.find(results) if results else None
+        value = _value(row, results)
         least = results.get("floors", {}).get(row.floor) if results else None
         shown = "not measured" if value is None else f"{value:.3g}"
         met = "" if value is None or not row.target else _met(value, row.target)
@@ -230,6 +230,16 @@ def summary(quick: bool) -> str:
         command = f"`python -m benchmarks.{row.file}`"
         rows.append([row.measure, row.target, shown, beside, met, command])
     return table(["ratio", "target", "measured", "floor", "met", "command"], rows) + "\n"
+
+
+def _value(row: Row, results: dict[str, Any] | None) -> float | None:
+    """Return a row's ratio, or None where its benchmark has no results or was cut before it."""
+    try:
+        return row.find(results) if results else None
+    except KeyError:
+        if results and "ended" in results:
+            return None
+        raise
 
 
 def _met(value: float, target: str) -> str:

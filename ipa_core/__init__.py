@@ -1,5 +1,6 @@
 """Streaming low-rank projectors for adapting foundation models, on any array library."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from ipa_core.cholesky import DampedCholesky, damped_cholesky
@@ -31,7 +32,10 @@ from ipa_core.projector import Projector
 from ipa_core.rank_allocation import allocate_ranks
 from ipa_core.whitening_transform import Whitening
 
-__version__ = _version("ipa-projectors")
+try:
+    __version__ = _version("ipa-projectors")
+except _PackageNotFoundError:  # a plain copy of the tree on the path
+    __version__ = "0+unknown"
 
 __all__ = [
     "ActivationStore",

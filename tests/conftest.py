@@ -1,4 +1,4 @@
-"""Profiles of Hypothesis: the same examples everywhere by default, new ones on request."""
+"""Profiles of Hypothesis, the same examples everywhere by default; torch's device."""
 
 from hypothesis import HealthCheck, settings
 
@@ -16,3 +16,15 @@ settings.register_profile(
 # JAX compiles every operation for every new shape: a law takes seconds a case.
 settings.register_profile("jax", settings.get_profile("default"), max_examples=4)
 settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--torch-device", help="device of the tensors that torch makes")
+
+
+def pytest_configure(config):
+    device = config.getoption("--torch-device")
+    if device is not None:
+        import torch
+
+        torch.set_default_device(device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from benchmarks import gpu, growth, record, summary
+from benchmarks import gpu, gpu_check, growth, record, summary
 from benchmarks.floor import Machine, entries, two_products
 from benchmarks.timing import interleaved, ratio
 from ipa_torch import fit_projectors
@@ -71,10 +71,47 @@ def test_growth_is_a_slope_and_a_figure(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure the device")
-def test_rehearsal_for_the_gpu_runs_every_part(monkeypatch, capsys):
+def test_rehearsal_for_the_gpu_measures_every_part(monkeypatch, capsys):
     pytest.importorskip("peft")
-    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse"])
+    monkeypatch.setattr(sys, "argv", ["gpu", "measure", "--rehearse"])
     gpu.main()
     shown = capsys.readouterr().out
     for part in ("learners", "learning", "training", "floors", "eva_lost", "memory_ratio"):
         assert part in shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would test the device")
+def test_rehearsal_for_the_gpu_checks_every_library(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "check", "--rehearse"])
+    assert gpu.main() == 0
+    shown = capsys.readouterr().out
+    assert "check torch" in shown and "'passed': 1" in shown
+    for part in ("check cupy", "check adapters", "check jax"):
+        assert part in shown
+    limits = sum(tests.limit + gpu_check.GRACE for tests in gpu_check.STEPS.values())
+    assert limits <= 240
+
+
+def test_a_cut_run_for_the_gpu_goes_on_after_its_last_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    gpu.Results(quick=True, written=True).add("first", lambda results: 1)
+    results = gpu.Results(quick=True, written=True)
+    results.add("first", lambda results: pytest.fail("measured twice"))
+    results.add("second", lambda results: results["first"] + 1)
+    written = json.loads((tmp_path / "gpu_quick.json").read_text())
+    assert (written["first"], written["second"]) == (1, 2)
+    assert set(written["ended"]) == {"first", "second"}
+
+
+def test_checks_for_the_gpu_keep_the_first_failure_of_each_kind():
+    report = """<testsuite>
+    <testcase classname="a" name="one"><failure message="ValueError: x">first</failure></testcase>
+    <testcase classname="a" name="two"><failure message="ValueError: y">second</failure></testcase>
+    <testcase classname="a" name="three"><error message="KeyError: z">third</error></testcase>
+    <testcase classname="a" name="four"><skipped message="no device"/></testcase>
+    <testcase classname="a" name="five"/></testsuite>"""
+    found = gpu_check.summarize(report)
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 3, {"no device": 1})
+    first = {"ValueError": "a::one\nfirst", "KeyError": "a::three\nthird"}
+    assert found["first_of_each_kind"] == first

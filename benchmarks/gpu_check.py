@@ -1,0 +1,144 @@
+"""Stage ``check`` of `benchmarks.gpu`: the tests of contract, devices and adapters on a device.
+
+Every step is a run of pytest in a process of its own, with a time limit; all limits together are
+under four minutes. A step that reaches its limit is interrupted and tells of the tests that ended.
+"""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parent.parent
+#: Seconds that an interrupted run may take to write its report.
+GRACE = 10
+#: One law, about the origin, of the default learner.
+REHEARSED = "(law_weights and RandomizedSVD and origin) or test_merge"
+
+
+class Tests(NamedTuple):
+    """Tests of a step, the expression that selects them, and the limit in seconds."""
+
+    files: tuple[str, ...]
+    selected: str
+    limit: int
+
+
+CONTRACT = ("tests/core/test_contract.py",)
+#: Tests that start processes or compilers say nothing about a device.
+ADAPTERS = "not kill and not ranks and not compiled"
+STEPS = {
+    "cupy": Tests(CONTRACT, "cupy", 60),
+    "torch": Tests(CONTRACT, "torch", 50),
+    "adapters": Tests(
+        (
+            "tests/torch/test_late_answers.py",
+            "tests/torch/test_matmul_view.py",
+            "tests/torch/test_learners.py",
+            "tests/torch/test_adapters.py",
+        ),
+        ADAPTERS,
+        40,
+    ),
+    # JAX compiles every operation for every shape: the default learner only.
+    "jax": Tests(CONTRACT, "jax and RandomizedSVD", 50),
+}
+
+
+def steps(device: str, tiny: bool) -> dict[str, Any]:
+    """Return the steps in their order, for torch tensors on ``device``."""
+    return {f"check {name}": partial(_run, tests, device, tiny) for name, tests in STEPS.items()}
+
+
+def failures(results: Mapping[str, Any], tiny: bool) -> int:
+    """Return the steps that failed or were interrupted; unless tiny, those without a pass, too."""
+    found = [value for name, value in results.items() if name.startswith("check ")]
+    return sum(
+        bool(each["failed"] or each["interrupted"] or not (tiny or each["passed"]))
+        for each in found
+    )
+
+
+def _run(tests: Tests, device: str, tiny: bool, results: Mapping[str, Any]) -> dict[str, Any]:
+    selected = f"({tests.selected}) and ({REHEARSED})" if tiny else tests.selected
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", *tests.files, "-k", selected, "-q", "--tb=short"]
+        command += [f"--junit-xml={report}", f"--torch-device={device}", "-p", "no:cacheprovider"]
+        command += ["--hypothesis-profile=jax", *_workers(tiny)]
+        output, interrupted = _limited(command, tests.limit)
+        counted = summarize(report.read_text()) if report.is_file() else summarize("<none/>")
+    nothing = not counted["passed"] and not counted["skipped"]
+    if nothing:  # pytest itself failed, or did not answer
+        counted["failed"] = counted["failed"] or 1
+        counted["first_of_each_kind"].setdefault("pytest", output[-2000:])
+    return counted | {"interrupted": interrupted}
+
+
+def _workers(tiny: bool) -> list[str]:
+    """Return options for several processes where pytest-xdist is installed."""
+    if tiny or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(8, os.cpu_count() or 1))]
+
+
+def _limited(command: list[str], limit: int) -> tuple[str, bool]:
+    """Return the output of a command and whether it was interrupted at its limit."""
+    paths = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the device
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return process.communicate(timeout=limit)[0], False
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=GRACE)[0], True
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0], True
+
+
+def summarize(report: str) -> dict[str, Any]:
+    """Return counts, and the first failure of each kind, of a report in JUnit's format."""
+    passed, failed = 0, 0
+    skipped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for case in ElementTree.fromstring(report).iter("testcase"):
+        fault = next((part for part in case if part.tag in ("failure", "error")), None)
+        omitted = case.find("skipped")
+        if fault is not None:
+            failed += 1
+            message = fault.get("message", "")
+            kind = message.partition(":")[0].splitlines()[0] if message else "unknown"
+            test = f"{case.get('classname')}::{case.get('name')}"
+            first.setdefault(kind, f"{test}\n{(fault.text or '')[-2000:]}")
+        elif omitted is not None:
+            skipped[omitted.get("message", "")] += 1
+        else:
+            passed += 1
+    return {
+        "passed": passed,
+        "failed": failed,
+        "skipped": dict(skipped),
+        "first_of_each_kind": first,
+    }
