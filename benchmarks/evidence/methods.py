@@ -10,10 +10,13 @@ from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from torch import nn
 
 import ipa_hf
+from benchmarks.evidence.captured import Rule, choose
 from benchmarks.evidence.cutting import Batch
 from benchmarks.evidence.projections import KINDS, Sample, target_names
 from benchmarks.evidence.refreshing import Refresh, ScheduledRefresh
 from benchmarks.evidence.task import Settings, Task, run, sample
+from benchmarks.evidence.training import Plan, begin_b
+from ipa_hf.lora_layers import adapted_layers, lora_A_and_B
 from ipa_torch import LayerProjectors
 
 
@@ -37,6 +40,12 @@ class Method:
         The texts that P is chosen from, in equal parts; by default those of the task.
     options : mapping
         Of `LoraConfig`.
+    rule : callable, optional
+        How the rows of A are made of what is captured, in the place of a projection.
+    gradients : bool
+        Whether the rule needs gradients: a backward pass.
+    plan : Plan
+        How A and B are trained.
     """
 
     projection: str | None = None
@@ -46,6 +55,9 @@ class Method:
     refresh: Refresh | None = None
     texts: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    rule: Rule | None = None
+    gradients: bool = False
+    plan: Plan = field(default_factory=Plan)
 
 
 #: LoRA's random A has rows of this length; random orthonormal ones get it too.
@@ -124,6 +136,8 @@ class Adapter:
             cost += _steps(kind.passes, self._batches(method, seed))
         if method.projection is None:
             model.body = get_peft_model(model.body, config)
+            if method.rule is not None:
+                _write(model.body, learned)
             if not method.trainable:
                 ipa_hf.freeze_projections(model.body)
         elif method.projection == "eva":
@@ -139,6 +153,10 @@ class Adapter:
                 trainable=method.trainable,
                 scaling=method.scaling,
             )
+        if method.plan.first_step:
+            # The gradient comes along with P's backward pass, if there is one; two forward passes.
+            cost += 1 if method.gradients else 1 + _steps(2, self._batches(method, seed)) - cost
+            begin_b(model, self.task.loss, self._batches(method, seed))
         return model, cost if self.settings.charged else 0.0
 
     def turn(self, method: Method, model: nn.Module, seed: int) -> ScheduledRefresh | None:
@@ -153,13 +171,17 @@ class Adapter:
     def _learn(
         self, model: nn.Module, method: Method, rank: int, seed: int
     ) -> tuple[LayerProjectors | dict[str, torch.Tensor] | None, float]:
-        if method.projection is None:
+        if method.projection is None and method.rule is None:
             return None, 0.0
-        key = (method.projection, method.texts, rank, seed)
+        key = (method.projection, method.rule, method.texts, rank, seed)
         if key not in self._learned:
             some = self._batches(method, seed)
             if method.projection == "eva":
                 self._learned[key] = _eva(model, _config(model, method, rank), some)
+            elif method.rule is not None:
+                found = Sample(model, some, self.task.loss, rank, seed)
+                rows = choose(found, method.rule, gradients=method.gradients)
+                self._learned[key] = rows, _steps(1 + method.gradients, some)
             else:
                 kind = KINDS[method.projection]
                 chosen = kind.choose(Sample(model, some, self.task.loss, rank, seed))
@@ -177,6 +199,13 @@ class Adapter:
             for source in sources
             for batch in sample(source, settings.batch_size, count, seed)
         ]
+
+
+@torch.no_grad()
+def _write(body: nn.Module, rows: Mapping[str, torch.Tensor]) -> None:
+    """Write A of each layer."""
+    for name, layer in adapted_layers(body, "default").items():
+        lora_A_and_B(layer, "default")[0].copy_(rows[name])
 
 
 def _steps(passes: int, batches: list[Batch]) -> float:

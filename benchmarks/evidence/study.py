@@ -1,12 +1,14 @@
 """Running a study: a learning rate for each method by validation, then seeds at that rate."""
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from statistics import mean
 
+from torch import nn
+
 from benchmarks.evidence.cells import TUNING, Cell, Cells
-from benchmarks.evidence.methods import METHODS, Adapter
+from benchmarks.evidence.methods import METHODS, Adapter, Method
 from benchmarks.evidence.task import Settings, Task
 from benchmarks.evidence.training import train
 
@@ -23,6 +25,7 @@ class Study:
     settings: Settings
     cells: Cells
     tuned_on: int = 1
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
 
     def run(self, methods: Iterable[str], seeds: Iterable[int]) -> None:
         """Run the methods over the seeds, each at its best rate."""
@@ -47,17 +50,34 @@ class Study:
         tried: dict[int, float] = {}
         seeds = range(TUNING, TUNING + self.tuned_on)
         # A frozen A wants more than one that is trained along.
-        first = RATES.index(1e-2 if METHODS[name].trainable else 3e-2)
+        first = self.first(self.methods[name])
         wanted = [first, first - 1, first + 1]
         while wanted:
             for index in wanted:
                 rate = RATES[index]
                 cells = [self.cell(adapter, name, seed, rate) for seed in seeds]
-                tried[index] = mean(cell.validated for cell in cells)
+                tried[index] = mean(self.merit(cell) for cell in cells)
             best = max(tried, key=tried.__getitem__)
             near = (best - 1, best + 1)
             wanted = [i for i in near if i not in tried and 0 <= i < len(RATES)]
         return RATES[best]
+
+    def first(self, method: Method) -> int:
+        """Return the place in the grid where the search begins."""
+        return RATES.index(1e-2 if method.trainable else 3e-2)
+
+    def merit(self, cell: Cell) -> float:
+        """Return what is to be as large as possible on validation data."""
+        return cell.validated
+
+    def measured(self, model: nn.Module, part: str) -> dict[str, float]:
+        """Return what is measured of a trained model, by set."""
+        return self.task.accuracy(model, part)
+
+    def shown(self, cell: Cell) -> str:
+        """Return the figures of a cell for a line of progress."""
+        tested = "" if cell.test is None else f", test {cell.accuracy:.1f}"
+        return f"validation {cell.validated:.1f}{tested}"
 
     def cell(self, adapter: Adapter, name: str, seed: int, rate: float) -> Cell:
         """Return a cell, run unless it has been."""
@@ -67,11 +87,11 @@ class Study:
         if known is not None:
             return known
         began = time.perf_counter()
-        method = METHODS[name]
+        method = self.methods[name]
         model, spent = adapter(method, seed)
         learning = time.perf_counter() - began
         turn = adapter.turn(method, model, seed)
-        cost = train(model, task, settings, rate, seed, spent, turn)
+        cost = train(model, task, settings, rate, seed, spent, turn, method.plan)
         cell = Cell(
             study=self.name,
             task=task.name,
@@ -81,22 +101,21 @@ class Study:
             learn_from=settings.learn_from,
             seed=seed,
             rate=rate,
-            validation=_rounded(task.accuracy(model, "validation")),
-            test=None if seed >= TUNING else _rounded(task.accuracy(model, "test")),
+            validation=_rounded(self.measured(model, "validation")),
+            test=None if seed >= TUNING else _rounded(self.measured(model, "test")),
             steps_of_p=spent,
             trainable=cost.trainable,
             mebibytes=round(cost.mebibytes, 1),
             seconds_of_p=round(learning, 1),
             seconds=round(cost.seconds, 1),
         )
-        tested = "" if cell.test is None else f", test {cell.accuracy:.1f}"
         print(
             f"{self.name:10} {task.name:12} {name:32} rank {cell.rank:<3} seed {seed:<4} "
-            f"rate {rate:<6g} validation {cell.validated:.1f}{tested}, {cell.seconds:.0f} s",
+            f"rate {rate:<6g} {self.shown(cell)}, {cell.seconds:.0f} s",
             flush=True,
         )
         return self.cells.add(cell)
 
 
 def _rounded(accuracies: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in accuracies.items()}
+    return {name: round(value, 5) for name, value in accuracies.items()}

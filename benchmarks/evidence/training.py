@@ -1,13 +1,17 @@
 """Training run of one method, with its cost."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import transformers
+from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
+from benchmarks.evidence.cutting import Batch
 from benchmarks.evidence.refreshing import ScheduledRefresh
 from benchmarks.evidence.task import Settings, Task, batches
 from benchmarks.memory import saved_for_backward
@@ -23,6 +27,28 @@ class Cost:
     mebibytes: float
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How A and B are trained.
+
+    Parameters
+    ----------
+    rate_of_a : float
+        Of A's learning rate to B's, where A is trained.
+    held_after : float
+        Share of the steps after which A is held.
+    first_step : bool
+        Whether B begins at a step against its gradient, as long as a line search finds best.
+    optimizer : {"adam", "lorafa"}
+        PEFT's optimizer for LoRA-FA turns the gradient of B by (A A^T)^-1.
+    """
+
+    rate_of_a: float = 1.0
+    held_after: float = 1.0
+    first_step: bool = False
+    optimizer: Literal["adam", "lorafa"] = "adam"
+
+
 def train(
     model: nn.Module,
     task: Task,
@@ -31,6 +57,7 @@ def train(
     seed: int,
     spent: float,
     turn: ScheduledRefresh | None = None,
+    plan: Plan | None = None,
 ) -> Cost:
     """Train the adapters, and the head, for the steps that are left; return the cost.
 
@@ -44,14 +71,22 @@ def train(
         Steps that choosing P was worth, taken off the budget.
     turn : ScheduledRefresh, optional
         A refresh of P, when its steps have been trained.
+    plan : Plan, optional
+        How A and B are trained; together, by Adam, if it is not given.
     """
+    plan = plan or Plan()
     began = time.perf_counter()
     steps = settings.steps - round(spent)
     if steps < 1:
         raise ValueError(f"expected P to cost less than {settings.steps} steps, got {spent:g}")
     model.eval()
-    adapters = [p for p in model.body.parameters() if p.requires_grad]
-    groups = [{"params": adapters, "lr": rate}]
+    named = [(name, p) for name, p in model.body.named_parameters() if p.requires_grad]
+    a = [p for name, p in named if "lora_A" in name]
+    adapters = [p for _, p in named]
+    groups = [
+        {"params": a, "lr": rate * plan.rate_of_a},
+        {"params": [p for name, p in named if "lora_A" not in name], "lr": rate},
+    ]
     head = [
         p
         for name, p in model.named_parameters()
@@ -59,7 +94,11 @@ def train(
     ]
     if head:
         groups.append({"params": head, "lr": settings.head_rate})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    if plan.optimizer == "lorafa":
+        config = model.body.peft_config["default"]
+        optimizer = create_lorafa_optimizer(model.body, config.r, config.lora_alpha, rate)
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = transformers.get_linear_schedule_with_warmup(
         optimizer, round(settings.warmup * steps), steps
     )
@@ -70,6 +109,9 @@ def train(
     for step, batch in enumerate(stream):
         if turn is not None and step == turn.refresh.after:
             turn(optimizer)
+        if step == round(plan.held_after * steps):
+            for matrix in a:
+                matrix.requires_grad_(False)
         if step == 0:
             loss, kept = saved_for_backward(model, partial(task.loss, model, batch))
         else:
@@ -82,3 +124,58 @@ def train(
     numbers = sum(p.numel() for p in trained)
     # Weights, gradients and the optimizer's two moments, in float32, and what backward needs.
     return Cost(time.perf_counter() - began, steps, numbers, (kept + 16 * numbers) / 2**20)
+
+
+def begin_b(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Batch], torch.Tensor],
+    some: Sequence[Batch],
+) -> float:
+    """Begin B at a step against its gradient, and return the length, 0 if no step helps.
+
+    Two forward passes over the first batch: one at a trial length, one at the minimum of the
+    parabola through both values and the slope.
+    """
+    model.eval()
+    b = [p for name, p in model.body.named_parameters() if "lora_B" in name]
+    gradients, start = _gradients(model, loss, some, b), _loss(model, loss, some[0])
+    slope = float(sum(g.square().sum() for g in gradients))
+    trial = 0.1 * start / slope  # what would take a tenth of the loss off, if it were linear
+    _put(b, gradients, trial)
+    after = _loss(model, loss, some[0])
+    bend = (after - start + trial * slope) / trial**2
+    best = min(slope / (2 * bend), 4 * trial) if bend > 0 else 4 * trial
+    _put(b, gradients, best)
+    reached = {best: _loss(model, loss, some[0]), trial: after, 0.0: start}
+    length = min(reached, key=reached.__getitem__)
+    _put(b, gradients, length)
+    return length
+
+
+def _gradients(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Batch], torch.Tensor],
+    some: Sequence[Batch],
+    parameters: Sequence[nn.Parameter],
+) -> list[torch.Tensor]:
+    """Return the mean gradient over batches."""
+    for batch in some:
+        (loss(model, batch) / len(some)).backward()
+    found = [p.grad.clone() for p in parameters if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+@torch.no_grad()
+def _loss(
+    model: nn.Module, loss: Callable[[nn.Module, Batch], torch.Tensor], batch: Batch
+) -> float:
+    return float(loss(model, batch))
+
+
+@torch.no_grad()
+def _put(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor], length: float
+) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.copy_(-length * gradient)

@@ -1,0 +1,82 @@
+"""The methods that are compared by the likelihood of held-out text."""
+
+from dataclasses import replace
+from functools import partial
+
+from benchmarks.evidence import captured
+from benchmarks.evidence.captured import Rule
+from benchmarks.evidence.methods import METHODS, Method
+from benchmarks.evidence.training import Plan
+
+
+def of_inputs(**options: object) -> Method:
+    """Return a frozen A of the inputs, by other rows or in other sizes."""
+    rule: Rule = partial(captured.inputs, **options)
+    return Method(trainable=False, rule=rule)
+
+
+def of_gradient(rule: Rule, **options: object) -> Method:
+    """Return a frozen A of the gradient."""
+    return Method(trainable=False, rule=partial(rule, **options), gradients=True)
+
+
+WITHOUT_FIRST = of_inputs(weighting=captured.without_first)
+FLAT = of_inputs(weighting=captured.without_first, power=0.5)
+HELD = Plan(held_after=0.1)
+FISHER = of_gradient(captured.fisher)
+
+#: What is run on every kind of text.
+MAIN: dict[str, Method] = {
+    **{
+        name: METHODS[name]
+        for name in (
+            "LoRA",
+            "LoRA, half rank",
+            "EVA",
+            "IPA, trainable",
+            "random A, frozen",
+            "orthonormal, frozen",
+            "IPA, frozen",
+        )
+    },
+    "IPA without first token, frozen": WITHOUT_FIRST,
+    "IPA unit rows, frozen": of_inputs(weighting=captured.unit),
+    "IPA capped rows, frozen": of_inputs(weighting=captured.capped),
+    "damped gradient, frozen": of_gradient(captured.damped),
+    "half inputs, half damped gradient": of_gradient(captured.damped, share=0.5),
+    "Fisher, frozen": FISHER,
+}
+#: How B is trained along a frozen A, and A for a while.
+TRAINING: dict[str, Method] = {
+    "IPA without first token, power 0.25, frozen": of_inputs(
+        weighting=captured.without_first, power=0.25
+    ),
+    "IPA without first token, power 0.5, frozen": FLAT,
+    "IPA without first token, power 1, frozen": of_inputs(
+        weighting=captured.without_first, power=1.0
+    ),
+    "IPA, power 0.5, frozen": of_inputs(power=0.5),
+    "IPA without first token, LoRA-FA optimizer": replace(
+        WITHOUT_FIRST, plan=Plan(optimizer="lorafa")
+    ),
+    "random A, LoRA-FA optimizer": Method(trainable=False, plan=Plan(optimizer="lorafa")),
+    "IPA without first token, first step, frozen": replace(
+        WITHOUT_FIRST, plan=Plan(first_step=True)
+    ),
+    "IPA without first token, rank doubled, frozen": replace(WITHOUT_FIRST, rank=2),
+    "random A, rank doubled, frozen": Method(trainable=False, rank=2),
+    "IPA without first token, trainable": replace(WITHOUT_FIRST, trainable=True),
+    "LoRA, a tenth, then frozen": Method(plan=HELD),
+    "IPA without first token, a tenth, then frozen": replace(
+        WITHOUT_FIRST, trainable=True, plan=HELD
+    ),
+    "LoRA, rate of B 4 times A's": Method(plan=Plan(rate_of_a=0.25)),
+    "Fisher equal sizes, frozen": of_gradient(captured.fisher, sized=0.0),
+    "Fisher root sizes, frozen": of_gradient(captured.fisher, sized=0.5),
+    "Fisher, first step, frozen": replace(FISHER, plan=Plan(first_step=True)),
+    "Fisher, trainable": replace(FISHER, trainable=True),
+    "damped gradient without first token, frozen": of_gradient(
+        captured.damped, weighting=captured.without_first
+    ),
+}
+LIKELIHOOD = MAIN | TRAINING

@@ -1,0 +1,101 @@
+"""Language models by the likelihood of held-out text: python -m benchmarks.likelihood headlines.
+
+SmolLM2-135M is fine-tuned on one kind of text, adapters in its upper blocks. What is measured is the
+negative log-likelihood of each token of other texts of that kind, in nats; and of texts of another
+kind, to see what is forgotten. Rates are chosen by validation texts at a seed of their own. What
+has been run is not run again.
+"""
+
+import argparse
+import shlex
+import sys
+
+from torch import nn
+
+from benchmarks.assets import AssetError, cache_folder
+from benchmarks.classification import quieten
+from benchmarks.evidence.cells import FOLDER, Cell, Cells
+from benchmarks.evidence.corpora import SOURCES, corpus
+from benchmarks.evidence.likelihood_methods import LIKELIHOOD, MAIN
+from benchmarks.evidence.likelihood_task import LikelihoodTask
+from benchmarks.evidence.methods import Adapter, Method
+from benchmarks.evidence.study import RATES, Study
+from benchmarks.evidence.task import Settings
+
+RESULTS = FOLDER / "likelihood.jsonl"
+#: The kind that shows what is forgotten, for each kind that is trained on.
+OTHER = {"headlines": "reviews", "reviews": "headlines", "steps": "headlines"}
+
+
+class LikelihoodStudy(Study):
+    """A study whose figures are nats for each token: small ones are good."""
+
+    task: LikelihoodTask
+
+    def first(self, method: Method) -> int:
+        return RATES.index(1e-2 if method.trainable else 1e-1)
+
+    def merit(self, cell: Cell) -> float:
+        return -cell.validation[self.task.kinds[0]]
+
+    def measured(self, model: nn.Module, part: str) -> dict[str, float]:
+        return self.task.likelihood(model, part)
+
+    def shown(self, cell: Cell) -> str:
+        kind, other = self.task.kinds
+        tested = "" if cell.test is None else f", test {cell.test[kind]:.4f} ({cell.test[other]:.3f})"
+        return f"validation {cell.validation[kind]:.4f}{tested}"
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    quieten()
+    settings = Settings(
+        rank=arguments.rank, steps=arguments.steps, batch_size=16, learn_from=arguments.learn_from
+    )
+    try:
+        task = LikelihoodTask(
+            corpus(arguments.kind),
+            corpus(OTHER[arguments.kind]),
+            adapted=arguments.adapted,
+            full_vocabulary=arguments.full_vocabulary,
+            cache=cache_folder() / "likelihood",
+        )
+    except AssetError as error:
+        print(error)
+        return 1
+    cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.likelihood", *sys.argv[1:]]))
+    study = LikelihoodStudy("likelihood", task, settings, cells, methods=LIKELIHOOD)
+    if arguments.rates:
+        tune(study, arguments.methods, arguments.rates)
+    else:
+        study.run(arguments.methods, range(arguments.seeds))
+    return 0
+
+
+def tune(study: Study, methods: list[str], rates: list[float]) -> None:
+    """Run methods at given rates, on validation texts only."""
+    from benchmarks.evidence.cells import TUNING
+
+    adapter = Adapter(study.task, study.settings)
+    for name in methods:
+        for rate in rates:
+            study.cell(adapter, name, TUNING, rate)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("kind", choices=list(SOURCES))
+    made.add_argument("--methods", nargs="+", choices=list(LIKELIHOOD), default=list(MAIN))
+    made.add_argument("--seeds", type=int, default=3, help="0: rates are chosen, nothing tested")
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--steps", type=int, default=80)
+    made.add_argument("--adapted", type=int, default=4, help="upper blocks that are adapted")
+    made.add_argument("--learn-from", type=int, default=128, help="texts that P is chosen from")
+    made.add_argument("--rates", nargs="+", type=float, help="only these, on validation texts")
+    made.add_argument("--full-vocabulary", action="store_true")
+    return made
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
