@@ -1,20 +1,21 @@
 """Language models by the likelihood of held-out text: python -m benchmarks.likelihood headlines.
 
-SmolLM2-135M is fine-tuned on one kind of text, adapters in its upper blocks. What is measured is the
-negative log-likelihood of each token of other texts of that kind, in nats; and of texts of another
-kind, to see what is forgotten. Rates are chosen by validation texts at a seed of their own. What
-has been run is not run again.
+SmolLM2-135M is fine-tuned on one kind of text, with adapters in its upper blocks. The figure is the
+negative log-likelihood per token of held-out texts of that kind, in nats, and of texts of another
+kind, to see what is forgotten. Rates are chosen on validation texts at a seed of their own. Cells
+that are in the results file are not run again.
 """
 
 import argparse
 import shlex
 import sys
 
+import torch
 from torch import nn
 
 from benchmarks.assets import AssetError, cache_folder
 from benchmarks.classification import quieten
-from benchmarks.evidence.cells import FOLDER, Cell, Cells
+from benchmarks.evidence.cells import FOLDER, TUNING, Cell, Cells
 from benchmarks.evidence.corpora import SOURCES, corpus
 from benchmarks.evidence.likelihood_methods import LIKELIHOOD, MAIN
 from benchmarks.evidence.likelihood_task import LikelihoodTask
@@ -43,7 +44,9 @@ class LikelihoodStudy(Study):
 
     def shown(self, cell: Cell) -> str:
         kind, other = self.task.kinds
-        tested = "" if cell.test is None else f", test {cell.test[kind]:.4f} ({cell.test[other]:.3f})"
+        tested = (
+            "" if cell.test is None else f", test {cell.test[kind]:.4f} ({cell.test[other]:.3f})"
+        )
         return f"validation {cell.validation[kind]:.4f}{tested}"
 
 
@@ -59,6 +62,7 @@ def main() -> int:
             corpus(OTHER[arguments.kind]),
             adapted=arguments.adapted,
             full_vocabulary=arguments.full_vocabulary,
+            dtype=torch.float32 if arguments.float32 else torch.bfloat16,
             cache=cache_folder() / "likelihood",
         )
     except AssetError as error:
@@ -75,8 +79,6 @@ def main() -> int:
 
 def tune(study: Study, methods: list[str], rates: list[float]) -> None:
     """Run methods at given rates, on validation texts only."""
-    from benchmarks.evidence.cells import TUNING
-
     adapter = Adapter(study.task, study.settings)
     for name in methods:
         for rate in rates:
@@ -94,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--learn-from", type=int, default=128, help="texts that P is chosen from")
     made.add_argument("--rates", nargs="+", type=float, help="only these, on validation texts")
     made.add_argument("--full-vocabulary", action="store_true")
+    made.add_argument("--float32", action="store_true", help="the model too, not adapters only")
     return made
 
 

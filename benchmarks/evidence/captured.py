@@ -15,6 +15,8 @@ from benchmarks.evidence.projections import Sample, damped_inverse, joined, lead
 
 #: A row counts at most as one of this multiple of the median energy.
 CAP = 4.0
+#: Directions that a subspace iteration keeps beside those that are wanted.
+SPARE = 24
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ def inputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return leading directions of the inputs, row k times its energy to the power -`power` / 2."""
     weights = weighting(rows)
-    values, vectors = torch.linalg.eigh(moment(rows, weights))
-    energies = values.flip(0)[:rank].clamp_min(1e-12 * values[-1])
-    sizes = (energies / energies[0]) ** (-power / 2)
-    return sizes[:, None] * vectors.flip(1).T[:rank], weights
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weighted = weights.sqrt()[:, None] * rows.x
+        _, values, vectors = torch.svd_lowrank(weighted, q=rank + SPARE, niter=8)
+    sizes = (values[:rank] / values[0]).clamp_min(1e-6) ** -power
+    return sizes[:, None] * vectors.T[:rank], weights
 
 
 def damped(
@@ -88,6 +92,29 @@ def damped(
     step = _gradient(rows, weights) @ damped_inverse(c)
     common = torch.linalg.eigh(c).eigenvectors.flip(1).T[: rank - round(share * rank)]
     return joined(common, leading(step, rank), rank), weights
+
+
+def standardized(
+    rows: Captured, rank: int, *, weighting: Weighting = without_first, divided: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return leading directions of inputs whose coordinates have been brought to one energy.
+
+    If `divided`, A divides the coordinates, too; else it takes them as they are.
+    """
+    weights = weighting(rows)
+    c = moment(rows, weights)
+    sizes = c.diag().clamp_min(1e-12 * c.trace()).sqrt()
+    vectors = torch.linalg.eigh(c / sizes / sizes[:, None]).eigenvectors.flip(1).T[:rank]
+    return vectors / sizes if divided else vectors, weights
+
+
+def column_gradient(
+    rows: Captured, rank: int, *, weighting: Weighting = every
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the row space of the gradient with its columns brought to one size, as Adam does."""
+    weights = weighting(rows)
+    g = _gradient(rows, weights)
+    return leading(g / g.abs().mean(0).clamp_min(1e-30), rank), weights
 
 
 def fisher(
@@ -109,11 +136,12 @@ def fisher(
     return sizes[:, None] * (vectors[:rank] @ half_c), weights
 
 
-def scaled(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+def scaled(a: torch.Tensor, rows: Captured, weights: torch.Tensor) -> torch.Tensor:
     """Return rows with which A x has the energy that LoRA's random A would give it."""
-    rank, features = rows.shape
-    kept = ((rows @ moment) * rows).sum()
-    return rows * (rank / (3 * features) * moment.trace() / kept).sqrt()
+    rank, features = a.shape
+    total = weights @ rows.x.square().sum(1)
+    kept = weights @ (rows.x @ a.T).square().sum(1)
+    return a * (rank / (3 * features) * total / kept).sqrt()
 
 
 def capture(sample: Sample, *, gradients: bool) -> Mapping[str, Captured]:
@@ -157,7 +185,7 @@ def choose(sample: Sample, rule: Rule, *, gradients: bool) -> dict[str, torch.Te
     found = {}
     for name, rows in capture(sample, gradients=gradients).items():
         made, weights = rule(rows, sample.rank)
-        found[name] = scaled(made, moment(rows, weights)).float()
+        found[name] = scaled(made, rows, weights).float()
     return found
 
 

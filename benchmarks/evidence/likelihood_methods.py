@@ -70,6 +70,15 @@ TRAINING: dict[str, Method] = {
     "IPA without first token, a tenth, then frozen": replace(
         WITHOUT_FIRST, trainable=True, plan=HELD
     ),
+    "LoRA, a tenth at 0.3 times B's rate, then frozen": Method(
+        plan=Plan(held_after=0.1, rate_of_a=0.3)
+    ),
+    "IPA standardized, frozen": Method(trainable=False, rule=captured.standardized),
+    "IPA standardized directions, frozen": Method(
+        trainable=False, rule=partial(captured.standardized, divided=False)
+    ),
+    "column gradient, frozen": of_gradient(captured.column_gradient),
+    "short update, frozen": METHODS["short update, frozen"],
     "LoRA, rate of B 4 times A's": Method(plan=Plan(rate_of_a=0.25)),
     "Fisher equal sizes, frozen": of_gradient(captured.fisher, sized=0.0),
     "Fisher root sizes, frozen": of_gradient(captured.fisher, sized=0.5),
@@ -78,5 +87,9 @@ TRAINING: dict[str, Method] = {
     "damped gradient without first token, frozen": of_gradient(
         captured.damped, weighting=captured.without_first
     ),
+    "half of each without first token, frozen": of_gradient(
+        captured.damped, weighting=captured.without_first, share=0.5
+    ),
+    "IPA without first token, power 0.5, rank doubled, frozen": replace(FLAT, rank=2),
 }
 LIKELIHOOD = MAIN | TRAINING

@@ -41,6 +41,8 @@ class LikelihoodTask:
         Texts to train on, for validation, for testing.
     full_vocabulary : bool
         Whether all tokens of the vocabulary count.
+    dtype : torch.dtype
+        Of the model; adapters are float32.
     cache : Path, optional
         A folder for what enters the adapted blocks.
     """
@@ -54,9 +56,16 @@ class LikelihoodTask:
         folder: Path | None = None,
         sizes: tuple[int, int, int] = SIZES,
         full_vocabulary: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
         cache: Path | None = None,
     ) -> None:
-        self.name = f"{corpus.name}, full vocabulary" if full_vocabulary else corpus.name
+        self.name = ", ".join(
+            [
+                corpus.name,
+                *["full vocabulary"] * full_vocabulary,
+                *["float32"] * (dtype == torch.float32),
+            ]
+        )
         self.kinds = (corpus.name, other.name)
         folder = folder or smollm2()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -71,7 +80,7 @@ class LikelihoodTask:
             known = torch.arange(model.config.vocab_size)
         self.vocabulary = known
         self._parts = {
-            part: _examples(_entering(model, rows, self._first, cache), rows, known)
+            part: _examples(_entering(model, rows, self._first, cache), rows, known, dtype)
             for part, rows in tokens.items()
         }
         some = _batch(tokens["test"][:4])
@@ -79,6 +88,8 @@ class LikelihoodTask:
         self._body = cut(model, self._first, some).base_model
         self._output = nn.Linear(head.shape[1], len(known), bias=False)
         self._output.weight = nn.Parameter(head, requires_grad=False)
+        for module in (self._body, self._output):
+            module.to(dtype)
 
     def fresh(self, seed: int) -> nn.Module:
         return Speaker(copy.deepcopy(self._body), self._output, TARGETS)
@@ -128,9 +139,7 @@ class LikelihoodTask:
 Tokens = tuple[torch.Tensor, int]
 
 
-def _tokens(
-    tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[Pair]
-) -> list[Tokens]:
+def _tokens(tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[Tokens]:
     """Return the tokens of instruction and text, and how many are the instruction's."""
     found = []
     for instruction, text in pairs:
@@ -176,12 +185,12 @@ def _entering(
 
 
 def _examples(
-    hidden: Sequence[torch.Tensor], rows: Sequence[Tokens], known: torch.Tensor
+    hidden: Sequence[torch.Tensor], rows: Sequence[Tokens], known: torch.Tensor, dtype: torch.dtype
 ) -> list[Example]:
     """Return examples whose labels are places in the vocabulary, the instruction's left out."""
     examples = []
     for states, (ids, start) in zip(hidden, rows, strict=True):
         labels = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
         labels[:start] = -100
-        examples.append(Example(states, labels))
+        examples.append(Example(states.to(dtype), labels))
     return examples

@@ -1,0 +1,313 @@
+"""Held-out text by its likelihood: the task, rows of A from what is captured, plans of training."""
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+
+from benchmarks import likelihood
+from benchmarks.evidence import captured
+from benchmarks.evidence.captured import Captured, capture, choose
+from benchmarks.evidence.cells import Cells, read
+from benchmarks.evidence.corpora import Corpus
+from benchmarks.evidence.likelihood_methods import LIKELIHOOD
+from benchmarks.evidence.likelihood_task import LikelihoodTask
+from benchmarks.evidence.methods import Adapter
+from benchmarks.evidence.projections import Sample, damped, inputs
+from benchmarks.evidence.similarity import pairs_of
+from benchmarks.evidence.task import Settings, sample
+from benchmarks.evidence.training import Plan, begin_b, train
+from ipa_torch import energy_scale
+from tests.benchmarks import evidence_models as tiny
+
+SETTINGS = Settings(rank=2, steps=30, batch_size=8, learn_from=32)
+
+
+def corpus(name, count):
+    return Corpus(name, tuple(("it was", text) for text, _ in tiny.rows(count)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.llama(tmp_path_factory.mktemp("llama"))
+
+
+def make_task(folder, **options):
+    sizes = {"sizes": (90, 20, 30), "dtype": torch.float32, "adapted": 2}
+    texts = corpus("toy", 160), corpus("other", 160)
+    return LikelihoodTask(*texts, folder=folder, **(sizes | options))
+
+
+@pytest.fixture(scope="module")
+def task(folder):
+    return make_task(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(task):
+    return Adapter(task, SETTINGS)
+
+
+@pytest.fixture
+def some(task):
+    return Sample(task.fresh(0), sample(task.training(0), 8, 32, 0), task.loss, rank=2, seed=0)
+
+
+def whole_model_nats(folder, pairs, vocabulary):
+    """The same without a cut, padding, batches or places in a smaller vocabulary."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    losses = []
+    for instruction, text in pairs:
+        prompt = tokenizer(f"{instruction}\n")["input_ids"]
+        ids = torch.tensor([*prompt, *tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+        hidden = torch.full_like(logits, -torch.inf)
+        hidden[:, vocabulary] = logits[:, vocabulary]
+        losses.append(functional.cross_entropy(hidden, ids[len(prompt) :], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_likelihood_is_the_whole_models(full, folder, tmp_path):
+    pairs = corpus("toy", 160).pairs
+    for _ in range(2):  # computed, then out of the cache
+        task = make_task(folder, full_vocabulary=full, cache=tmp_path)
+        vocabulary = torch.arange(len(tiny.VOCABULARY)) if full else task.vocabulary
+        found = task.likelihood(task.fresh(0), "test")
+        assert found["toy"] == pytest.approx(whole_model_nats(folder, pairs[:30], vocabulary))
+        assert found["other"] == pytest.approx(whole_model_nats(folder, pairs[:7], vocabulary))
+    assert len(list(tmp_path.iterdir())) == 4
+    validated = task.likelihood(task.fresh(0), "validation")
+    assert validated == {"toy": pytest.approx(whole_model_nats(folder, pairs[30:50], vocabulary))}
+
+
+def test_loss_is_the_likelihood(task):
+    batch = sample(task._parts["validation"], 20, 20, 0)[0]
+    with torch.no_grad():
+        loss = float(task.loss(task.fresh(0), batch))
+    assert loss == pytest.approx(task.likelihood(task.fresh(0), "validation")["toy"], rel=1e-5)
+
+
+def test_seeds_vary_the_training_texts_only(task):
+    first, second = ({id(example) for example in task.training(seed)} for seed in (0, 1))
+    assert len(first) == len(second) == 60 and first != second
+    assert not first & {
+        id(example) for part in ("validation", "test") for example in task._parts[part]
+    }
+
+
+def test_too_few_texts():
+    with pytest.raises(ValueError, match="expected 200 texts of toy, got 160"):
+        corpus("toy", 160).parts((100, 50, 50))
+
+
+@pytest.mark.parametrize("name", LIKELIHOOD)
+def test_method(name, task, adapter):
+    """It begins as the base model, but for B's first step, and trains what it says."""
+    method = LIKELIHOOD[name]
+    model, spent = adapter(method, seed=0)
+    batch = sample(task.training(0), 8, 8, 0)[0]
+    with torch.no_grad():
+        before, plain = task.loss(model, batch), task.loss(task.fresh(0), batch)
+    assert method.plan.first_step or float(before) == pytest.approx(float(plain), rel=1e-5)
+    start = pairs_of(model.body)
+    train(model, task, SETTINGS, 1e-2, 0, spent, plan=method.plan)
+    end = pairs_of(model.body)
+    moved = any(not torch.equal(start[layer].a, end[layer].a) for layer in start)
+    assert moved == method.trainable
+    assert any(pair.b.any() for pair in end.values())
+
+
+def test_capture_is_of_the_rows_that_are_there(some, task):
+    name = "layers.1.mlp.down_proj"
+    rows = capture(some, gradients=True)[name]
+    lengths = [int(batch["attention_mask"].sum()) for batch in some.batches]
+    assert rows.x.shape == (sum(lengths), 32) and rows.g.shape == (sum(lengths), 16)
+    assert int(rows.first.sum()) == sum(len(batch["labels"]) for batch in some.batches)
+    layer = some.model.body.get_submodule(name)
+    layer.weight.requires_grad_(True)
+    for batch in some.batches:
+        task.loss(some.model, batch).backward()
+    torch.testing.assert_close(rows.g.T @ rows.x, layer.weight.grad.double(), atol=1e-6, rtol=1e-4)
+
+
+def test_rows_of_inputs_are_those_of_ipa(some):
+    """A learned from captured rows is what `fit_projectors` and the energy scale give."""
+    projectors = inputs(some)
+    for name, a in choose(some, captured.inputs, gradients=False).items():
+        expected = energy_scale(projectors[name]) * torch.as_tensor(projectors[name].components)
+        torch.testing.assert_close(a.T @ a, expected.T @ expected, atol=1e-4, rtol=1e-3)
+
+
+def test_damped_rows_are_those_of_the_study_before(some):
+    projectors = damped(some)
+    for name, a in choose(some, captured.damped, gradients=True).items():
+        rows = torch.as_tensor(projectors[name].components)
+        assert (a @ rows.T).norm() == pytest.approx(float(a.norm()), rel=1e-3)
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=generator, dtype=torch.float64) * torch.arange(1, 13)
+    first = torch.arange(200) % 10 == 0
+    x[first] = 0
+    x[first, 0] = 1000.0
+    g = torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    return Captured(x, g, first)
+
+
+def test_first_token_left_out(rows):
+    sink = torch.eye(12, dtype=torch.float64)[0]
+    assert captured.inputs(rows, 3)[0][0] @ sink == pytest.approx(1, abs=1e-6) or (
+        captured.inputs(rows, 3)[0][0] @ sink == pytest.approx(-1, abs=1e-6)
+    )
+    left, _ = captured.inputs(rows, 3, weighting=captured.without_first)
+    assert (left @ sink).abs().max() < 0.2
+
+
+def test_weights_that_tame_sinks(rows):
+    energies = rows.x.square().sum(1)
+    unit = captured.unit(rows)
+    torch.testing.assert_close(unit * energies, torch.ones_like(energies))
+    capped = captured.capped(rows)
+    assert float((capped * energies).max()) <= captured.CAP * float(energies.median()) * (1 + 1e-9)
+    assert (capped[energies < captured.CAP * energies.median()] == 1).all()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_rows_sized_by_a_power_of_their_energy(power, rows):
+    a, weights = captured.inputs(rows, 4, weighting=captured.without_first, power=power)
+    energies = weights @ (rows.x @ a.T).square() / weights.sum()
+    lengths = a.square().sum(1)
+    directions = a / lengths.sqrt()[:, None]
+    plain = weights @ (rows.x @ directions.T).square() / weights.sum()
+    torch.testing.assert_close(energies / energies[0], (plain / plain[0]) ** (1 - power))
+    torch.testing.assert_close(directions @ directions.T, torch.eye(4, dtype=a.dtype))
+
+
+def test_scaled_rows_have_the_energy_of_random_ones(rows):
+    a, weights = captured.inputs(rows, 4, weighting=captured.without_first, power=0.5)
+    a = captured.scaled(a, rows, weights)
+    kept, total = (weights @ z.square().sum(1) for z in (rows.x @ a.T, rows.x))
+    assert float(kept / total) == pytest.approx(4 / (3 * 12))
+
+
+def test_standardized_rows_see_each_coordinate_alike(rows):
+    """Other units of the coordinates do not change A x."""
+    other = Captured(rows.x * torch.arange(12, 0, -1), rows.g, rows.first)
+    first, second = (given.x @ captured.standardized(given, 3)[0].T for given in (rows, other))
+    torch.testing.assert_close(first @ first.T, second @ second.T)
+
+
+def test_column_gradient_sees_each_coordinate_alike(rows):
+    other = Captured(rows.x * torch.arange(12, 0, -1), rows.g, rows.first)
+    first, second = (captured.column_gradient(given, 2)[0] for given in (rows, other))
+    torch.testing.assert_close(first.T @ first, second.T @ second)
+
+
+def test_fisher_rows_gain_most_in_one_step(rows):
+    """Of the damped quadratic model of the loss, no other span of that rank takes off more."""
+    a, weights = captured.fisher(rows, 2)
+
+    def damped_moment(z):
+        c = z.T @ (weights[:, None] * z) / weights.sum()
+        return c + c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype)
+
+    c, s = damped_moment(rows.x), damped_moment(rows.g)
+    g = rows.g.T @ (weights[:, None] * rows.x)
+
+    def gain(a):
+        inner = torch.linalg.inv(a @ c @ a.T)
+        return float(torch.trace(torch.linalg.inv(s) @ g @ a.T @ inner @ a @ g.T))
+
+    generator = torch.Generator().manual_seed(1)
+    best = gain(a)
+    for _ in range(50):
+        nudge = 0.1 * a.norm() * torch.randn(a.shape, generator=generator, dtype=a.dtype)
+        assert gain(a + nudge) < best
+    columns = (torch.linalg.inv(s) @ g @ a.T @ torch.linalg.inv(a @ c @ a.T)).square()
+    root = torch.linalg.cholesky(s).T
+    lengths = (root @ torch.linalg.inv(s) @ g @ a.T @ torch.linalg.inv(a @ c @ a.T)).norm(dim=0)
+    assert columns.isfinite().all()
+    torch.testing.assert_close(lengths[0], lengths[1])
+
+
+def test_without_gradients_none_can_be_used(rows):
+    with pytest.raises(ValueError, match="expected gradients of the outputs, got none"):
+        captured.fisher(Captured(rows.x, None, rows.first), 2)
+
+
+def test_b_begins_at_a_step_that_helps(task, adapter, some):
+    model, _ = adapter(LIKELIHOOD["IPA, frozen"], seed=0)
+    before = float(task.loss(model, some.batches[0]).detach())
+    length = begin_b(model, task.loss, some.batches)
+    assert length > 0
+    assert float(task.loss(model, some.batches[0]).detach()) < before
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    fresh, _ = adapter(LIKELIHOOD["IPA, frozen"], seed=0)
+    for batch in some.batches:
+        (task.loss(fresh, batch) / len(some.batches)).backward()
+    steps = {n: -length * p.grad for n, p in fresh.named_parameters() if "lora_B" in n}
+    for name, p in model.named_parameters():
+        if name in steps:
+            torch.testing.assert_close(p.detach(), steps[name])
+
+
+def test_b_stays_where_no_step_helps(adapter):
+    model, _ = adapter(LIKELIHOOD["IPA, frozen"], seed=0)
+
+    def loss(model, batch):  # at its minimum, but with a slope
+        b = torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_B" in n])
+        return 1 + b.abs().sum() + (b * torch.linspace(-0.5, 0.5, len(b))).sum()
+
+    assert begin_b(model, loss, [{}]) == 0
+    assert not any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("plan", "moves"),
+    [(Plan(held_after=0.5), True), (Plan(held_after=0.0), False), (Plan(rate_of_a=0.0), False)],
+)
+def test_plans_of_a(plan, moves, task, adapter):
+    model, _ = adapter(LIKELIHOOD["LoRA"], seed=0)
+    before = pairs_of(model.body)
+    train(model, task, SETTINGS, 1e-2, 0, 0.0, plan=plan)
+    after = pairs_of(model.body)
+    assert any(not torch.equal(before[n].a, after[n].a) for n in before) == moves
+
+
+def test_held_a_moves_no_more(task, adapter):
+    """Training on after A is held is training B alone."""
+    found = []
+    for share in (0.1, 1.0):
+        model, _ = adapter(LIKELIHOOD["LoRA"], seed=0)
+        before = pairs_of(model.body)
+        train(model, task, SETTINGS, 1e-2, 0, 0.0, plan=Plan(held_after=share))
+        after = pairs_of(model.body)
+        found.append(sum(float((after[n].a - before[n].a).norm()) for n in before))
+    assert found[0] < 0.3 * found[1]
+
+
+def test_lorafa_of_orthonormal_rows_is_adam(task, adapter):
+    """(A A^T)^-1 is a number then, and Adam does not see numbers."""
+    found = []
+    for optimizer in ("adam", "lorafa"):
+        model, _ = adapter(LIKELIHOOD["IPA, frozen"], seed=0)
+        train(model, task, SETTINGS, 1e-2, 0, 0.0, plan=Plan(optimizer=optimizer))
+        found.append(task.likelihood(model, "validation")["toy"])
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
+
+
+def test_study_takes_the_rate_of_least_nats(task, tmp_path):
+    cells = Cells(tmp_path / "cells.jsonl", "test")
+    study = likelihood.LikelihoodStudy("likelihood", task, SETTINGS, cells, methods=LIKELIHOOD)
+    study.run(["LoRA"], range(2))
+    known = list(read(tmp_path / "cells.jsonl"))
+    tuned = [cell for cell in known if cell.test is None]
+    best = min(tuned, key=lambda cell: cell.validation["toy"])
+    tested = [cell for cell in known if cell.test is not None]
+    assert {cell.rate for cell in tested} == {best.rate}
+    assert [set(cell.test) for cell in tested] == [{"toy", "other"}] * 2
