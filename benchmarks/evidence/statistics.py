@@ -1,7 +1,7 @@
 """Means over seeds and paired differences with their confidence intervals."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -37,8 +37,12 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def paired(cells: Sequence[Cell], others: Sequence[Cell]) -> Difference:
-    """Return the difference in test accuracy over the seeds that both have, in points.
+def paired(
+    cells: Sequence[Cell],
+    others: Sequence[Cell],
+    figure: Callable[[Cell], float] = lambda cell: cell.accuracy,
+) -> Difference:
+    """Return the difference in a figure over the seeds that both have; accuracy in points.
 
     The interval is Student's, for the spread over training sets, heads, orders and starts. All
     seeds share the test data, whose own sampling error is not in it.
@@ -48,7 +52,7 @@ def paired(cells: Sequence[Cell], others: Sequence[Cell]) -> Difference:
     ValueError
         If fewer than two seeds are common.
     """
-    first, second = ({cell.seed: cell.accuracy for cell in some} for some in (cells, others))
+    first, second = ({cell.seed: figure(cell) for cell in some} for some in (cells, others))
     common = sorted(first.keys() & second.keys())
     if len(common) < 2:
         raise ValueError(f"expected at least 2 seeds in common, got {len(common)}")

@@ -1,0 +1,158 @@
+"""Tables of the likelihood of held-out text, in nats per token: small figures are good."""
+
+from collections.abc import Iterable, Sequence
+from statistics import mean
+
+from benchmarks import record
+from benchmarks.evidence.cells import Cell
+from benchmarks.evidence.likelihood_methods import LIKELIHOOD
+from benchmarks.evidence.statistics import mean_and_deviation, of_method, paired
+
+STUDY = "likelihood"
+LORA, RANDOM = "LoRA", "random A, frozen"
+#: Settings of the main comparison: rank, steps, texts that P is chosen from.
+MAIN = (8, 80, 128)
+HEADER = [
+    "method",
+    "trainable",
+    "nats",
+    "seeds",
+    "to LoRA",
+    "to random A, frozen",
+    "share of the gap",
+    "other kind",
+    "rate",
+    "steps for P",
+]
+#: Differences that were written down before they were run, with what confirms them.
+CHOSEN = [
+    ("IPA without first token, frozen", "random A, frozen"),
+    ("IPA without first token, frozen", "IPA, frozen"),
+    ("IPA without first token, frozen", "LoRA"),
+    ("IPA without first token, frozen", "LoRA, half rank"),
+    ("IPA without first token, rank doubled, frozen", "LoRA"),
+    ("IPA without first token, trainable", "LoRA"),
+    ("IPA without first token, trainable", "EVA"),
+    ("IPA, trainable", "EVA"),
+    ("IPA, frozen", "random A, frozen"),
+]
+
+
+def tables(cells: Iterable[Cell]) -> dict[str, str]:
+    """Return the tables by a name for the file: one for each kind of text, and the differences."""
+    own = [cell for cell in cells if cell.study == STUDY]
+    found = {}
+    tasks = list(dict.fromkeys(cell.task for cell in own if cell.test is not None))
+    for task in tasks:
+        some = [cell for cell in own if cell.task == task and _settings(cell) == MAIN]
+        if some:
+            found[task.replace(", ", "_").replace(" ", "_")] = comparison(some)
+    if tasks:
+        found["differences"] = differences(own, tasks)
+    tuned = [cell for cell in own if cell.test is None and _settings(cell) == MAIN]
+    if tuned:
+        found["validation"] = validation(tuned)
+    return found
+
+
+def comparison(cells: Sequence[Cell]) -> str:
+    """Return nats, differences and costs of the methods that have been tested on one kind."""
+    lora, random = of_method(cells, LORA), of_method(cells, RANDOM)
+    rows = []
+    for method in LIKELIHOOD:
+        own = of_method(cells, method)
+        if own:
+            rows.append(
+                [
+                    method,
+                    f"{own[0].trainable:,}",
+                    _spread([nats(cell) for cell in own]),
+                    str(len(own)),
+                    difference(own, lora),
+                    difference(own, random),
+                    _share(own, lora, random),
+                    _spread([forgotten(cell) for cell in own]),
+                    f"{own[0].rate:g}",
+                    f"{mean(cell.steps_of_p for cell in own):.0f}",
+                ]
+            )
+    return record.table(HEADER, rows)
+
+
+def differences(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
+    """Return the differences that were chosen beforehand, a column for each kind of text."""
+    rows = []
+    for first, second in CHOSEN:
+        row = [f"{first} - {second}"]
+        for task in tasks:
+            some = [cell for cell in cells if cell.task == task and _settings(cell) == MAIN]
+            row.append(difference(of_method(some, first), of_method(some, second)))
+        rows.append(row)
+    return record.table(["difference of", *tasks], rows)
+
+
+def validation(cells: Sequence[Cell]) -> str:
+    """Return nats on validation texts at the best rate that was tried, by kind."""
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    rows = []
+    for method in LIKELIHOOD:
+        row = [method]
+        for task in tasks:
+            own = [cell for cell in cells if cell.method == method and cell.task == task]
+            best = min(own, key=validated, default=None)
+            rates = f" of {len(own)}" if len(own) > 1 else ""
+            row.append(f"{validated(best):.3f} at {best.rate:g}{rates}" if best else "-")
+        if any(cell != "-" for cell in row[1:]):
+            rows.append(row)
+    return record.table(["method", *tasks], rows)
+
+
+def nats(cell: Cell) -> float:
+    """Return the test figure of the kind of text that was trained on."""
+    if cell.test is None:
+        raise ValueError(f"expected a tested cell, got one of tuning: {cell.key}")
+    return cell.test[_kind(cell)]
+
+
+def forgotten(cell: Cell) -> float:
+    """Return the test figure of the other kind of text."""
+    if cell.test is None:
+        raise ValueError(f"expected a tested cell, got one of tuning: {cell.key}")
+    return next(value for name, value in cell.test.items() if name != _kind(cell))
+
+
+def validated(cell: Cell) -> float:
+    """Return the validation figure."""
+    return cell.validation[_kind(cell)]
+
+
+def difference(own: Sequence[Cell], others: Sequence[Cell]) -> str:
+    """Return a paired difference with its interval, bold if it excludes zero."""
+    if own == others or len({c.seed for c in own} & {c.seed for c in others}) < 2:
+        return "-"
+    found = paired(own, others, nats)
+    shown = f"{found.mean:+.3f} ± {found.half:.3f}"
+    return f"**{shown}**" if found.clear else shown
+
+
+def _share(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell]) -> str:
+    """Return how much of the way from random A to LoRA a method goes, over common seeds."""
+    at = [{cell.seed: nats(cell) for cell in some} for some in (own, lora, random)]
+    common = at[0].keys() & at[1].keys() & at[2].keys()
+    if len(common) < 2 or own in (lora, random):
+        return "-"
+    here, there, start = (mean(some[seed] for seed in common) for some in at)
+    return f"{100 * (start - here) / (start - there):.0f} %"
+
+
+def _spread(values: Sequence[float]) -> str:
+    centre, deviation = mean_and_deviation(values)
+    return f"{centre:.3f} ± {deviation:.3f}" if len(values) > 1 else f"{centre:.3f}"
+
+
+def _kind(cell: Cell) -> str:
+    return cell.task.split(", ")[0]
+
+
+def _settings(cell: Cell) -> tuple[int, int, int]:
+    return cell.rank, cell.steps, cell.learn_from
