@@ -23,6 +23,8 @@ def of_gradient(rule: Rule, **options: object) -> Method:
 WITHOUT_FIRST = of_inputs(weighting=captured.without_first)
 FLAT = of_inputs(weighting=captured.without_first, power=0.5)
 HELD = Plan(held_after=0.1)
+FIRST_STEP = Plan(first_step="gradient")
+FIRST_SIGN = Plan(first_step="sign")
 FISHER = of_gradient(captured.fisher)
 
 #: What is run on every kind of text.
@@ -60,8 +62,22 @@ TRAINING: dict[str, Method] = {
         WITHOUT_FIRST, plan=Plan(optimizer="lorafa")
     ),
     "random A, LoRA-FA optimizer": Method(trainable=False, plan=Plan(optimizer="lorafa")),
-    "IPA without first token, first step, frozen": replace(
-        WITHOUT_FIRST, plan=Plan(first_step=True)
+    "IPA without first token, first step, frozen": replace(WITHOUT_FIRST, plan=FIRST_STEP),
+    "IPA without first token, first sign step, frozen": replace(WITHOUT_FIRST, plan=FIRST_SIGN),
+    "IPA, first sign step, frozen": replace(METHODS["IPA, frozen"], plan=FIRST_SIGN),
+    "random A, first sign step, frozen": Method(trainable=False, plan=FIRST_SIGN),
+    "LoRA, first sign step": Method(plan=FIRST_SIGN),
+    "LoRA, half rank, first sign step": Method(rank=0.5, plan=FIRST_SIGN),
+    "IPA without first token, first sign step, trainable": replace(
+        WITHOUT_FIRST, trainable=True, plan=FIRST_SIGN
+    ),
+    "IPA without first token, rank doubled, first sign step, frozen": replace(
+        WITHOUT_FIRST, rank=2, plan=FIRST_SIGN
+    ),
+    "random A, first step, frozen": Method(trainable=False, plan=FIRST_STEP),
+    "LoRA, first step": Method(plan=FIRST_STEP),
+    "IPA without first token, first step, trainable": replace(
+        WITHOUT_FIRST, trainable=True, plan=FIRST_STEP
     ),
     "IPA without first token, rank doubled, frozen": replace(WITHOUT_FIRST, rank=2),
     "random A, rank doubled, frozen": Method(trainable=False, rank=2),
@@ -82,7 +98,7 @@ TRAINING: dict[str, Method] = {
     "LoRA, rate of B 4 times A's": Method(plan=Plan(rate_of_a=0.25)),
     "Fisher equal sizes, frozen": of_gradient(captured.fisher, sized=0.0),
     "Fisher root sizes, frozen": of_gradient(captured.fisher, sized=0.5),
-    "Fisher, first step, frozen": replace(FISHER, plan=Plan(first_step=True)),
+    "Fisher, first step, frozen": replace(FISHER, plan=FIRST_STEP),
     "Fisher, trainable": replace(FISHER, trainable=True),
     "damped gradient without first token, frozen": of_gradient(
         captured.damped, weighting=captured.without_first

@@ -153,10 +153,11 @@ class Adapter:
                 trainable=method.trainable,
                 scaling=method.scaling,
             )
-        if method.plan.first_step:
+        if method.plan.first_step is not None:
             # The gradient comes along with P's backward pass, if there is one; two forward passes.
             cost += 1 if method.gradients else 1 + _steps(2, self._batches(method, seed)) - cost
-            begin_b(model, self.task.loss, self._batches(method, seed))
+            some = self._batches(method, seed)
+            begin_b(model, self.task.loss, some, method.plan.first_step)
         return model, cost if self.settings.charged else 0.0
 
     def turn(self, method: Method, model: nn.Module, seed: int) -> ScheduledRefresh | None:

@@ -27,6 +27,9 @@ class Cost:
     mebibytes: float
 
 
+FirstStep = Literal["gradient", "sign"]
+
+
 @dataclass(frozen=True)
 class Plan:
     """How A and B are trained.
@@ -37,15 +40,16 @@ class Plan:
         Of A's learning rate to B's, where A is trained.
     held_after : float
         Share of the steps after which A is held.
-    first_step : bool
-        Whether B begins at a step against its gradient, as long as a line search finds best.
+    first_step : {"gradient", "sign"}, optional
+        The direction of a step at which B begins, as long as a line search finds best: against its
+        gradient, or against the gradient's signs, as Adam's first step is.
     optimizer : {"adam", "lorafa"}
         PEFT's optimizer for LoRA-FA turns the gradient of B by (A A^T)^-1.
     """
 
     rate_of_a: float = 1.0
     held_after: float = 1.0
-    first_step: bool = False
+    first_step: FirstStep | None = None
     optimizer: Literal["adam", "lorafa"] = "adam"
 
 
@@ -130,8 +134,9 @@ def begin_b(
     model: nn.Module,
     loss: Callable[[nn.Module, Batch], torch.Tensor],
     some: Sequence[Batch],
+    kind: FirstStep,
 ) -> float:
-    """Begin B at a step against its gradient, and return the length, 0 if no step helps.
+    """Begin B at a step against its gradient or its signs; return the length, 0 if none helps.
 
     Two forward passes over the first batch: one at a trial length, one at the minimum of the
     parabola through both values and the slope.
@@ -139,16 +144,17 @@ def begin_b(
     model.eval()
     b = [p for name, p in model.body.named_parameters() if "lora_B" in name]
     gradients, start = _gradients(model, loss, some, b), _loss(model, loss, some[0])
-    slope = float(sum(g.square().sum() for g in gradients))
+    slope = float(sum(g.square().sum() if kind == "gradient" else g.abs().sum() for g in gradients))
+    step = gradients if kind == "gradient" else [g.sign() for g in gradients]
     trial = 0.1 * start / slope  # what would take a tenth of the loss off, if it were linear
-    _put(b, gradients, trial)
+    _put(b, step, trial)
     after = _loss(model, loss, some[0])
     bend = (after - start + trial * slope) / trial**2
     best = min(slope / (2 * bend), 4 * trial) if bend > 0 else 4 * trial
-    _put(b, gradients, best)
+    _put(b, step, best)
     reached = {best: _loss(model, loss, some[0]), trial: after, 0.0: start}
     length = min(reached, key=reached.__getitem__)
-    _put(b, gradients, length)
+    _put(b, step, length)
     return length
 
 
@@ -174,8 +180,6 @@ def _loss(
 
 
 @torch.no_grad()
-def _put(
-    parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor], length: float
-) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.copy_(-length * gradient)
+def _put(parameters: Sequence[nn.Parameter], steps: Sequence[torch.Tensor], length: float) -> None:
+    for parameter, step in zip(parameters, steps, strict=True):
+        parameter.copy_(-length * step)
