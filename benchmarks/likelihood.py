@@ -9,13 +9,14 @@ that are in the results file are not run again.
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from benchmarks.assets import AssetError, cache_folder
 from benchmarks.classification import quieten
-from benchmarks.evidence.cells import FOLDER, TUNING, Cell, Cells
+from benchmarks.evidence.cells import FOLDER, TUNING, Cell, Cells, read
 from benchmarks.evidence.corpora import SOURCES, corpus
 from benchmarks.evidence.likelihood_methods import LIKELIHOOD, MAIN
 from benchmarks.evidence.likelihood_task import LikelihoodTask
@@ -24,8 +25,18 @@ from benchmarks.evidence.study import RATES, Study
 from benchmarks.evidence.task import Settings
 
 RESULTS = FOLDER / "likelihood.jsonl"
+#: The kind that chooses; the others confirm, at its rates.
+CHOOSING = "headlines"
 #: The kind that shows what is forgotten, for each kind that is trained on.
 OTHER = {"headlines": "reviews", "reviews": "headlines", "steps": "headlines"}
+
+
+#: Texts to train on, for validation and for testing.
+SIZES = {
+    "headlines": (2400, 400, 600),
+    "reviews": (1500, 400, 600),
+    "steps": (1500, 400, 600),
+}
 
 
 class LikelihoodStudy(Study):
@@ -60,6 +71,7 @@ def main() -> int:
         task = LikelihoodTask(
             corpus(arguments.kind),
             corpus(OTHER[arguments.kind]),
+            sizes=SIZES[arguments.kind],
             adapted=arguments.adapted,
             full_vocabulary=arguments.full_vocabulary,
             dtype=torch.float32 if arguments.float32 else torch.bfloat16,
@@ -70,11 +82,36 @@ def main() -> int:
         return 1
     cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.likelihood", *sys.argv[1:]]))
     study = LikelihoodStudy("likelihood", task, settings, cells, methods=LIKELIHOOD)
-    if arguments.rates:
+    if arguments.kind != CHOOSING:
+        study.run_at(
+            {name: known_rate(list(read(RESULTS)), name, settings) for name in arguments.methods},
+            range(arguments.seeds),
+        )
+    elif arguments.rates:
         tune(study, arguments.methods, arguments.rates)
     else:
         study.run(arguments.methods, range(arguments.seeds))
     return 0
+
+
+def known_rate(cells: Sequence[Cell], name: str, settings: Settings) -> float:
+    """Return the rate of a method that was best on the validation texts of `CHOOSING`.
+
+    Raises
+    ------
+    ValueError
+        If none was tried with these settings.
+    """
+    wanted = CHOOSING, name, settings.rank, settings.steps, settings.learn_from
+    tried = [
+        cell
+        for cell in cells
+        if (cell.task, cell.method, cell.rank, cell.steps, cell.learn_from) == wanted
+        and cell.test is None
+    ]
+    if not tried:
+        raise ValueError(f"expected cells of {wanted} on validation texts, got none; tune it first")
+    return min(tried, key=lambda cell: cell.validation[CHOOSING]).rate
 
 
 def tune(study: Study, methods: list[str], rates: list[float]) -> None:

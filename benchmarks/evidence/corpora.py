@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from benchmarks.assets import bigbench, movie_reviews, sarcastic_headlines
 
 Pair = tuple[str, str]
-#: Texts to train on, for validation and for testing.
-SIZES = (2400, 400, 600)
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class Corpus:
     name: str
     pairs: tuple[Pair, ...]
 
-    def parts(self, sizes: tuple[int, int, int] = SIZES) -> dict[str, Sequence[Pair]]:
+    def parts(self, sizes: tuple[int, int, int]) -> dict[str, Sequence[Pair]]:
         """Return "test", "validation" and "train" with as many pairs as wanted.
 
         Raises

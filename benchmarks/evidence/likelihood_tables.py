@@ -35,6 +35,12 @@ CHOSEN = [
     ("IPA without first token, trainable", "EVA"),
     ("IPA, trainable", "EVA"),
     ("IPA, frozen", "random A, frozen"),
+    ("IPA without first token, first step, frozen", "IPA without first token, frozen"),
+    ("IPA without first token, first step, frozen", "random A, frozen"),
+    ("IPA without first token, first step, frozen", "LoRA"),
+    ("IPA without first token, first step, frozen", "LoRA, half rank"),
+    ("IPA without first token, first step, frozen", "random A, first step, frozen"),
+    ("IPA without first token, first sign step, frozen", "random A, first sign step, frozen"),
 ]
 
 

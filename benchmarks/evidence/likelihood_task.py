@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from benchmarks.assets import smollm2
-from benchmarks.evidence.corpora import SIZES, Corpus, Pair
+from benchmarks.evidence.corpora import Corpus, Pair
 from benchmarks.evidence.cutting import Batch, blocks_of, cut, entering
 from benchmarks.evidence.language import TARGETS, Speaker
 from benchmarks.evidence.task import Example, by_length, collate, sample
@@ -33,12 +33,12 @@ class LikelihoodTask:
     ----------
     corpus, other : Corpus
         The texts, and those of another kind that are never trained on.
+    sizes : (int, int, int)
+        Texts to train on, for validation, for testing.
     adapted : int
         How many of the upper blocks are adapted.
     folder : Path, optional
         Any causal language model of transformers with its tokenizer; SmolLM2-135M by default.
-    sizes : (int, int, int)
-        Texts to train on, for validation, for testing.
     full_vocabulary : bool
         Whether all tokens of the vocabulary count.
     dtype : torch.dtype
@@ -52,9 +52,9 @@ class LikelihoodTask:
         corpus: Corpus,
         other: Corpus,
         *,
+        sizes: tuple[int, int, int],
         adapted: int = 4,
         folder: Path | None = None,
-        sizes: tuple[int, int, int] = SIZES,
         full_vocabulary: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         cache: Path | None = None,

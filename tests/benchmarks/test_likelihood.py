@@ -1,5 +1,7 @@
 """Held-out text by its likelihood: the task, rows of A from what is captured, plans of training."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -315,3 +317,18 @@ def test_study_takes_the_rate_of_least_nats(task, tmp_path):
     tested = [cell for cell in known if cell.test is not None]
     assert {cell.rate for cell in tested} == {best.rate}
     assert [set(cell.test) for cell in tested] == [{"toy", "other"}] * 2
+
+
+def test_rates_are_those_of_the_choosing_kind(task, tmp_path):
+    cells = Cells(tmp_path / "cells.jsonl", "test")
+    study = likelihood.LikelihoodStudy("likelihood", task, SETTINGS, cells, methods=LIKELIHOOD)
+    likelihood.tune(study, ["LoRA"], [1e-3, 1e-2])
+    found = [
+        replace(cell, task="headlines", validation={"headlines": cell.validation["toy"]})
+        for cell in read(tmp_path / "cells.jsonl")
+    ]
+    assert len(found) == 2 and all(cell.test is None for cell in found)
+    best = min(found, key=lambda cell: cell.validation["headlines"])
+    assert likelihood.known_rate(found, "LoRA", SETTINGS) == best.rate
+    with pytest.raises(ValueError, match="expected cells of .* got none; tune it first"):
+        likelihood.known_rate(found, "EVA", SETTINGS)
