@@ -16,7 +16,7 @@ from benchmarks.evidence.projections import KINDS, Sample, target_names
 from benchmarks.evidence.refreshing import Refresh, ScheduledRefresh
 from benchmarks.evidence.task import Settings, Task, run, sample
 from benchmarks.evidence.training import Plan, begin_b
-from ipa_hf.lora_layers import adapted_layers, lora_A_and_B
+from ipa_hf.lora_layers import lora_A_and_B, lora_layers
 from ipa_torch import LayerProjectors
 
 
@@ -205,7 +205,7 @@ class Adapter:
 @torch.no_grad()
 def _write(body: nn.Module, rows: Mapping[str, torch.Tensor]) -> None:
     """Write A of each layer."""
-    for name, layer in adapted_layers(body, "default").items():
+    for name, layer in lora_layers(body, "default").items():
         lora_A_and_B(layer, "default")[0].copy_(rows[name])
 
 
