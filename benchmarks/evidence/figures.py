@@ -6,7 +6,7 @@ In the style of the paper's, from the results files; those that are not there ar
 import argparse
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.evidence.cells import FOLDER, Cell, read  # noqa: E402
-from benchmarks.evidence.methods import COMPARED  # noqa: E402
+from benchmarks.evidence.likelihood_methods import LIKELIHOOD  # noqa: E402
+from benchmarks.evidence.likelihood_tables import main_cells, nats  # noqa: E402
+from benchmarks.evidence.methods import COMPARED, Method  # noqa: E402
 from benchmarks.evidence.statistics import mean_and_deviation, of_method  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs" / "figures"
@@ -44,6 +46,7 @@ def main() -> int:
     swept = {cell.task for cell in cells if cell.study in ("rank", "share")}
     drawings: dict[str, tuple[Callable[[Any], Figure], Any]] = {
         "methods": (methods, [cell for cell in cells if cell.study == "main"]),
+        "likelihood": (likelihood, main_cells(cells)),
         "rank_and_share": (rank_and_share, [cell for cell in cells if cell.task in swept]),
         "likeness": (likeness, found),
         "before_and_after": (before_and_after, found),
@@ -62,8 +65,23 @@ def main() -> int:
 
 def methods(cells: Sequence[Cell]) -> Figure:
     """Draw the accuracy of each method on each task: the paper's figure 3."""
+    return _dots(cells, COMPARED, lambda cell: cell.accuracy, "test accuracy (%)")
+
+
+def likelihood(cells: Sequence[Cell]) -> Figure:
+    """Draw the nats per token of each method on each kind of text."""
+    return _dots(cells, LIKELIHOOD, nats, "nats per token of test texts")
+
+
+def _dots(
+    cells: Sequence[Cell],
+    known: Mapping[str, Method],
+    measured: Callable[[Cell], float],
+    label: str,
+) -> Figure:
+    """Draw a dot for each seed, and the mean with its standard error for each method."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    names = [name for name in reversed(COMPARED) if of_method(cells, name)]
+    names = [name for name in reversed(known) if of_method(cells, name)]
     columns = min(len(tasks), 3)
     lines = -(-len(tasks) // columns)
     size = (3.2 * columns + 1.5, (0.26 * len(names) + 1) * lines)
@@ -75,21 +93,21 @@ def methods(cells: Sequence[Cell]) -> Figure:
     for place, task in zip(axes.flat, tasks, strict=False):
         of_task = [cell for cell in cells if cell.task == task]
         for height, name in enumerate(names):
-            values = [cell.accuracy for cell in of_method(of_task, name)]
+            values = [measured(cell) for cell in of_method(of_task, name)]
             if not values:
                 continue
-            trained = COMPARED[name].trainable
+            trained = known[name].trainable
             color = "#0072b2" if trained else "#e69f00"
             place.plot(values, [height] * len(values), ".", color=color, alpha=0.4)
             mean, deviation = mean_and_deviation(values)
             error = deviation / len(values) ** 0.5
             mark = "o" if trained else "s"
             place.errorbar(mean, height, xerr=error, fmt=mark, color=color, capsize=3)
-        lora = [cell.accuracy for cell in of_method(of_task, "LoRA")]
+        lora = [measured(cell) for cell in of_method(of_task, "LoRA")]
         if lora:
             place.axvline(mean_and_deviation(lora)[0], color="0.7", linewidth=0.8, zorder=0)
         title = textwrap.fill(task, 24)
-        place.set(title=title, xlabel="test accuracy (%)", yticks=range(len(names)))
+        place.set(title=title, xlabel=label, yticks=range(len(names)))
         place.set_yticklabels(names)
         _tidy(place, "x")
     return figure

@@ -46,19 +46,28 @@ CHOSEN = [
 
 def tables(cells: Iterable[Cell]) -> dict[str, str]:
     """Return the tables by a name for the file: one for each kind of text, and the differences."""
-    own = [cell for cell in cells if cell.study == STUDY]
+    own = [cell for cell in cells if cell.study == STUDY and _settings(cell) == MAIN]
+    tested = main_cells(own)
     found = {}
-    tasks = list(dict.fromkeys(cell.task for cell in own if cell.test is not None))
+    tasks = list(dict.fromkeys(cell.task for cell in tested))
     for task in tasks:
-        some = [cell for cell in own if cell.task == task and _settings(cell) == MAIN]
-        if some:
-            found[task.replace(", ", "_").replace(" ", "_")] = comparison(some)
+        name = task.replace(", ", "_").replace(" ", "_")
+        found[name] = comparison([cell for cell in tested if cell.task == task])
     if tasks:
-        found["differences"] = differences(own, tasks)
-    tuned = [cell for cell in own if cell.test is None and _settings(cell) == MAIN]
+        found["differences"] = differences(tested, tasks)
+    tuned = [cell for cell in own if cell.test is None]
     if tuned:
         found["validation"] = validation(tuned)
     return found
+
+
+def main_cells(cells: Iterable[Cell]) -> list[Cell]:
+    """Return the tested cells of the main comparison."""
+    return [
+        cell
+        for cell in cells
+        if cell.study == STUDY and _settings(cell) == MAIN and cell.test is not None
+    ]
 
 
 def comparison(cells: Sequence[Cell]) -> str:
@@ -86,14 +95,15 @@ def comparison(cells: Sequence[Cell]) -> str:
 
 
 def differences(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
-    """Return the differences that were chosen beforehand, a column for each kind of text."""
+    """Return the differences chosen beforehand, a column for each kind of text."""
     rows = []
     for first, second in CHOSEN:
         row = [f"{first} - {second}"]
         for task in tasks:
-            some = [cell for cell in cells if cell.task == task and _settings(cell) == MAIN]
+            some = [cell for cell in cells if cell.task == task]
             row.append(difference(of_method(some, first), of_method(some, second)))
-        rows.append(row)
+        if any(cell != "-" for cell in row[1:]):
+            rows.append(row)
     return record.table(["difference of", *tasks], rows)
 
 

@@ -8,9 +8,9 @@ import transformers
 from torch.nn import functional
 
 from benchmarks import likelihood
-from benchmarks.evidence import captured
+from benchmarks.evidence import captured, figures, likelihood_tables
 from benchmarks.evidence.captured import Captured, capture, choose
-from benchmarks.evidence.cells import Cells, read
+from benchmarks.evidence.cells import Cell, Cells, read
 from benchmarks.evidence.corpora import Corpus
 from benchmarks.evidence.likelihood_methods import LIKELIHOOD
 from benchmarks.evidence.likelihood_task import LikelihoodTask
@@ -332,3 +332,30 @@ def test_rates_are_those_of_the_choosing_kind(task, tmp_path):
     assert likelihood.known_rate(found, "LoRA", SETTINGS) == best.rate
     with pytest.raises(ValueError, match="expected cells of .* got none; tune it first"):
         likelihood.known_rate(found, "EVA", SETTINGS)
+
+
+def test_tables_of_likelihood():
+    """Differences are paired by seed, bold if the interval excludes zero; the gap is shared out."""
+    base = {"LoRA": 5.0, "random A, frozen": 5.1, "IPA without first token, frozen": 5.04}
+    noise = {"LoRA": 0.0, "random A, frozen": 0.001, "IPA without first token, frozen": -0.001}
+
+    def cell(method, seed, test):
+        return Cell(
+            "likelihood", "headlines", method, 8, 80, 128, seed, 0.1, {"headlines": 6.0 - seed},
+            test, 4.0, 1234, 1.0, 1.0, 1.0,
+        )  # fmt: skip
+
+    cells = [
+        cell(name, seed, {"headlines": nats + seed + seed * noise[name], "reviews": 4.5})
+        for name, nats in base.items()
+        for seed in range(3)
+    ]
+    found = likelihood_tables.tables([*cells, cell("LoRA", 100, None)])
+    line = found["headlines"].splitlines()[-1]
+    assert line.startswith("| IPA without first token, frozen | 1,234 | 6.039 ± 0.999 | 3 |")
+    assert "| **+0.039 ± 0.002** | **-0.062 ± 0.005** | 61 % | 4.500 ± 0.000 | 0.1 | 4 |" in line
+    assert "frozen - LoRA | **+0.039 ± 0.002** |" in found["differences"]
+    assert found["validation"].splitlines()[-1] == "| LoRA | -94.000 at 0.1 |"
+    with pytest.raises(ValueError, match="expected a tested cell, got one of tuning"):
+        likelihood_tables.nats(cell("LoRA", 100, None))
+    assert figures.likelihood(likelihood_tables.main_cells(cells)).axes
