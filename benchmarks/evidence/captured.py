@@ -21,7 +21,7 @@ SPARE = 24
 
 @dataclass(frozen=True)
 class Captured:
-    """What one layer was given, over the batches.
+    """Inputs of one layer over the batches, and gradients of its outputs.
 
     Parameters
     ----------

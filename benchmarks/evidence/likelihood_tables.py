@@ -162,8 +162,8 @@ def _share(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell]) ->
 
 
 def _spread(values: Sequence[float]) -> str:
-    centre, deviation = mean_and_deviation(values)
-    return f"{centre:.3f} ± {deviation:.3f}" if len(values) > 1 else f"{centre:.3f}"
+    center, deviation = mean_and_deviation(values)
+    return f"{center:.3f} ± {deviation:.3f}" if len(values) > 1 else f"{center:.3f}"
 
 
 def _kind(cell: Cell) -> str:

@@ -32,7 +32,7 @@ FirstStep = Literal["gradient", "sign"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How A and B are trained.
+    """Training of A and B: their rates, how long A is trained, where B begins.
 
     Parameters
     ----------

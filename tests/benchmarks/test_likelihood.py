@@ -19,7 +19,7 @@ from benchmarks.evidence.projections import Sample, damped, inputs
 from benchmarks.evidence.similarity import pairs_of
 from benchmarks.evidence.task import Settings, sample
 from benchmarks.evidence.training import Plan, begin_b, train
-from ipa_torch import energy_scale
+from ipa_torch.extension import energy_scale
 from tests.benchmarks import evidence_models as tiny
 
 SETTINGS = Settings(rank=2, steps=30, batch_size=8, learn_from=32)
@@ -107,7 +107,7 @@ def test_too_few_texts():
 
 @pytest.mark.parametrize("name", LIKELIHOOD)
 def test_method(name, task, adapter):
-    """It begins as the base model, but for B's first step, and trains what it says."""
+    """A method begins as the base model, but for B's first step, and trains what it says."""
     method = LIKELIHOOD[name]
     model, spent = adapter(method, seed=0)
     batch = sample(task.training(0), 8, 8, 0)[0]
