@@ -82,13 +82,13 @@ def main() -> int:
         return 1
     cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.likelihood", *sys.argv[1:]]))
     study = LikelihoodStudy("likelihood", task, settings, cells, methods=LIKELIHOOD)
-    if arguments.kind != CHOOSING:
+    if arguments.rates:
+        tune(study, arguments.methods, arguments.rates)
+    elif arguments.kind != CHOOSING:
         study.run_at(
             {name: known_rate(list(read(RESULTS)), name, settings) for name in arguments.methods},
             range(arguments.seeds),
         )
-    elif arguments.rates:
-        tune(study, arguments.methods, arguments.rates)
     else:
         study.run(arguments.methods, range(arguments.seeds))
     return 0
