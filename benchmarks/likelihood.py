@@ -25,7 +25,7 @@ from benchmarks.evidence.study import RATES, Study
 from benchmarks.evidence.task import Settings
 
 RESULTS = FOLDER / "likelihood.jsonl"
-#: The kind that chooses; the others confirm, at its rates.
+#: The kind that chooses methods; the others confirm, at its rates unless rates were tried there.
 CHOOSING = "headlines"
 #: The kind that shows what is forgotten, for each kind that is trained on.
 OTHER = {"headlines": "reviews", "reviews": "headlines", "steps": "headlines"}
@@ -86,7 +86,10 @@ def main() -> int:
         tune(study, arguments.methods, arguments.rates)
     elif arguments.kind != CHOOSING:
         study.run_at(
-            {name: known_rate(list(read(RESULTS)), name, settings) for name in arguments.methods},
+            {
+                name: known_rate(list(read(RESULTS)), arguments.kind, name, settings)
+                for name in arguments.methods
+            },
             range(arguments.seeds),
         )
     else:
@@ -94,24 +97,27 @@ def main() -> int:
     return 0
 
 
-def known_rate(cells: Sequence[Cell], name: str, settings: Settings) -> float:
-    """Return the rate of a method that was best on the validation texts of `CHOOSING`.
+def known_rate(cells: Sequence[Cell], kind: str, name: str, settings: Settings) -> float:
+    """Return the rate of a method that was best on validation texts of a kind, or of `CHOOSING`.
+
+    A kind has rates of its own as soon as three were tried there.
 
     Raises
     ------
     ValueError
-        If none was tried with these settings.
+        If too few were tried with these settings.
     """
-    wanted = CHOOSING, name, settings.rank, settings.steps, settings.learn_from
-    tried = [
+    wanted = name, settings.rank, settings.steps, settings.learn_from
+    tuned = [
         cell
         for cell in cells
-        if (cell.task, cell.method, cell.rank, cell.steps, cell.learn_from) == wanted
-        and cell.test is None
+        if (cell.method, cell.rank, cell.steps, cell.learn_from) == wanted and cell.test is None
     ]
-    if not tried:
-        raise ValueError(f"expected cells of {wanted} on validation texts, got none; tune it first")
-    return min(tried, key=lambda cell: cell.validation[CHOOSING]).rate
+    for task in (kind, CHOOSING):
+        tried = [cell for cell in tuned if cell.task == task]
+        if len(tried) >= 3:
+            return min(tried, key=lambda cell: cell.validation[task]).rate
+    raise ValueError(f"expected three rates of {wanted} on validation texts; tune it first")
 
 
 def tune(study: Study, methods: list[str], rates: list[float]) -> None:

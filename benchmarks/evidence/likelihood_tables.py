@@ -62,11 +62,21 @@ def tables(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def main_cells(cells: Iterable[Cell]) -> list[Cell]:
-    """Return the tested cells of the main comparison."""
+    """Return the tested cells of the main comparison.
+
+    Where a kind of text was tested at the rate of headlines before rates were tried there, the
+    cells at its best rate are taken.
+    """
+    own = [cell for cell in cells if cell.study == STUDY and _settings(cell) == MAIN]
+    tuned: dict[tuple[str, str], list[Cell]] = {}
+    for cell in own:
+        if cell.test is None:
+            tuned.setdefault((cell.task, cell.method), []).append(cell)
+    best = {key: min(some, key=validated).rate for key, some in tuned.items() if len(some) >= 3}
     return [
         cell
-        for cell in cells
-        if cell.study == STUDY and _settings(cell) == MAIN and cell.test is not None
+        for cell in own
+        if cell.test is not None and cell.rate == best.get((cell.task, cell.method), cell.rate)
     ]
 
 

@@ -319,19 +319,27 @@ def test_study_takes_the_rate_of_least_nats(task, tmp_path):
     assert [set(cell.test) for cell in tested] == [{"toy", "other"}] * 2
 
 
-def test_rates_are_those_of_the_choosing_kind(task, tmp_path):
+def test_rates_are_those_of_the_kind_or_of_the_choosing_one(task, tmp_path):
     cells = Cells(tmp_path / "cells.jsonl", "test")
     study = likelihood.LikelihoodStudy("likelihood", task, SETTINGS, cells, methods=LIKELIHOOD)
-    likelihood.tune(study, ["LoRA"], [1e-3, 1e-2])
+    likelihood.tune(study, ["LoRA"], [1e-4, 1e-3, 1e-2])
     found = [
         replace(cell, task="headlines", validation={"headlines": cell.validation["toy"]})
         for cell in read(tmp_path / "cells.jsonl")
     ]
-    assert len(found) == 2 and all(cell.test is None for cell in found)
+    assert len(found) == 3 and all(cell.test is None for cell in found)
     best = min(found, key=lambda cell: cell.validation["headlines"])
-    assert likelihood.known_rate(found, "LoRA", SETTINGS) == best.rate
-    with pytest.raises(ValueError, match="expected cells of .* got none; tune it first"):
-        likelihood.known_rate(found, "EVA", SETTINGS)
+    rates = likelihood.known_rate
+    assert rates(found, "toy", "LoRA", SETTINGS) == best.rate
+    other = [
+        replace(cell, task="toy", validation={"toy": -cell.validation["headlines"]})
+        for cell in found
+    ]
+    worst = max(found, key=lambda cell: cell.validation["headlines"])
+    assert rates([*found, *other], "toy", "LoRA", SETTINGS) == worst.rate != best.rate
+    assert rates([*found, *other[:2]], "toy", "LoRA", SETTINGS) == best.rate
+    with pytest.raises(ValueError, match="expected three rates of .*; tune it first"):
+        rates(found, "toy", "EVA", SETTINGS)
 
 
 def test_tables_of_likelihood():
@@ -359,3 +367,16 @@ def test_tables_of_likelihood():
     with pytest.raises(ValueError, match="expected a tested cell, got one of tuning"):
         likelihood_tables.nats(cell("LoRA", 100, None))
     assert figures.likelihood(likelihood_tables.main_cells(cells)).axes
+
+
+def test_cells_at_the_best_rate_of_their_kind():
+    def cell(rate, validation, test):
+        return Cell(
+            "likelihood", "steps", "LoRA", 8, 80, 128, 0 if test else 100, rate,
+            {"steps": validation}, test, 0.0, 1, 1.0, 1.0, 1.0,
+        )  # fmt: skip
+
+    tested = [cell(rate, 5.0, {"steps": 5.0, "headlines": 5.0}) for rate in (0.1, 0.01)]
+    tuned = [cell(0.1, 5.0, None), cell(0.01, 4.0, None), cell(0.001, 6.0, None)]
+    assert likelihood_tables.main_cells([*tested, *tuned]) == tested[1:]
+    assert likelihood_tables.main_cells(tested[:1]) == tested[:1]
