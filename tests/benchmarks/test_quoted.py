@@ -133,5 +133,14 @@ def test_verdict_of_the_evidence_is_of_the_results():
             assert not bold or abs(float(value)) >= float(width), (difference, task)
 
 
+def test_likelihoods_of_the_evidence_are_of_the_results():
+    page = (ROOT / "docs" / "evidence.md").read_text("utf-8")
+    section = page.partition("\n## Language models by likelihood")[2].partition("\n## ")[0]
+    tables = "".join(path.read_text("utf-8") for path in EVIDENCE.glob("likelihood_*.md"))
+    quoted = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", section)
+    assert len(quoted) >= 3
+    assert [text for text in quoted if text not in tables] == []
+
+
 def test_summary_is_of_the_results():
     assert summary.summary(quick=False) == (FOLDER / "summary.md").read_text("utf-8")
