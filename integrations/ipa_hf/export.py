@@ -10,13 +10,19 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
+from transformers import AutoConfig
 
 from ipa_core.errors import SettingError
+from ipa_core.io.serialization import replace_file
 from ipa_hf.export_experts import export_experts
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
+from ipa_hf.lora_options import KEEPING_BASE_WEIGHTS, PLAIN_LORA, unsupported_fields
 from ipa_hf.uniform_size import LoraPair, UniformSize
-from ipa_torch.extension import features_of, is_conv1d, outputs_of
+from ipa_torch.extension import features_of, is_conv1d, outputs_of, unwrap_model
+
+#: Layers that vLLM and SGLang compute as one; SGLang needs an adapter for each or for none.
+_STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def export_lora(
@@ -31,7 +37,9 @@ def export_lora(
     rsLoRA, prefixes of target names. The exported adapter needs none of them. All layers have the
     same rank (A is padded with zero rows, B with zero columns), the same integer alpha (any other
     scaling of a layer is multiplied into its B, so that layers that share P keep equal A), and
-    targets are the last components of layer names. PEFT loads the exported adapter too.
+    targets are the last components of layer names. Servers that stack q, k and v or gate and up
+    need all layers of a stack: the missing ones are written as zeros. PEFT loads the exported
+    adapter too.
 
     Parameters
     ----------
@@ -46,13 +54,15 @@ def export_lora(
     Raises
     ------
     SettingError
-        If the adapter has parts that servers cannot load: DoRA, trained biases, whole modules,
-        layers that are not linear.
+        If the adapter has parts that servers cannot load: fields of its configuration beyond plain
+        LoRA (DoRA, trained biases, whole modules, aLoRA ...; the message names them), layers that
+        are not linear, or embeddings of another size than those of the saved base model.
 
     Notes
     -----
     Memory and disk: (d_in + d_out) times the largest rank for each layer, including layers that
-    have a target's name but no adapter, which are written as zeros.
+    have a target's name, or the name of a layer stacked with it, but no adapter, which are written
+    as zeros.
 
     Examples
     --------
@@ -67,15 +77,16 @@ def export_lora(
     ...     export_lora(model, folder)
     ...     config = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text())
     >>> config["r"], config["rank_pattern"], sorted(config["target_modules"])
-    (4, {}, ['q_proj', 'v_proj'])
+    (4, {}, ['k_proj', 'q_proj', 'v_proj'])
     """
     config = lora_config(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter_name)
     _check_servable(config, layers, adapter_name)
+    _check_vocabulary(peft_model)
     size = UniformSize.of(layers.values(), adapter_name)
     fused = {name: x for name, x in layers.items() if isinstance(x, ParamWrapper)}
     linear = {name: x for name, x in layers.items() if name not in fused}
-    experts = export_experts(peft_model.get_base_model(), fused, size, adapter_name)
+    experts = export_experts(unwrap_model(peft_model.get_base_model()), fused, size, adapter_name)
     pairs = _linear_weights(peft_model, linear, size, adapter_name) | experts.pairs
     tensors = {
         f"base_model.model.{name}.lora_{part}.weight": tensor
@@ -84,8 +95,8 @@ def export_lora(
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = {_last_component(name) for name in linear} | experts.target_modules
+    replace_file(folder / "adapter_model.safetensors", to_bytes(tensors, {"format": "pt"}))
+    targets = _exported_targets(peft_model, linear) | experts.target_modules
     _export_config(
         peft_model, config, size, sorted(targets), sorted(experts.target_parameters)
     ).save_pretrained(str(folder))
@@ -94,14 +105,10 @@ def export_lora(
 
 
 def _check_servable(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    unsupported = {
-        "use_dora": config.use_dora,
-        "lora_bias": config.lora_bias,
-        "bias": config.bias != "none",
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-    }
-    if used := sorted(name for name, value in unsupported.items() if value):
+    used = unsupported_fields(config, PLAIN_LORA)
+    if config.init_lora_weights not in KEEPING_BASE_WEIGHTS:
+        used = ["init_lora_weights", *used]
+    if used:
         raise SettingError(
             f"expected an adapter with matrices A and B only, got {used}; servers cannot load it; "
             "serve the model of merge_and_unload() instead, or train without them"
@@ -115,13 +122,33 @@ def _check_servable(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter
             )
 
 
+def _check_vocabulary(peft_model: PeftModel) -> None:
+    """Check that the embeddings have the size of the saved base model, which a server loads."""
+    base = unwrap_model(peft_model.get_base_model())
+    embedding = getattr(base, "get_input_embeddings", lambda: None)()
+    source = getattr(base, "name_or_path", "")
+    if not (source and isinstance(embedding, torch.nn.Embedding)):
+        return
+    try:
+        saved = AutoConfig.from_pretrained(source, local_files_only=True).get_text_config()
+    except (OSError, ValueError):
+        return  # a model whose files are not here any more, or of a type of its own
+    expected = getattr(saved, "vocab_size", None)
+    if expected is not None and embedding.num_embeddings != expected:
+        raise SettingError(
+            f"expected the {expected} embeddings of the base model in {source!r}, got "
+            f"{embedding.num_embeddings} after a resize; save the resized base model with "
+            "save_pretrained, load it from there, and export the adapter over it"
+        )
+
+
 def _linear_weights(
     peft_model: PeftModel, layers: Mapping[str, LoraLayer], size: UniformSize, adapter_name: str
 ) -> dict[str, LoraPair]:
     """Return A and B of all layers whose last name component is a target."""
     pairs = {}
-    targets = {_last_component(name) for name in layers}
-    for name, module in peft_model.get_base_model().named_modules():
+    targets = _exported_targets(peft_model, layers)
+    for name, module in unwrap_model(peft_model.get_base_model()).named_modules():
         if name in layers:
             a, b = lora_A_and_B(layers[name], adapter_name)
             pairs[name] = size.pad(a, b, layers[name].scaling[adapter_name])
@@ -160,6 +187,18 @@ def _export_config(
         fan_in_fan_out=config.fan_in_fan_out,
         inference_mode=True,
     )
+
+
+def _exported_targets(peft_model: PeftModel, layers: Mapping[str, LoraLayer]) -> set[str]:
+    """Return the last name components of the layers, and of those that servers stack with them."""
+    targets = {_last_component(name) for name in layers}
+    modules = dict(unwrap_model(peft_model.get_base_model()).named_modules())
+    for name in layers:
+        parent, _, target = name.rpartition(".")
+        for stack in _STACKS:
+            if target in stack:
+                targets |= {x for x in stack if f"{parent}.{x}".lstrip(".") in modules}
+    return targets
 
 
 def _last_component(name: str) -> str:

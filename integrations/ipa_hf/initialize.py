@@ -32,6 +32,7 @@ from ipa_hf.lora_layers import (
     materialize,
     takes_projection,
 )
+from ipa_hf.lora_options import check_initializable
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError
 from ipa_torch.extension import NEVER_RAN, OnMissing, Scaling, check_choice, check_scaling
@@ -94,6 +95,7 @@ def get_ipa_model(
     ['base_model.model.encoder.layer.0.attention.self.query.lora_B.default.weight']
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    check_initializable(config)  # before PEFT injects adapters, as KaSA and PiSSA change weights
     config = copy.deepcopy(config)
     if config.target_modules is None and config.target_parameters is None:
         config.target_modules = default_targets(model)
@@ -170,8 +172,8 @@ def initialize_lora_ipa_weights(
     Raises
     ------
     SettingError
-        If the adapter is trained, merged, not LoRA, or initialized by a method that changes base
-        weights.
+        If the adapter is trained, merged, not LoRA, or a variant of LoRA that changes base weights
+        or the shape of A; the message names the fields of its configuration.
     LayerError
         If no layer is linear, or a layer has no projector (``on_missing="raise"``).
     RankError, ShapeError

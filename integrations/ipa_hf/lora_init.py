@@ -15,6 +15,7 @@ from ipa_core.errors import RankError, SettingError, ShapeError
 from ipa_hf.adapter_metadata import LayerMetadata
 from ipa_hf.lora_experts import expert_A_and_B, layer_name
 from ipa_hf.lora_layers import lora_A_and_B
+from ipa_hf.lora_options import check_initializable
 from ipa_torch.extension import Scaling, resolve_scale
 
 
@@ -26,11 +27,7 @@ def check_fresh(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_nam
     SettingError
         If initialization would overwrite training or change the outputs of the base model.
     """
-    if config.init_lora_weights not in (True, "gaussian"):
-        raise SettingError(
-            "expected a LoraConfig with init_lora_weights=True, which keeps B zero and the base "
-            f"weights, got {config.init_lora_weights!r}"
-        )
+    check_initializable(config)
     for name, layer in layers.items():
         if layer.merged:
             raise SettingError(

@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
 from ipa_core.errors import SettingError
 from ipa_hf.lora_experts import parameter_name, unsupported_reason
+from ipa_torch.extension import unwrap_model
 
 
 def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
@@ -40,7 +41,7 @@ def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer
     """
     return {
         parameter_name(name, module) if isinstance(module, ParamWrapper) else name: module
-        for name, module in peft_model.get_base_model().named_modules()
+        for name, module in unwrap_model(peft_model.get_base_model()).named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
 

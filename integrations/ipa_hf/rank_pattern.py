@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from peft import LoraConfig
 
@@ -58,12 +60,33 @@ def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> Lora
                 f"layer {name!r}: expected one rank for all experts, got {ranks[name]} and "
                 f"{projector.rank}; truncate the projectors, or fit one that the experts share"
             )
-    matched.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+    keys = _pattern_keys(ranks)
+    matched.rank_pattern = {keys[name]: rank for name, rank in ranks.items() if rank != config.r}
     matched.alpha_pattern = {
-        name: config.lora_alpha * _alpha_ratio(rank / config.r, config.use_rslora)
-        for name, rank in matched.rank_pattern.items()
+        key: config.lora_alpha * _alpha_ratio(rank / config.r, config.use_rslora)
+        for key, rank in matched.rank_pattern.items()
     }
     return matched
+
+
+def _pattern_keys(names: Collection[str]) -> dict[str, str]:
+    """Return a key for each layer that PEFT matches to no other of the layers.
+
+    PEFT reads a key as a regular expression for the end of a name, from a dot on. A name that would
+    match another layer too is escaped and anchored to the start.
+    """
+    ends = Counter(end for name in names for end in _name_ends(name))
+    return {name: name if ends[_folded(name)] == 1 else f"^{re.escape(name)}" for name in names}
+
+
+def _name_ends(name: str) -> set[str]:
+    parts = name.split(".")
+    return {_folded(".".join(parts[start:])) for start in range(len(parts))}
+
+
+def _folded(name: str) -> str:
+    """Return the name with dots, which match any character, as the character they may match."""
+    return name.replace(".", "_")
 
 
 def _alpha_ratio(rank_ratio: float, use_rslora: bool) -> float:

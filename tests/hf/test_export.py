@@ -1,11 +1,13 @@
 """Exported adapters satisfy the rules of vLLM, SGLang and llama.cpp."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import ipa_hf
@@ -150,3 +152,63 @@ def test_unsupported_parts_are_refused(tmp_path, lora):
     model = ipa_hf.get_ipa_model(make("llama"), config(**lora), batches, progress=False)
     with pytest.raises(SettingError, match=f"{next(iter(lora))}.*merge_and_unload"):
         ipa_hf.export_lora(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"alora_invocation_tokens": [3]},
+        {"layer_replication": [(0, 2), (1, 2)]},
+        {"ensure_weight_tying": True},
+        {"loftq_config": {"loftq_bits": 4}},
+    ],
+    ids=lambda lora: next(iter(lora)),
+)
+def test_fields_beyond_plain_lora_are_refused_by_name(tmp_path, lora):
+    model = get_peft_model(make("llama"), config())
+    for field, value in lora.items():
+        setattr(model.peft_config["default"], field, value)
+    with pytest.raises(SettingError, match=f"{next(iter(lora))}.*merge_and_unload"):
+        ipa_hf.export_lora(model, tmp_path)
+
+
+@dataclasses.dataclass
+class NextVariant(LoraConfig):
+    """A configuration with a field of a later PEFT version."""
+
+    use_next: bool = False
+
+
+def test_the_next_variant_is_refused_too(tmp_path):
+    lora = NextVariant(r=4, target_modules=["q_proj"], use_next=True)
+    model = get_peft_model(make("llama"), lora)
+    with pytest.raises(SettingError, match="use_next"):
+        ipa_hf.export_lora(model, tmp_path)
+    with pytest.raises(SettingError, match="use_next"):
+        ipa_hf.initialize_lora_ipa_weights(model, text_batches())
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "up_proj"], ["gate_proj"]])
+def test_stacked_layers_are_complete(tmp_path, targets):
+    """SGLang stacks q, k, v and gate, up: it needs an adapter for each layer of a stack."""
+    model = get_peft_model(make("llama"), config(target_modules=targets))
+    train(model, text_batches())
+    ipa_hf.export_lora(model, tmp_path)
+    settings, tensors = read(tmp_path)
+    stacks = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
+    expected = set().union(*(stack for stack in stacks if stack & set(targets)))
+    assert set(settings["target_modules"]) == expected
+    assert {name.split(".")[-3] for name in tensors} == expected
+    again = PeftModel.from_pretrained(make("llama"), tmp_path)
+    batch = text_batches()[0]
+    torch.testing.assert_close(outputs(again, batch), outputs(model, batch), atol=1e-6, rtol=1e-6)
+
+
+def test_resized_embeddings_are_refused(tmp_path):
+    make("llama").save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    ipa_hf.export_lora(get_peft_model(base, config()), tmp_path / "plain")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(70, mean_resizing=False)
+    with pytest.raises(SettingError, match="64 embeddings .* got 70"):
+        ipa_hf.export_lora(get_peft_model(base, config()), tmp_path / "resized")

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 
 import ipa_hf
 from ipa_core import ExactCovariance, RankError, SettingError, ShapeError
@@ -248,6 +248,28 @@ class TestFreshAdaptersOnly:
     def test_methods_that_change_base_weights(self, llama, batches, init):
         with pytest.raises(SettingError, match="init_lora_weights"):
             ipa_hf.get_ipa_model(llama, config(init_lora_weights=init), batches)
+
+    @pytest.mark.parametrize(
+        ("field", "variant"),
+        [
+            ("kasa_config", {"kasa_config": KasaConfig()}),
+            ("init_lora_weights", {"init_lora_weights": "pissa"}),
+            ("use_qalora", {"use_qalora": True, "qalora_group_size": 4}),
+        ],
+    )
+    def test_variants_are_refused_before_they_change_weights(self, llama, batches, field, variant):
+        before = {name: value.clone() for name, value in llama.state_dict().items()}
+        with pytest.raises(SettingError, match=field):
+            ipa_hf.get_ipa_model(llama, config(**variant), batches)
+        assert llama.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+
+    def test_a_compiled_model(self, batches):
+        model = ipa_hf.get_ipa_model(
+            torch.compile(make("llama"), backend="eager"), config(), batches, progress=False
+        )
+        metadata = model.peft_config["default"].ipa_metadata
+        assert "model.layers.0.self_attn.q_proj" in metadata.layers
 
     def test_trained(self, llama, batches):
         model = get_peft_model(llama, config())

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import ipa_hf
-from ipa_core import ExactCovariance
+from ipa_core import ExactCovariance, fit_projector
 from ipa_torch import fit_projectors
 
 from .models import TARGETS, config, make, text_batches
@@ -42,3 +43,28 @@ def test_survives_saving(projectors, tmp_path):
     again = ipa_hf.load_adapter(make("llama"), tmp_path)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
+
+
+class Nested(torch.nn.Module):
+    """Layers whose names end in the names of others, as PEFT's patterns read them."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(6, 6)
+        self.a_proj = torch.nn.Linear(6, 6)
+        self.a = torch.nn.ModuleDict({"proj": torch.nn.Linear(6, 6)})
+        self.z = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"proj": torch.nn.Linear(6, 6)})})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_names_that_end_in_names_of_others(order, tmp_path):
+    ranks = {"proj": 2, "a_proj": 4, "a.proj": 3, "z.a.proj": 5}
+    names = list(ranks)[::order]
+    projectors = {name: fit_projector(torch.eye(6), ranks[name]) for name in names}
+    lora = ipa_hf.match_ranks(LoraConfig(r=4, target_modules=names), projectors)
+    lora.save_pretrained(tmp_path)  # sorts the patterns
+    for loaded in (lora, LoraConfig.from_pretrained(tmp_path)):
+        model = get_peft_model(Nested(), loaded)
+        layers = dict(model.get_base_model().named_modules())
+        assert {name: layers[name].r["default"] for name in ranks} == ranks
+        assert {layers[name].scaling["default"] for name in ranks} == {2.0}

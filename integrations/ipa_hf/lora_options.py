@@ -1,0 +1,96 @@
+"""Fields of a `LoraConfig` that adapters of this package support, by an allowlist."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from peft import LoraConfig
+
+from ipa_core.errors import SettingError
+
+#: Fields that do not change what an adapter computes: z = W x + alpha / r * B A x.
+PLAIN_LORA = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "use_rslora",
+    }
+)
+#: Fields that keep B A x and the base weights, but add trained parts or change where it applies.
+TRAINABLE_LORA = PLAIN_LORA | {
+    "alora_invocation_tokens",
+    "bias",
+    "ensure_weight_tying",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "trainable_token_indices",
+    "use_dora",
+}
+
+#: Methods of initialization that leave the base weights as they are.
+KEEPING_BASE_WEIGHTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def check_initializable(config: LoraConfig) -> None:
+    """Check that PEFT injects the adapter with B = 0 and leaves the base weights as they are.
+
+    Raises
+    ------
+    SettingError
+        If a field of the configuration is neither supported nor at its default.
+    """
+    if config.init_lora_weights not in (True, "gaussian"):
+        raise SettingError(
+            "expected a LoraConfig with init_lora_weights=True, which keeps B zero and the base "
+            f"weights, got {config.init_lora_weights!r}"
+        )
+    if used := unsupported_fields(config, TRAINABLE_LORA):
+        raise SettingError(
+            f"expected a LoraConfig of plain LoRA, got {used}, which may change the base weights "
+            "or the shape of A; remove these fields"
+        )
+
+
+def unsupported_fields(config: LoraConfig, supported: Collection[str]) -> list[str]:
+    """Return the names of fields that are neither supported nor at their default.
+
+    Fields of later PEFT versions and of subclasses are unsupported until they are listed.
+    """
+    return sorted(
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in supported
+        and (value := getattr(config, field.name)) != _default(field)
+        # An empty collection stands for None in configurations that were loaded from JSON.
+        and (value or _default(field))
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
