@@ -125,7 +125,10 @@ def _check_servable(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter
 def _check_vocabulary(peft_model: PeftModel) -> None:
     """Check that the embeddings have the size of the saved base model, which a server loads."""
     base = unwrap_model(peft_model.get_base_model())
-    embedding = getattr(base, "get_input_embeddings", lambda: None)()
+    try:
+        embedding = getattr(base, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return  # a model of several towers, without a single vocabulary
     source = getattr(base, "name_or_path", "")
     if not (source and isinstance(embedding, torch.nn.Embedding)):
         return
