@@ -40,7 +40,7 @@ STEPS = {
     "torch": Tests(CONTRACT, "torch", 50),
     "adapters": Tests(
         (
-            "tests/torch/test_late_answers.py",
+            "tests/torch/test_async_devices.py",
             "tests/torch/test_matmul_view.py",
             "tests/torch/test_learners.py",
             "tests/torch/test_adapters.py",

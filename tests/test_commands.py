@@ -77,6 +77,9 @@ EXCEPTIONS = {
     "python -m benchmarks.classification beyond": STUDY,
     "python -m benchmarks.commonsense main": STUDY,
     "python -m benchmarks.evidence.similarity": STUDY,
+    "python -m benchmarks.likelihood headlines": STUDY,
+    "python -m benchmarks.gpu": "minutes on a GPU",
+    "python -m benchmarks.gpu --rehearse": "runs tests beside it; tests/benchmarks/test_suite.py",
     "python -m benchmarks.vtab DATA": "needs timm, and hours; tests/timm/test_vtab.py is tiny",
     "python -m benchmarks.vtab.make_sets DATA": "downloads sets; tests/timm/test_vtab.py is tiny",
 }
