@@ -235,7 +235,7 @@ class TestMerge:
 
         model = Tied()
         ids = torch.randint(0, 10, (4, 5))
-        attach(model, fit_projectors(model, [ids], 2, progress=False))
+        attach(model, fit_projectors(model, [ids], 2, targets=["head"], progress=False))
         model.head.lora_B["default"].data.normal_()
         embedding = model.embed.weight.clone()
         merge(model)

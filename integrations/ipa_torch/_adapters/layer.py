@@ -7,10 +7,14 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from ipa_torch._adapters.module_hooks import has_hooks
 from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._layers.linearity import merge_obstacle
 from ipa_torch._layers.matmul_view import input_of, view_of
 from ipa_torch._layers.sizes import outputs_of
+from ipa_torch.errors import LayerError
 
 
 class AdapterLayer(nn.Module):
@@ -42,10 +46,10 @@ class AdapterLayer(nn.Module):
         self.dropouts: dict[str, float] = {}
         self.active: str | None = None
         self.merged: str | None = None
-        self._unmerged_weight: tuple[
-            nn.Parameter, ...
-        ] = ()  # in a tuple: no parameter of this module
-        self.train(base.training)
+        self._unmerged_weight: tuple[nn.Parameter, ...] = ()
+        # The tuple keeps the weight from being a parameter of this module.
+        # Not self.train(), which would run what a layer does in its own.
+        self.training = base.training
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,10 +64,9 @@ class AdapterLayer(nn.Module):
         weight = self._weight()
         return torch.device("cpu") if weight is None else weight.device
 
-    @property
-    def mergeable(self) -> bool:
-        """True if the layer has a floating parameter ``weight``."""
-        return self._weight_parameter() is not None
+    def merge_obstacle(self) -> str | None:
+        """Return the reason for which no adapter can be merged, None if it can."""
+        return merge_obstacle(self.base_layer)
 
     def projection(self, name: str) -> SharedProjection:
         """Return the projection of an adapter."""
@@ -119,6 +122,11 @@ class AdapterLayer(nn.Module):
         if self._can_add_in_place(x, z, lora_B):
             return self._added_in_place(x, z, lora_B.to(z.dtype))
         output = self.base_layer(*args, **kwargs)
+        if not isinstance(output, torch.Tensor):
+            raise LayerError(
+                f"expected a {type(self.base_layer).__name__} that returns a tensor, got "
+                f"{type(output).__name__}; leave it out of the targets"
+            )
         if not torch.is_autocast_enabled(output.device.type):
             z = z.to(lora_B.dtype)
         return output + self.view.expand(z, lora_B).to(output.dtype)
@@ -127,7 +135,7 @@ class AdapterLayer(nn.Module):
         base = self.base_layer
         return (
             type(base) is nn.Linear
-            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not has_hooks(base)
             and not x.is_nested
             and x.dtype == z.dtype == base.weight.dtype
             # The range of float16 is too small for B and its gradient.
@@ -153,8 +161,7 @@ class AdapterLayer(nn.Module):
     def merge(self, name: str) -> None:
         """Give the layer the weight W + s B P; keep the old weight for `unmerge`."""
         self.unmerge()
-        weight = self._weight_parameter()
-        assert weight is not None
+        weight = self.base_layer.get_parameter("weight")
         projection = self.projection(name)
         with torch.no_grad():
             wide = torch.promote_types(weight.dtype, torch.float32)
@@ -173,9 +180,7 @@ class AdapterLayer(nn.Module):
             self._unmerged_weight, self.merged = (), None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self._unmerged_weight = tuple(
-            nn.Parameter(fn(w), requires_grad=w.requires_grad) for w in self._unmerged_weight
-        )
+        self._unmerged_weight = tuple(_moved(w, fn(w)) for w in self._unmerged_weight)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -192,14 +197,21 @@ class AdapterLayer(nn.Module):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
-    def _weight_parameter(self) -> nn.Parameter | None:
-        weight = self.base_layer._parameters.get("weight")
-        return weight if weight is not None and weight.is_floating_point() else None
-
     def _weight(self) -> torch.Tensor | None:
         """Return the tensor with the device and dtype of the layer."""
+        if parametrize.is_parametrized(self.base_layer):
+            # Reading the weight would compute it, which moves a power iteration.
+            return next(self.base_layer.parameters())
         weight = getattr(self.base_layer, "weight", None)
         if isinstance(weight, torch.Tensor):
             return weight
         tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def _moved(old: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+    """Give a parameter new data, as modules do: what is tied to it stays tied."""
+    if torch._has_compatible_shallow_copy_type(old, data):
+        old.data = data.detach()
+        return old
+    return nn.Parameter(data, requires_grad=old.requires_grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,9 +11,11 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
+from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers, freeze, unfreeze, unwrap, wrap
 from ipa_torch._adapters.scale import Scaling, resolve_scale
+from ipa_torch._distributed.process_group import is_sharded
 from ipa_torch._layers.lookup import check_fit, get_layer
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
@@ -59,7 +61,8 @@ def attach(
     ShapeError
         If a projector and its layer have different numbers of features.
     SettingError
-        If the name is in use or invalid, or a number is out of range.
+        If the name is in use or invalid, a number is out of range, or the model is wrapped in DDP
+        or FSDP.
 
     Notes
     -----
@@ -79,6 +82,7 @@ def attach(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_B.default', '2.lora_B.default']
     """
+    check_unwrapped(model)
     model = unwrap_model(model)
     scales = {name: resolve_scale(projector, scaling) for name, projector in projectors.items()}
     if not 0 <= dropout < 1:
@@ -105,6 +109,24 @@ class ProjectionSpec:
     weight: torch.Tensor
     scale: float
     trainable: bool
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Check that no data-parallel wrapper has taken the model's parameters already.
+
+    Raises
+    ------
+    SettingError
+        If one has: it would not reduce the gradients of new parameters, and ranks would drift.
+    """
+    parallel = nn.parallel.DistributedDataParallel
+    wrapped = any(isinstance(module, parallel) for module in model.modules())
+    if wrapped or is_sharded(model):
+        kind = "DistributedDataParallel" if wrapped else "FSDP"
+        raise SettingError(
+            f"expected a model that is not wrapped yet, got one under {kind}, which does not know "
+            "the adapter's parameters; attach or load all adapters first, then wrap"
+        )
 
 
 def add_adapter(
@@ -233,7 +255,8 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> None:
     Raises
     ------
     LayerError
-        If a layer is quantized, or wrapped by another library; then nothing is merged.
+        If a layer does not compute W x + b with a floating weight of its own, as far as a probe
+        input shows; nothing is merged then.
     SettingError
         If the model has no such adapter, or no adapter is active.
 
@@ -256,13 +279,24 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> None:
             f"expected an adapter among {list_adapters(model)}, got {adapter_name!r}"
         )
     for name, layer, _ in selected:
-        if not layer.mergeable:
-            raise LayerError(
-                f"layer {name!r}: expected a floating weight to merge into, got a "
-                f"{type(layer.base_layer).__name__}; leave the adapters unmerged"
-            )
-    for _, layer, wanted in selected:
-        layer.merge(wanted)
+        if (reason := layer.merge_obstacle()) is not None:
+            raise LayerError(f"layer {name!r}: {reason}; leave the adapters unmerged")
+    before = [(layer, layer.merged) for _, layer, _ in selected]
+    try:
+        for _, layer, wanted in selected:
+            layer.merge(wanted)
+    except BaseException:
+        _restore_merged(before)
+        raise
+
+
+def _restore_merged(before: Iterable[tuple[AdapterLayer, str | None]]) -> None:
+    """Put back the weights of layers as they were before a merge that failed."""
+    for layer, merged in before:
+        if layer.merged != merged:
+            layer.unmerge()
+            if merged is not None:
+                layer.merge(merged)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from ipa_torch._adapters.layer import AdapterLayer
+from ipa_torch._adapters.module_hooks import move_hooks
 from ipa_torch._layers.unwrap import unwrap_model
 
-_FROZEN = "_ipa_frozen"
+_FROZEN, _NOOP = "_ipa_frozen", "_ipa_noop_hook"
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
@@ -25,13 +26,18 @@ def wrap(model: nn.Module, name: str) -> AdapterLayer:
     if isinstance(layer, AdapterLayer):
         return layer
     adapter_layer = AdapterLayer(layer)
+    move_hooks(layer, adapter_layer)
     _replace(model, layer, adapter_layer)
     return adapter_layer
 
 
 def unwrap(model: nn.Module, layer: AdapterLayer) -> None:
     """Restore the base layer."""
-    layer.base_layer.train(layer.training)
+    if layer.base_layer.training != layer.training:
+        layer.base_layer.train(layer.training)
+    if (noop := layer.__dict__.pop(_NOOP, None)) is not None:
+        noop.remove()
+    move_hooks(layer, layer.base_layer)
     _replace(model, layer, layer.base_layer)
 
 
@@ -50,8 +56,8 @@ def _keep_off_fast_path(layer: AdapterLayer) -> None:
 
     Without hooks it calls a fused kernel in evaluation mode, with the weights of its layers.
     """
-    if not layer._forward_pre_hooks:
-        layer.register_forward_pre_hook(_noop_hook)
+    if _NOOP not in vars(layer):
+        vars(layer)[_NOOP] = layer.register_forward_pre_hook(_noop_hook)
 
 
 def _noop_hook(module: nn.Module, args: Any) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ipa_core.errors import FileFormatError, SettingError
-from ipa_torch._adapters.model import ProjectionSpec, add_adapter, check_new, list_adapters
+from ipa_torch._adapters.model import (
+    ProjectionSpec,
+    add_adapter,
+    check_new,
+    check_unwrapped,
+    list_adapters,
+)
 from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers, wrap
 from ipa_torch._layers.lookup import check_fit, get_layer
+from ipa_torch._layers.sizes import outputs_of
 from ipa_torch._layers.unwrap import unwrap_model
 
 _LAYER, _PROJECTION = "layers", "projections"
@@ -97,22 +105,27 @@ def load_adapter_state_dict(
     >>> again = torch.nn.Sequential(torch.nn.Linear(16, 4))
     >>> load_adapter_state_dict(again, adapter_state_dict(model))
     """
+    check_unwrapped(model)
     model = unwrap_model(model)
+    if not 0 <= dropout < 1:
+        raise SettingError(f"expected dropout of at least 0 and below 1, got {dropout!r}")
     layers = _layers(state)
+    numbers = dict.fromkeys(number for number, _ in layers.values())
+    specs = {number: _spec(state, f"{_PROJECTION}.{number}") for number in numbers}
     for name, (number, lora_B) in layers.items():
-        weight = _entry(state, f"{_PROJECTION}.{number}.weight")
-        check_fit(name, get_layer(model, name), weight.shape[-1])
-        if lora_B.shape[-1] != weight.shape[0]:
+        rank, features = specs[number].weight.shape
+        layer = get_layer(model, name)
+        check_fit(name, layer, features)
+        if lora_B.shape != (outputs_of(layer), rank) or not lora_B.is_floating_point():
             raise FileFormatError(
-                f"layer {name!r}: expected lora_B of rank {weight.shape[0]}, got {lora_B.shape[-1]}"
+                f"layer {name!r}: expected a floating lora_B of shape {(outputs_of(layer), rank)}, "
+                f"got {lora_B.dtype} of shape {tuple(lora_B.shape)}"
             )
     if adapter_name in list_adapters(model):
         for _, layer in adapter_layers(model):
             if adapter_name in layer.lora_B:
                 layer.remove(adapter_name)
     check_new(model, adapter_name)
-    numbers = dict.fromkeys(number for number, _ in layers.values())
-    specs = {number: _spec(state, f"{_PROJECTION}.{number}") for number in numbers}
     layer_specs = {name: specs[number] for name, (number, _) in layers.items()}
     add_adapter(model, layer_specs, dropout, adapter_name)
     for name, (_, lora_B) in layers.items():
@@ -121,11 +134,23 @@ def load_adapter_state_dict(
 
 
 def _spec(state: Mapping[str, torch.Tensor], prefix: str) -> ProjectionSpec:
-    return ProjectionSpec(
-        _entry(state, f"{prefix}.weight"),
-        float(_entry(state, f"{prefix}.scale")),
-        bool(_entry(state, f"{prefix}.trainable")),
-    )
+    weight = _entry(state, f"{prefix}.weight")
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise FileFormatError(
+            f"expected '{prefix}.weight' to be a floating matrix, got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}"
+        )
+    scale = _number(state, f"{prefix}.scale")
+    if not 0 < scale < math.inf:
+        raise FileFormatError(f"expected '{prefix}.scale' to be positive and finite, got {scale!r}")
+    return ProjectionSpec(weight, scale, bool(_number(state, f"{prefix}.trainable")))
+
+
+def _number(state: Mapping[str, torch.Tensor], key: str) -> float:
+    value = _entry(state, key)
+    if value.numel() != 1:
+        raise FileFormatError(f"expected {key!r} to be a number, got {value.numel()} of them")
+    return float(value)
 
 
 def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:
@@ -145,7 +170,7 @@ def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Ten
         raise FileFormatError("expected the state of an adapter, got a state without layers")
     return {
         name: (
-            int(_entry(state, f"{_LAYER}.{name}.projection")),
+            int(_number(state, f"{_LAYER}.{name}.projection")),
             _entry(state, f"{_LAYER}.{name}.lora_B"),
         )
         for name in names

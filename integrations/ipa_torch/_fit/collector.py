@@ -19,7 +19,7 @@ from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.row_weights import RowWeighter
 from ipa_torch._capture.tensor_ids import TensorIds
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
-from ipa_torch._layers.matmul_view import MatmulView, WeightedRows, input_of, view_of
+from ipa_torch._layers.matmul_view import MatmulView, WeightedRows, check_rows, input_of, view_of
 from ipa_torch._layers.output_view import OutputView, output_of, output_view
 from ipa_torch.errors import LayerError
 from ipa_torch.projectors import M, T
@@ -222,6 +222,7 @@ class ActivationCollector:
             return
         with self._drop_failed_layer(name):
             activation = input_of(module, args, kwargs)
+            check_rows(module, activation)
             with no_autocast(activation.device):
                 finish = self._begin(name, activation)
                 if finish is None:
@@ -239,6 +240,7 @@ class ActivationCollector:
             return
         with self._drop_failed_layer(name):
             activation = output_of(module, output)
+            check_rows(module, activation)
             with no_autocast(activation.device):
                 finish = self._begin(name, activation)
                 if finish is not None:

@@ -23,8 +23,9 @@ from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, Checkpoi
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, Convergence, StoppingCriteria
 from ipa_torch._fit.memory import MemoryPass, split_by_memory
-from ipa_torch._fit.merge_results import ResultKind, merge_results
+from ipa_torch._fit.merge_results import PROJECTORS, ResultKind, merge_results
 from ipa_torch._fit.shared_inputs import SharedInputTree
+from ipa_torch._layers.linearity import check_supported
 from ipa_torch._layers.targets import Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.projectors import M, join_passes, resolve_rank
@@ -60,6 +61,9 @@ def run_fit(
     """
     model = unwrap_model(model)
     layers = select_layers(model, targets)
+    if result is PROJECTORS:  # asked before hours of learning
+        for name, layer in layers.items():
+            check_supported(name, layer)
     ranks = {name: resolve_rank(name, rank) for name in layers}
     run = default_forward if forward is None else forward
     stop = StoppingCriteria() if stop is None else stop

@@ -201,6 +201,11 @@ def view_of(module: nn.Module) -> LinearView | ConvView:
     """
     if (base := unwrap_layer(module)) is not module:
         return view_of(base)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise LayerError(
+            "expected a layer that can have hooks, got a scripted one; leave it out of the "
+            "targets, or script the model afterwards"
+        )
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise LayerError(
             f"expected a layer that multiplies rows of its input, got {type(module).__name__}; "
@@ -247,11 +252,37 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """
     for value in (*args, *_in_order(module, kwargs)):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if value.layout not in (torch.strided, torch.jagged):
+                raise ArrayTypeError(
+                    f"expected a dense input of {type(module).__name__}, got a tensor of layout "
+                    f"{value.layout}; give it dense tensors, or leave it out of the targets"
+                )
             return value
     raise ArrayTypeError(
         f"expected a floating tensor among the inputs of {type(module).__name__}, got none; "
         "leave the layer out of the targets"
     )
+
+
+def check_rows(module: nn.Module, activation: torch.Tensor) -> None:
+    """Check that an activation is an ordinary tensor, of which rows can be read.
+
+    Raises
+    ------
+    ArrayTypeError
+        If it is nested, or one that `torch.func` transforms.
+    """
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(activation)
+    if activation.is_nested or transformed:
+        kind, cure = (
+            ("a transformed tensor", "learn outside of torch.func")
+            if transformed
+            else ("a nested tensor", "give padded batches with row_weights")
+        )
+        raise ArrayTypeError(
+            f"expected an ordinary tensor as input of {type(module).__name__}, got {kind}; {cure}, "
+            "or leave it out of the targets"
+        )
 
 
 def _in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> list[Any]:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+import torch
 from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_torch._layers.matmul_view import Convolution
 from ipa_torch._layers.output_head import output_head
+from ipa_torch._layers.sizes import named_sizes
 from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
 from ipa_torch.errors import LayerError
 
@@ -29,8 +31,9 @@ def select_layers(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, 
     targets : str, iterable of str or callable, default "all-linear"
         As PEFT's ``target_modules``: a list of names, each a full name or the end of one after a
         dot; a string is a regular expression for the full name; ``"all-linear"`` is every linear
-        layer (``nn.Linear``, transformers' ``Conv1D``, quantized layers) but the output head. Or a
-        callable ``(name, module) -> bool``.
+        layer (``nn.Linear``, transformers' ``Conv1D``, quantized layers, those of graph libraries)
+        but the output head, layers with an embedding's weight, and scripted ones, which run no
+        hooks. Or a callable ``(name, module) -> bool``.
 
     Returns
     -------
@@ -78,28 +81,35 @@ def is_linear(module: nn.Module) -> bool:
     module = unwrap_layer(module)
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
-    return _has_features(module) and not any(
-        _has_features(inner) or isinstance(inner, Convolution)
+    return named_sizes(module) is not None and not any(
+        named_sizes(inner) is not None or isinstance(inner, Convolution)
         for inner in module.modules()
         if inner is not module
     )
 
 
-def _has_features(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    )
-
-
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    head = output_head(model)
+    head = [*output_head(model), *_tied_to_embedding(model)]
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         # Modules inside a selected layer belong to it: the matrices of an adapter, for example.
         inside = any(name.startswith(f"{layer}.") for layer in layers)
-        if name and not inside and is_linear(module) and not any(module is part for part in head):
+        excluded = isinstance(module, torch.jit.ScriptModule) or any(
+            module is part for part in head
+        )
+        if name and not inside and is_linear(module) and not excluded:
             layers[name] = module
     return layers
+
+
+def _tied_to_embedding(model: nn.Module) -> list[nn.Module]:
+    """Return the layers whose weight is that of an embedding: output heads."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in tables
+    ]
 
 
 def _matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:
