@@ -13,9 +13,15 @@ from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.projection import SharedProjection
-from ipa_torch._adapters.replace import adapter_layers, freeze, unfreeze, unwrap, wrap
+from ipa_torch._adapters.replace import (
+    adapter_layers,
+    check_unwrapped,
+    freeze,
+    unfreeze,
+    unwrap,
+    wrap,
+)
 from ipa_torch._adapters.scale import Scaling, resolve_scale
-from ipa_torch._distributed.process_group import is_sharded
 from ipa_torch._layers.lookup import check_fit, get_layer
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
@@ -109,24 +115,6 @@ class ProjectionSpec:
     weight: torch.Tensor
     scale: float
     trainable: bool
-
-
-def check_unwrapped(model: nn.Module) -> None:
-    """Check that no data-parallel wrapper has taken the model's parameters already.
-
-    Raises
-    ------
-    SettingError
-        If one has: it would not reduce the gradients of new parameters, and ranks would drift.
-    """
-    parallel = nn.parallel.DistributedDataParallel
-    wrapped = any(isinstance(module, parallel) for module in model.modules())
-    if wrapped or is_sharded(model):
-        kind = "DistributedDataParallel" if wrapped else "FSDP"
-        raise SettingError(
-            f"expected a model that is not wrapped yet, got one under {kind}, which does not know "
-            "the adapter's parameters; attach or load all adapters first, then wrap"
-        )
 
 
 def add_adapter(

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from ipa_core.errors import SettingError
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.module_hooks import move_hooks
+from ipa_torch._distributed.process_group import is_sharded
 from ipa_torch._layers.unwrap import unwrap_model
 
 _FROZEN, _NOOP = "_ipa_frozen", "_ipa_noop_hook"
@@ -18,6 +20,24 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
     return [
         (name, m) for name, m in unwrap_model(model).named_modules() if isinstance(m, AdapterLayer)
     ]
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Check that no data-parallel wrapper has taken the model's parameters already.
+
+    Raises
+    ------
+    SettingError
+        If one has: it would not reduce the gradients of new parameters, and ranks would drift.
+    """
+    parallel = nn.parallel.DistributedDataParallel
+    wrapped = any(isinstance(module, parallel) for module in model.modules())
+    if wrapped or is_sharded(model):
+        kind = "DistributedDataParallel" if wrapped else "FSDP"
+        raise SettingError(
+            f"expected a model that is not wrapped yet, got one under {kind}, which does not know "
+            "the adapter's parameters; attach or load all adapters first, then wrap"
+        )
 
 
 def wrap(model: nn.Module, name: str) -> AdapterLayer:

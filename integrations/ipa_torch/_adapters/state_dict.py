@@ -13,11 +13,10 @@ from ipa_torch._adapters.model import (
     ProjectionSpec,
     add_adapter,
     check_new,
-    check_unwrapped,
     list_adapters,
 )
 from ipa_torch._adapters.projection import SharedProjection
-from ipa_torch._adapters.replace import adapter_layers, wrap
+from ipa_torch._adapters.replace import adapter_layers, check_unwrapped, wrap
 from ipa_torch._layers.lookup import check_fit, get_layer
 from ipa_torch._layers.sizes import outputs_of
 from ipa_torch._layers.unwrap import unwrap_model

@@ -15,7 +15,7 @@ class _GlobalSwitches:
     """Switches of torch for the whole process, held while any fit of any thread runs.
 
     The first fit sets them and the last one restores them: if each restored what it had found, fits
-    that overlap would leave them set for ever.
+    that overlap would leave them set.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class _GlobalSwitches:
         self._restore = ExitStack()
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def acquire(self) -> Iterator[None]:
         with self._lock:
             if not self._holders:
                 self._set()
@@ -60,7 +60,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _SWITCHES.hold():
+    with torch.random.fork_rng(devices), torch.no_grad(), _SWITCHES.acquire():
         try:
             for module in flags:
                 module.training = False
