@@ -159,6 +159,11 @@ def test_unsupported_targets_are_refused_before_learning(kind):
     assert not ran
 
 
+def test_lazy_layer_is_not_initialized_by_the_check():
+    model = nn.Sequential(nn.LazyLinear(4))
+    assert fit_projectors(model, [X], 2, progress=False)["0"].features == 16
+
+
 def test_scripted_part_is_left_out_by_default():
     model = nn.Sequential(nn.Linear(16, 16), torch.jit.script(nn.Sequential(nn.Linear(16, 4))))
     assert list(fit_projectors(model, [X], 2, progress=False)) == ["0"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ipa_core.errors import with_context
 from ipa_torch._layers.matmul_view import ConvView, LinearView, MatmulView, view_of
@@ -93,7 +94,7 @@ def _difference(layer: nn.Module, view: MatmulView, weight: nn.Parameter) -> str
 @torch.no_grad()
 def _check_output(layer: nn.Module, view: MatmulView, outputs: int) -> None:
     """Check the type and shape of the output, if the layer can be run on a probe."""
-    if is_stock(layer):
+    if is_stock(layer) or any(map(is_lazy, layer.parameters())):
         return
     reference = next((t for t in layer.parameters() if t.is_floating_point()), torch.zeros(()))
     if reference.is_meta:
