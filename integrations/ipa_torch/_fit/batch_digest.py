@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -47,5 +48,8 @@ def _add(total: Any, value: Any) -> None:
     elif isinstance(value, (tuple, list)):
         for item in value:
             _add(total, item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            _add(total, getattr(value, field.name))
     elif isinstance(value, (str, bytes, int, float, bool, type(None))):
         total.update(repr(value).encode())
