@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,9 +29,12 @@ from ipa_core import (
     principal_angles,
     save,
 )
-from ipa_core._array import Array, to_numpy
-from ipa_core.errors import StreamError
-from ipa_core.io.streams import iterate
+from ipa_core._array import to_numpy
+from ipa_core.errors import PathError, StreamError
+from ipa_core.io._formats import split_key
+from ipa_core.io.files import check_writable, replace_file
+from ipa_core.io.readers import files_of
+from ipa_core.io.streams import LabeledBatch, labeled_batches
 from ipa_core.text_table import align
 
 LEARNERS: dict[str, type[Learner]] = {
@@ -48,23 +52,23 @@ class _ProgressStream:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __iter__(self) -> Iterator[Array]:
-        batches = (batch for batch, _ in iterate(self.path))
+    def labeled_batches(self) -> Iterator[LabeledBatch]:
+        """Yield the label, rows and weights of each batch."""
+        batches = labeled_batches(self.path)
         if find_spec("tqdm") is None:
             yield from batches
             return
         from tqdm.auto import tqdm
 
         with tqdm(unit=" rows", unit_scale=True, desc=self.path.name, disable=None) as bar:
-            for batch in batches:
-                yield batch
+            for label, batch, weights in batches:
+                yield label, batch, weights
                 bar.update(batch.shape[0])
 
 
 def fit(args: argparse.Namespace) -> None:
     """Learn a projector from files and write it atomically."""
-    if not args.out.parent.is_dir():
-        raise StreamError(f"expected the folder {args.out.parent} to exist, got none; make it")
+    _check_output(args.out, _input_files(args.activations))
     learner: Callable[[int], Learner] = partial(
         LEARNERS[args.learner], center=args.center, seed=args.seed
     )
@@ -78,8 +82,10 @@ def show(args: argparse.Namespace) -> None:
     projectors = _named(args.projectors, args.projectors.stem)
     print(_table([("", "rank", "features", "captured", "effective rank", "samples")], projectors))
     if args.plot is not None:
-        plotting.scree(projectors).savefig(args.plot, dpi=150)
-        print(f"plot -> {args.plot}")
+        plot = args.plot if args.plot.suffix else args.plot.with_suffix(".png")
+        _check_output(plot, [args.projectors])
+        replace_file(plot, _rendered(plotting.scree(projectors), plot.suffix[1:]))
+        print(f"plot -> {plot}")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -96,6 +102,28 @@ def compare(args: argparse.Namespace) -> None:
     print(align(rows, left={0}))
     for name in sorted(set(first) ^ set(second)):
         print(f"in one file only: {name}")
+
+
+def _input_files(activations: Path) -> list[Path]:
+    source, _ = split_key(activations)
+    return [source, *files_of(source)]
+
+
+def _check_output(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise unless ``out`` can be written and is neither an input nor inside of one."""
+    target = check_writable(out)
+    for source in inputs:
+        if source.resolve() in (target, *target.parents):
+            raise PathError(f"{out}: expected another file than the input {source}")
+
+
+def _rendered(figure: Any, suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        figure.savefig(buffer, format=suffix, dpi=150)
+    except ValueError as error:
+        raise PathError(f"expected a suffix of a picture format: {error}") from error
+    return buffer.getvalue()
 
 
 def _named(path: Path, single: str) -> Mapping[str, Projector]:
@@ -162,8 +190,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     args = parser().parse_args(None if arguments is None else list(arguments))
     try:
         args.run(args)
-    except (IPAError, OSError, ValueError) as error:
-        # The last is how matplotlib says that it cannot write such a file.
+    except (IPAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

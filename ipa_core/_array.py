@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, partial
 from itertools import accumulate
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import numpy as np
 
-from ipa_core.errors import ArrayTypeError
+from ipa_core.errors import ArrayTypeError, SettingError
 
 Array: TypeAlias = Any
 HostArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
@@ -21,6 +22,10 @@ Namespace: TypeAlias = Any
 Device: TypeAlias = Any
 DType: TypeAlias = Any
 
+_HOST_DTYPES = frozenset(
+    ("bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64")
+    + ("uint8", "uint16", "uint32", "uint64")
+)
 # Features up to which a symmetric matrix of an accelerator is decomposed on the host.
 _SMALL = 512
 
@@ -31,7 +36,7 @@ def namespace(*arrays: Array) -> Namespace:
         if not is_array(array):
             raise ArrayTypeError(
                 f"expected an array of an array-API library, got {type(array).__name__}; "
-                "convert it first, for example with numpy.asarray"
+                f"{conversion_hint(array) or 'convert it first, for example with numpy.asarray'}"
             )
     try:
         return array_api_compat.array_namespace(*arrays)
@@ -42,9 +47,13 @@ def namespace(*arrays: Array) -> Namespace:
 
 def as_namespace(library: ModuleType | Namespace) -> Namespace:
     """Return the array-API namespace of a library given as a module (``torch``, ``numpy``)."""
-    name = library.__name__
-    if name in ("numpy", "torch", "cupy"):
+    if getattr(library, "__name__", None) in ("numpy", "torch", "cupy"):
         return array_api_compat.array_namespace(library.zeros(0))
+    if not callable(getattr(library, "__array_namespace_info__", None)):
+        raise SettingError(
+            "expected the module of an array library (numpy, torch, cupy, jax.numpy), got "
+            f"{reprlib.repr(library)}"
+        )
     return library
 
 
@@ -52,8 +61,110 @@ def is_array(value: object) -> bool:
     return bool(array_api_compat.is_array_api_obj(value))
 
 
-def is_floating(xp: Namespace, array: Array) -> bool:
-    return bool(xp.isdtype(array.dtype, "real floating"))
+def conversion_hint(value: Any) -> str | None:
+    """Return how to convert an object that holds rows but is no array, None if unknown."""
+    if hasattr(value, "nnz") and hasattr(value, "toarray"):
+        return "pass a sparse matrix of SciPy to fit_projector as the stream, or dense rows of it"
+    if hasattr(value, "nnz") and hasattr(value, "todense"):
+        return "pass dense rows of a sparse array, x[i : i + 1024].todense()"
+    if hasattr(value, "__dask_graph__"):
+        return "pass a Dask array to fit_projector as the stream, or its value, x.compute()"
+    if hasattr(value, "to_numpy"):
+        return "pass its values, x.to_numpy()"
+    return None
+
+
+def check_array(array: Array) -> Namespace:
+    """Return the namespace of an array of dense real floating values.
+
+    Raises
+    ------
+    ArrayTypeError
+        If the object is anything else; the message says how to convert it.
+    """
+    xp = namespace(array)
+    if form := _unsupported_form(array):
+        raise ArrayTypeError(f"expected a dense array with values, got {form}")
+    if xp.isdtype(array.dtype, "complex floating"):
+        raise ArrayTypeError(
+            f"expected a real floating dtype, got {array.dtype}; pass real and imaginary parts as "
+            "features, concatenated along the last axis"
+        )
+    if not xp.isdtype(array.dtype, "real floating"):
+        raise ArrayTypeError(
+            f"expected a real floating dtype, got {array.dtype}; convert it to float32 first"
+        )
+    return xp
+
+
+def _unsupported_form(array: Array) -> str | None:
+    """Return what is not supported about an array, and the cure; None for a dense array."""
+    if hasattr(array, "__dask_graph__"):
+        return f"a Dask array; {conversion_hint(array)}"
+    if array_api_compat.is_numpy_array(array):
+        if isinstance(array, np.ma.MaskedArray):
+            return "a masked array; pass x.filled(0) with weights ~x.mask.any(axis=-1)"
+        return None
+    if not array_api_compat.is_torch_array(array):
+        return None
+    if hasattr(array, "get_mask"):
+        return "a masked tensor; pass x.to_tensor(0) with row weights"
+    if array.is_nested:
+        return "a nested tensor; pass a list of its parts, x.unbind()"
+    if array.layout != _torch().strided:
+        return "a sparse tensor; pass x.to_dense()"
+    if array.is_meta:
+        return "a tensor on the meta device, which has no values; load it first"
+    return None
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+def detached(array: Array) -> Array:
+    """Return an array outside any autograd graph, without the operators of a subclass."""
+    if array_api_compat.is_torch_array(array):
+        named = any(getattr(array, "names", ()))  # removed from recent versions of torch
+        tensor: Any = array.detach()
+        return tensor.rename(None) if named else tensor
+    return np.asarray(array) if array_api_compat.is_numpy_array(array) else array
+
+
+def isolated(array: object) -> AbstractContextManager[object]:
+    """Return a context in which torch's autocast and inference mode do not affect the results.
+
+    Arrays made in it are ordinary tensors, of the same values as outside; nothing is recorded for
+    autograd. A no-op for the other libraries.
+    """
+    if not array_api_compat.is_torch_array(array):
+        return nullcontext()
+    context = _recorded_nowhere()
+    context.enter_context(no_autocast(array))
+    return context
+
+
+def _recorded_nowhere() -> ExitStack:
+    """Return a context without torch's inference mode and autograd."""
+    torch = _torch()
+    context = ExitStack()
+    if torch.is_inference_mode_enabled():
+        context.enter_context(torch.inference_mode(False))
+    context.enter_context(torch.no_grad())
+    return context
+
+
+def no_autocast(array: object) -> AbstractContextManager[object]:
+    """Return a context without torch's autocast on the device of ``array``, autograd untouched."""
+    if not array_api_compat.is_torch_array(array):
+        return nullcontext()
+    torch, kind = _torch(), array.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return nullcontext()
+    disabled: AbstractContextManager[object] = torch.autocast(kind, enabled=False)
+    return disabled
 
 
 def device(array: Array) -> Device:
@@ -65,14 +176,12 @@ def describe(array: Array) -> str:
     return f"{type(array).__module__.split('.')[0]} {array.dtype} on {device(array)}"
 
 
-def detached(array: Array) -> Array:
-    """Return ``array`` outside any autograd graph."""
-    return array.detach() if array_api_compat.is_torch_array(array) else array
-
-
 def state_dtype(xp: Namespace, array: Array) -> DType:
-    """Return the dtype of a learner's state: the input's, but float32 at least."""
-    return xp.float64 if array.dtype == xp.float64 else xp.float32
+    """Return the dtype of a learner's state: float64 for inputs wider than float32, else float32.
+
+    Long doubles and other byte orders become the library's float64.
+    """
+    return xp.float64 if xp.finfo(array.dtype).bits > 32 else xp.float32
 
 
 @cache
@@ -127,6 +236,12 @@ def _single(xp: Namespace, rows: Array) -> Array:
 def on_host(array: Array) -> HostArray:
     """Return a float64 copy on the host, for the sums that control the computation."""
     return np.array(to_numpy(array), dtype=np.float64)
+
+
+def rounded(values: HostArray, dtype: DType) -> HostArray:
+    """Return host numbers rounded to a dtype of any library."""
+    with ignore_overflow():
+        return values.astype(dtype_name(dtype)).astype(np.float64)
 
 
 def to_host_async(array: Array) -> Callable[[], HostArray]:
@@ -201,24 +316,99 @@ def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
 
 
 def to_numpy(array: Array) -> Any:
-    """Return a NumPy copy or view of ``array``, from any device."""
+    """Return a NumPy copy or view of ``array``, from any device; bfloat16 becomes float32."""
+    if array_api_compat.is_numpy_array(array):
+        return array
     if array_api_compat.is_torch_array(array):
-        return array.detach().cpu().numpy()
+        tensor = array.detach().cpu()
+        known = dtype_name(tensor.dtype) in _HOST_DTYPES
+        return (tensor if known else tensor.float()).numpy()
     if array_api_compat.is_cupy_array(array):
         return array.get()
-    return np.from_dlpack(array) if not array_api_compat.is_numpy_array(array) else array
+    if array_api_compat.is_jax_array(array):
+        host = np.asarray(array)
+        return host if dtype_name(host.dtype) in _HOST_DTYPES else host.astype(np.float32)
+    return np.from_dlpack(array)
 
 
-def from_numpy(xp: Namespace, array: Any, on: Device, dtype: DType) -> Array:
-    """Return a copy of a NumPy ``array`` in library ``xp`` on device ``on``."""
-    return cast(xp, xp.asarray(np.array(array), device=on), dtype)
+def host_values(values: Any) -> list[Any]:
+    """Return the items of an array of any library, or of a sequence, on the host."""
+    return list(to_numpy(values) if is_array(values) else values)
+
+
+def dtype_name(dtype: DType) -> str:
+    """Return a dtype's name in the array API, such as "float32"."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    return str(name or str(dtype).rpartition(".")[2])
+
+
+def from_numpy(xp: Namespace, array: Any, on: Device | None, dtype: DType) -> Array:
+    """Return a copy of a NumPy ``array`` in library ``xp`` on device ``on``.
+
+    The cast is on the host, as the device may not have the dtype of ``array``.
+    """
+    name = dtype_name(dtype)
+    host = np.array(array, dtype=name if name in _HOST_DTYPES else np.float32)
+    return cast(xp, xp.asarray(host, device=on), dtype)
+
+
+def check_home(first: Array, second: Array, cure: str) -> Namespace:
+    """Return the namespace that two arrays share, if they are on one device, too.
+
+    Raises
+    ------
+    ArrayTypeError
+        If library or device differ.
+    """
+    same = is_array(first) and is_array(second)
+    same = same and array_api_compat.array_namespace(first) is array_api_compat.array_namespace(
+        second
+    )
+    if not same or device(first) != device(second):
+        raise ArrayTypeError(
+            f"expected arrays of one library and device, {describe(first)}, "
+            f"got {describe(second)}; {cure}"
+        )
+    return namespace(first)
+
+
+def index_array(xp: Namespace, places: Any, on: Device) -> Array:
+    """Return indices on a device, in the dtype that the device has for them."""
+    defaults = xp.__array_namespace_info__().default_dtypes(device=on)
+    return from_numpy(xp, places, on, defaults["indexing"])
 
 
 def convert(array: Array, xp: Namespace, on: Device | None, dtype: DType | None) -> Array:
-    """Return ``array`` in library ``xp``, by way of the host."""
-    host = np.array(to_numpy(array))
-    moved = xp.asarray(host, device=on)
-    return moved if dtype is None else cast(xp, moved, dtype)
+    """Return ``array`` in library ``xp``, by way of the host.
+
+    Without a ``dtype`` it keeps its own, or takes the library's float32 where library or device has
+    none such (float64 on many accelerators, bfloat16 in NumPy).
+
+    Raises
+    ------
+    SettingError
+        If the library has no such device or dtype.
+    """
+    with _recorded_nowhere() if array_api_compat.is_torch_namespace(xp) else nullcontext():
+        try:
+            if dtype is None:
+                dtype = _available_dtype(xp, array.dtype, on)
+            return from_numpy(xp, to_numpy(array), on, dtype)
+        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            raise SettingError(
+                f"expected a device and a dtype of {xp.__name__}, got device={on!r} and "
+                f"dtype={dtype!r}: {error}"
+            ) from error
+
+
+def _available_dtype(xp: Namespace, dtype: DType, on: Device | None) -> DType:
+    """Return the dtype of the same name in another library, or float32 in place of a float."""
+    name = dtype_name(dtype)
+    available = xp.__array_namespace_info__().dtypes(device=on)
+    half = {"bfloat16", "float16"}  # not in the standard, but in some libraries
+    if name in available or (name in half and hasattr(xp, name)):
+        return getattr(xp, name)
+    return xp.float32
 
 
 def random_signs(shape: tuple[int, ...], seed: int, stream: int) -> Any:

@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 from ipa_core.errors import IPAError, MissingDependencyError, StreamError, with_context
 from ipa_core.io.activation_store import StoredLayer
-from ipa_core.io.streams import files_of, iterate, prefetch
+from ipa_core.io.readers import files_of, prefetch
+from ipa_core.io.streams import labeled_batches
 from ipa_core.learners.base import Learner
+from ipa_core.learners.factory import make_learner
 from ipa_core.learners.randomized_svd import RandomizedSVD
 from ipa_core.projector import Projector
 
@@ -80,7 +82,7 @@ def fit_projector(
     >>> fit_projector(x / da.arange(1, 21), rank=2)
     Projector(rank=2, features=20, captured=0.783, samples=4000, numpy float64 on cpu)
     """
-    return _learn(source, learner(rank))
+    return _learn(source, make_learner(learner, rank))
 
 
 def _learn(source: Any | Shards, learner: Learner) -> Projector:
@@ -116,7 +118,7 @@ def _parts(source: Any) -> list[tuple[str, Any]]:
             f"expected a Dask array or paths of shards, got {type(source).__name__}; "
             "a DataFrame has to_dask_array"
         )
-    files = [file for path in source for file in files_of(Path(path))]
+    files = [file for path in source for file in files_of(path)]
     return [(str(file), str(file)) for file in files]
 
 
@@ -181,12 +183,14 @@ def _absorb(learner: Learner, stream: Any, name: str, next_file: str | None) -> 
     updated = copy.copy(learner)
     if next_file is not None:
         prefetch(Path(next_file))
-    try:
-        stream = stream.compute() if isinstance(stream, _Block) else stream
-        for batch, weights in iterate(stream):
+    stream = stream.compute() if isinstance(stream, _Block) else stream
+    for label, batch, weights in labeled_batches(stream):
+        try:
             updated.update(batch, weights)
-    except IPAError as error:
-        raise with_context(error, name) from error
+        except IPAError as error:
+            # The label of a file's rows has its path, that of a block's rows no number.
+            context = label if name in label else name
+            raise with_context(error, context) from error
     return updated
 
 

@@ -49,7 +49,7 @@ class NonFiniteError(IPAError, ValueError):
 
 
 class WeightError(IPAError, ValueError):
-    """Row weights are negative or not finite."""
+    """Row weights are integers, negative or not finite."""
 
     page = "docs/activations.md#what-a-stream-can-be"
 
@@ -76,6 +76,16 @@ class FileFormatError(IPAError, ValueError):
     """A file or a state is of another format or version, or is damaged."""
 
     page = "docs/activations.md#what-you-get"
+
+
+class PathError(IPAError, OSError):
+    """A path cannot be read or written, or is not that of a regular file."""
+
+    page = "docs/activations.md#what-you-get"
+
+
+class MissingFileError(PathError, FileNotFoundError):
+    """There is no such file or folder."""
 
 
 class MissingDependencyError(IPAError, ModuleNotFoundError):

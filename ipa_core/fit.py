@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ipa_core.errors import IPAError, StreamError, with_context
-from ipa_core.io.streams import ActivationStream, is_one_shot, iterate
+from ipa_core.io.streams import ActivationStream, is_one_shot, labeled_batches
 from ipa_core.learners.base import Learner
+from ipa_core.learners.factory import make_learner
 from ipa_core.learners.randomized_svd import RandomizedSVD
 from ipa_core.projector import Projector
 
@@ -48,8 +49,12 @@ def fit_projector(
         several passes.
     EmptyStreamError
         If the stream yields no row of positive weight.
+    SettingError
+        If ``learner`` does not make a learner.
+    FileFormatError, PathError
+        If a file is damaged, of another kind, or cannot be read; the message has its path.
     ArrayTypeError, ShapeError, RankError, WeightError, NonFiniteError
-        If a batch is not valid; the message has its number.
+        If a batch is not valid; the message has its number, or its file, tensor and rows.
 
     Notes
     -----
@@ -65,12 +70,12 @@ def fit_projector(
     >>> fit_projector(stream, rank=8)
     Projector(rank=8, features=100, captured=0.932, samples=1280, numpy float64 on cpu)
     """
-    if hasattr(activation_stream, "__dask_graph__"):
+    if hasattr(activation_stream, "__dask_graph__") and not isinstance(activation_stream, type):
         # Imported here: only callers with a Dask array have Dask.
         from ipa_core import dask_backend
 
         return dask_backend.fit_projector(activation_stream, rank, learner=learner)
-    return _learn(activation_stream, learner(rank))
+    return _learn(activation_stream, make_learner(learner, rank))
 
 
 def _learn(stream: ActivationStream, learner: Learner) -> Projector:
@@ -82,10 +87,10 @@ def _learn(stream: ActivationStream, learner: Learner) -> Projector:
             "pass a list, an array, a path or a DataLoader, or ask for one pass"
         )
     for _ in range(learner.passes):
-        for number, (batch, weights) in enumerate(iterate(stream)):
+        for label, batch, weights in labeled_batches(stream):
             try:
                 learner.update(batch, weights)
             except IPAError as error:
-                raise with_context(error, f"batch {number}") from error
+                raise with_context(error, label) from error
     projector = learner.finalize()
     return replace(projector, samples=projector.samples // learner.passes)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from ipa_core._array import Array, cast, device, namespace, wide_dtype
-from ipa_core.errors import EmptyStreamError, RankError, ShapeError
-from ipa_core.io.streams import ActivationStream, iterate
+from ipa_core import _array, _settings
+from ipa_core._array import Array, Namespace, cast, device, namespace, wide_dtype
+from ipa_core.errors import (
+    ArrayTypeError,
+    EmptyStreamError,
+    IPAError,
+    RankError,
+    ShapeError,
+    with_context,
+)
+from ipa_core.io.streams import ActivationStream, labeled_batches
 from ipa_core.learners.covariance import ExactCovariance
 from ipa_core.projector import Projector
 
@@ -31,6 +39,8 @@ def principal_angles(first: Projector, second: Projector) -> Array:
     ------
     ShapeError
         If the features differ.
+    ArrayTypeError
+        If an argument is no projector, or libraries or devices differ.
 
     References
     ----------
@@ -44,15 +54,24 @@ def principal_angles(first: Projector, second: Projector) -> Array:
     >>> float(principal_angles(fit_projector(x, 2), fit_projector(10 * x, 3)).max().round(6))
     0.0
     """
+    for projector in (first, second):
+        _check_projector(projector)
     if first.features != second.features:
         raise ShapeError(
             f"expected projectors of equal features, got {first.features} and {second.features}"
         )
-    xp = namespace(first.components, second.components)
-    wide = wide_dtype(xp, device(first.components))
-    small, large = sorted(
-        (first.components, second.components), key=lambda rows: int(rows.shape[0])
+    xp = _array.check_home(
+        first.components,
+        second.components,
+        "move a projector with projector.to(library, device=...)",
     )
+    with _array.isolated(first.components):
+        return _principal_angles(xp, first.components, second.components)
+
+
+def _principal_angles(xp: Namespace, first: Array, second: Array) -> Array:
+    wide = wide_dtype(xp, device(first))
+    small, large = sorted((first, second), key=lambda rows: int(rows.shape[0]))
     small, large = cast(xp, small, wide), cast(xp, large, wide)
     overlap = small @ large.T
     cosines = xp.linalg.svdvals(overlap)
@@ -80,6 +99,8 @@ def excess_error(projector: Projector, held_out: ActivationStream) -> float:
     ------
     EmptyStreamError
         If the stream has no rows.
+    ArrayTypeError, ShapeError, WeightError, NonFiniteError
+        If the projector or a batch is not valid; the message has the batch's number or file.
 
     Notes
     -----
@@ -93,9 +114,13 @@ def excess_error(projector: Projector, held_out: ActivationStream) -> float:
     >>> excess_error(fit_projector(x[:1000], rank=4), x[1000:]) < 0.05
     True
     """
+    _check_projector(projector)
     oracle = ExactCovariance(projector.rank)
-    for batch, weights in iterate(held_out):
-        oracle.update(batch - cast(namespace(batch), projector.mean, batch.dtype), weights)
+    for label, batch, weights in labeled_batches(held_out):
+        try:
+            oracle.update(_about_mean(projector, batch), weights)
+        except IPAError as error:
+            raise with_context(error, label) from error
     if oracle.samples == 0:
         raise EmptyStreamError("expected a held-out stream with rows, got none")
     residual = oracle.residual(projector)
@@ -103,6 +128,25 @@ def excess_error(projector: Projector, held_out: ActivationStream) -> float:
     if best <= 0.0:
         return 0.0 if residual <= 0.0 else float("inf")
     return residual / best - 1.0
+
+
+def _about_mean(projector: Projector, batch: Array) -> Array:
+    """Return the rows minus the projector's mean, float32 at least."""
+    xp = _array.check_array(batch)
+    _array.check_home(projector.components, batch, "pass batches like the projector's arrays")
+    if batch.ndim < 1 or batch.shape[-1] != projector.features:
+        raise ShapeError(
+            f"expected batches of {projector.features} features, the projector's, "
+            f"got shape {tuple(batch.shape)}"
+        )
+    with _array.isolated(batch):
+        rows = cast(xp, _array.detached(batch), _array.state_dtype(xp, batch))
+        return rows - cast(xp, projector.mean, rows.dtype)
+
+
+def _check_projector(projector: object) -> None:
+    if not isinstance(projector, Projector):
+        raise ArrayTypeError(f"expected a Projector, got {type(projector).__name__}")
 
 
 def effective_rank(projector: Projector) -> float:
@@ -119,6 +163,7 @@ def effective_rank(projector: Projector) -> float:
     >>> round(effective_rank(fit_projector(np.eye(6), rank=4)), 6)
     4.0
     """
+    _check_projector(projector)
     xp = namespace(projector.energies)
     largest = xp.max(projector.energies)
     if float(largest) == 0.0:
@@ -149,7 +194,8 @@ def rank_for_energy(projector: Projector, share: float) -> int:
     >>> rank_for_energy(fit_projector(np.diag([4.0, 2.0, 1.0]), rank=3), 0.9)
     2
     """
-    if not 0.0 < share <= 1.0:
+    _check_projector(projector)
+    if not 0.0 < _settings.number("share", share, error=RankError) <= 1.0:
         raise RankError(f"expected a share between 0 and 1, got {share}")
     for rank in range(1, projector.rank + 1):
         if projector.captured(rank) >= share:

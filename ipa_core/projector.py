@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from ipa_core._array import Array, Device, DType, as_namespace, convert, describe, namespace
-from ipa_core.errors import RankError, ShapeError
+from ipa_core import _array, _settings
+from ipa_core._array import Array, Device, DType, namespace
+from ipa_core._weights import host_weights
+from ipa_core.errors import EmptyStreamError, SettingError, ShapeError
 from ipa_core.whitening_transform import Whitening, whitening_of
 
 
@@ -31,6 +33,11 @@ class Projector:
         Rows learned from. Rows of weight zero do not count; a row counts once, however many passes
         were made over it.
 
+    Raises
+    ------
+    ArrayTypeError, ShapeError, SettingError
+        If an array is not real floating, or shapes or numbers do not fit together.
+
     Notes
     -----
     Projectors are compared as subspaces (`principal_angles`), never entry by entry: rows of equal
@@ -54,6 +61,23 @@ class Projector:
     total_energy: float
     samples: int
 
+    def __post_init__(self) -> None:
+        for array in (self.components, self.mean, self.energies):
+            _array.check_array(array)
+        for array in (self.mean, self.energies):
+            _array.check_home(self.components, array, "pass all arrays of a projector in one place")
+        if self.components.ndim != 2 or 0 in self.components.shape:
+            raise ShapeError(
+                f"expected components of shape (rank, features), got {tuple(self.components.shape)}"
+            )
+        for name, length in (("mean", self.features), ("energies", self.rank)):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (length,):
+                raise ShapeError(f"expected {name} of shape ({length},), got {shape}")
+        if _settings.number("total_energy", self.total_energy) < 0.0:
+            raise SettingError(f"expected total_energy of at least 0, got {self.total_energy}")
+        _settings.integer("samples", self.samples, least=0)
+
     @property
     def rank(self) -> int:
         """Number of rows of P."""
@@ -67,13 +91,18 @@ class Projector:
     def project(self, x: Array) -> Array:
         """Return P (x - mean), shape (..., rank), for x of shape (..., features). O(n d r).
 
+        The dtype is the wider one of ``x`` and ``components``; torch's autocast has no effect.
+
         Raises
         ------
         ShapeError
             If the last axis of ``x`` is not ``features`` long.
+        ArrayTypeError
+            If ``x`` is not real floating, or of another library or device than ``components``.
         """
-        self._check(x)
-        return (x - self.mean) @ self.components.T
+        x, components, mean = self._operands(x, self.features)
+        with _array.no_autocast(x):
+            return (x - mean) @ components.T
 
     def reconstruct(self, z: Array) -> Array:
         """Return P^T z + mean, shape (..., features), for z of shape (..., rank). O(n d r).
@@ -82,10 +111,12 @@ class Projector:
         ------
         ShapeError
             If the last axis of ``z`` is not ``rank`` long.
+        ArrayTypeError
+            If ``z`` is not real floating, or of another library or device than ``components``.
         """
-        if z.ndim < 1 or z.shape[-1] != self.rank:
-            raise ShapeError(f"expected an array of shape (..., {self.rank}), got {tuple(z.shape)}")
-        return z @ self.components + self.mean
+        z, components, mean = self._operands(z, self.rank)
+        with _array.no_autocast(z):
+            return z @ components + mean
 
     def reconstruction_error(self, x: Array, weights: Array | None = None) -> float:
         """Return the mean of |x - reconstruct(project(x))|^2 over the rows of x.
@@ -95,12 +126,14 @@ class Projector:
         x : array of shape (..., features)
             Held-out rows, in the library and on the device of ``components``.
         weights : array of shape x.shape[:-1], optional
-            Row weights; the mean is weighted by them.
+            Boolean or floating row weights, in any library; the mean is weighted by them.
 
         Raises
         ------
-        ShapeError
-            If shapes do not fit.
+        ShapeError, ArrayTypeError, WeightError
+            If ``x`` or the weights are not valid.
+        EmptyStreamError
+            If there is no row of positive weight.
 
         Examples
         --------
@@ -110,18 +143,17 @@ class Projector:
         >>> round(fit_projector(x, rank=1).reconstruction_error(x), 6)
         0.75
         """
-        self._check(x)
-        xp = namespace(x, self.components)
-        residual = x - self.reconstruct(self.project(x))
-        squares = xp.vecdot(residual, residual)
+        with _array.isolated(self.components):
+            rows, *_ = self._operands(x, self.features)
+            residual = rows - self.reconstruct(self.project(rows))
+            squares = _array.on_host(namespace(rows).vecdot(residual, residual)).reshape(-1)
         if weights is None:
-            return float(xp.mean(squares))
-        if tuple(weights.shape) != tuple(squares.shape):
-            raise ShapeError(
-                f"expected weights of shape {tuple(squares.shape)}, got {tuple(weights.shape)}"
-            )
-        weights = xp.astype(weights, squares.dtype)
-        return float(xp.sum(weights * squares) / xp.sum(weights))
+            held = _array.host_ones(squares.size)
+        else:
+            held = host_weights(weights, tuple(rows.shape[:-1]), rows.dtype)
+        if not held.sum() > 0.0:
+            raise EmptyStreamError("expected at least one row of positive weight, got none")
+        return float((held * squares).sum() / held.sum())
 
     def captured(self, rank: int | None = None) -> float:
         """Return the share of the energy that the leading ``rank`` rows capture, between 0 and 1.
@@ -133,11 +165,12 @@ class Projector:
         RankError
             If ``rank`` is not between 1 and the projector's rank.
         """
+        rank = self._checked(rank)
         if self.total_energy == 0.0:
             return 1.0
         xp = namespace(self.energies)
-        kept = xp.sum(self.energies[: self._checked(rank)], dtype=self.energies.dtype)
-        return min(1.0, float(kept) / self.total_energy)
+        energies = self.energies[:rank]
+        return min(1.0, float(xp.sum(energies, dtype=energies.dtype)) / self.total_energy)
 
     def truncate(self, rank: int) -> Projector:
         """Return the projector of a smaller rank: the leading rows, without computation.
@@ -200,7 +233,13 @@ class Projector:
         library : module
             ``numpy``, ``torch``, ``cupy``, ``jax.numpy`` or another array-API namespace.
         device, dtype : optional
-            Of that library; default: its default device, and the present dtype.
+            Of that library; default: its default device, and the present dtype, or float32 where
+            library or device do not have it (bfloat16 in NumPy, float64 on many accelerators).
+
+        Raises
+        ------
+        SettingError
+            If this is no array library, or it has no such device or dtype.
 
         Examples
         --------
@@ -209,9 +248,9 @@ class Projector:
         >>> fit_projector(np.eye(3), rank=2).to(torch, dtype=torch.float32).components.dtype
         torch.float32
         """
-        xp = as_namespace(library)
+        xp = _array.as_namespace(library)
         components, mean, energies = (
-            convert(array, xp, device, dtype)
+            _array.convert(array, xp, device, dtype)
             for array in (self.components, self.mean, self.energies)
         )
         return Projector(components, mean, energies, self.total_energy, self.samples)
@@ -220,21 +259,23 @@ class Projector:
         return (
             f"Projector(rank={self.rank}, features={self.features}, "
             f"captured={self.captured():.3f}, samples={self.samples}, "
-            f"{describe(self.components)})"
+            f"{_array.describe(self.components)})"
         )
 
-    def _check(self, x: Array) -> None:
-        if x.ndim < 1 or x.shape[-1] != self.features:
-            raise ShapeError(
-                f"expected an array of shape (..., {self.features}), got {tuple(x.shape)}"
-            )
+    def _operands(self, x: Array, length: int) -> tuple[Array, Array, Array]:
+        """Return x, P and the mean in their common dtype, after a check of x."""
+        _array.check_array(x)
+        cure = "move the projector with projector.to(library, device=...)"
+        xp = _array.check_home(self.components, x, cure)
+        if x.ndim < 1 or x.shape[-1] != length:
+            raise ShapeError(f"expected an array of shape (..., {length}), got {tuple(x.shape)}")
+        dtype = xp.result_type(x.dtype, self.components.dtype)
+        x, components, mean = (
+            _array.cast(xp, array, dtype) for array in (x, self.components, self.mean)
+        )
+        return x, components, mean
 
     def _checked(self, rank: int | None) -> int:
         if rank is None:
             return self.rank
-        if not 1 <= rank <= self.rank:
-            raise RankError(
-                f"expected a rank between 1 and {self.rank}, the projector's rank, got {rank}; "
-                "learn a projector of a larger rank"
-            )
-        return rank
+        return _settings.rank(rank, most=self.rank, cure="learn a projector of a larger rank")

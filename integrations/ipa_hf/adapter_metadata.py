@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 
 from ipa_core.errors import FileFormatError
-from ipa_core.io.serialization import replace_file
+from ipa_core.io.files import replace_file
 from ipa_torch.extension import Scaling
 
 FILE_NAME = "ipa_adapter.json"

@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ipa_core.errors import FileFormatError, ShapeError
-from ipa_core.io.serialization import replace_file
+from ipa_core.io.files import replace_file
 from ipa_timm.adapters import prepare_for_training
 from ipa_timm.classifier import classifier_parameters
 from ipa_torch import adapter_state_dict, load_adapter_state_dict
@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "architecture": _architecture(model),
     }
     tensors = {key: value.contiguous() for key, value in state.items()}
-    replace_file(Path(path), to_bytes(tensors, metadata))
+    replace_file(path, to_bytes(tensors, metadata))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0) -> None:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from zipfile import BadZipFile
 
 import numpy as np
 
 from ipa_core._array import Array
 from ipa_core.errors import FileFormatError, MissingDependencyError
+
+LabeledRows: TypeAlias = tuple[str, Array]
 
 ROWS_AT_A_TIME = 8192
 # As NumPy, HDF5 and safetensors name them.
@@ -63,6 +65,12 @@ def check_rows(file: Path, key: str, shape: tuple[int, ...], dtype: Any) -> None
         )
 
 
+def label_of(key: str | None, start: int, rows: Array) -> str:
+    """Return the words for a block of rows of a file: its array or column, and its rows."""
+    place = f"rows {start:,} to {start + rows.shape[0] - 1:,}"
+    return place if key is None else f"{key!r}, {place}"
+
+
 def _native(rows: Any) -> Array:
     """Return rows in the byte order of this machine."""
     return rows.astype(rows.dtype.newbyteorder("="), copy=False)
@@ -77,7 +85,7 @@ def _library(name: str, extra: str, file: Path) -> Any:
     return import_module(name)
 
 
-def read_npz(file: Path, key: str | None) -> Iterator[tuple[Array, None]]:
+def read_npz(file: Path, key: str | None) -> Iterator[LabeledRows]:
     """Read the arrays of a NumPy archive, one in memory at a time."""
     try:
         with np.load(file, allow_pickle=False) as archive:
@@ -85,14 +93,15 @@ def read_npz(file: Path, key: str | None) -> Iterator[tuple[Array, None]]:
                 array = archive[name]
                 check_rows(file, name, array.shape, array.dtype.newbyteorder("="))
                 for start in range(0, array.shape[0], ROWS_AT_A_TIME):
-                    yield _native(array[start : start + ROWS_AT_A_TIME]), None
+                    rows = array[start : start + ROWS_AT_A_TIME]
+                    yield label_of(name, start, rows), _native(rows)
     except (ValueError, EOFError, BadZipFile, AttributeError) as error:
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(f"{file}: expected a .npz file of numbers, got {error}") from error
 
 
-def read_hdf5(file: Path, key: str | None) -> Iterator[tuple[Array, None]]:
+def read_hdf5(file: Path, key: str | None) -> Iterator[LabeledRows]:
     """Read the datasets of an HDF5 file, some 8,192 rows at a time, in whole chunks."""
     library = _library("h5py", "hdf5", file)
     try:
@@ -112,17 +121,21 @@ def read_hdf5(file: Path, key: str | None) -> Iterator[tuple[Array, None]]:
             chunk = rows.chunks[0] if rows.chunks else ROWS_AT_A_TIME
             step = max(1, ROWS_AT_A_TIME // chunk) * chunk
             for start in range(0, rows.shape[0], step):
-                yield _native(rows[start : start + step]), None
+                block = rows[start : start + step]
+                yield label_of(name, start, block), _native(block)
 
 
-def read_arrow(file: Path, key: str | None) -> Iterator[tuple[Array, None]]:
+def read_arrow(file: Path, key: str | None) -> Iterator[LabeledRows]:
     """Read a Parquet or Arrow file: a column of lists is the rows, or each column a feature."""
     arrow = _library("pyarrow", "arrow", file)
     batches = _parquet_batches if file.suffix == ".parquet" else _ipc_batches
     try:
+        first = 0
         for batch in batches(file, key):
             for start in range(0, batch.num_rows, ROWS_AT_A_TIME):
-                yield _table_rows(file, batch.slice(start, ROWS_AT_A_TIME)), None
+                rows = _table_rows(file, batch.slice(start, ROWS_AT_A_TIME))
+                yield label_of(key, first + start, rows), rows
+            first += batch.num_rows
     except FileNotFoundError:
         raise
     except (arrow.ArrowInvalid, OSError) as error:
@@ -181,7 +194,7 @@ def _column(file: Path, name: str, column: Any) -> Array:
     return values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
-READERS: dict[str, Callable[[Path, str | None], Iterator[tuple[Array, None]]]] = {
+READERS: dict[str, Callable[[Path, str | None], Iterator[LabeledRows]]] = {
     ".npz": read_npz,
     ".h5": read_hdf5,
     ".hdf5": read_hdf5,

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_numpy
 
 from ipa_core._array import Array
-from ipa_core.errors import FileFormatError, MissingDependencyError, SettingError
+from ipa_core.errors import FileFormatError, IPAError, MissingDependencyError, SettingError
 from ipa_core.io.envelope import FileFormat
-from ipa_core.io.serialization import replace_file
+from ipa_core.io.files import as_path, input_file, replace_file
 
 _FORMAT = FileFormat("ipa-activations", 2)
 INDEX = "index.json"
@@ -93,17 +93,22 @@ class Index:
         ------
         FileFormatError
             If the index is damaged, or of another format or version.
-        FileNotFoundError
+        MissingFileError
             If there is no index.
         """
         path = folder / INDEX
         try:
-            header = json.loads(path.read_bytes())
-        except ValueError as error:
+            content = _FORMAT.unseal(json.loads(input_file(path).read_bytes()), path)
+            return cls._of(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, IPAError):
+                raise
             raise FileFormatError(
                 f"{path}: expected the index of an activation store, got {error}"
             ) from error
-        content = _FORMAT.unseal(header, path)
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> Index:
         shards = {file: Shard(**entry) for file, entry in content["shards"].items()}
         named = content.pop("layers").items()
         layers = {name: tuple(shards[file] for file in files) for name, files in named}
@@ -126,7 +131,7 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
     ------
     FileFormatError
         If the index is damaged.
-    FileNotFoundError
+    MissingFileError
         If there is no index.
 
     Examples
@@ -141,7 +146,7 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
     def __init__(self, folder: str | os.PathLike[str], *, on_damaged: OnDamaged = "raise") -> None:
         if on_damaged not in ("raise", "skip"):
             raise SettingError(f"expected on_damaged to be 'raise' or 'skip', got {on_damaged!r}")
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         self.on_damaged = on_damaged
         self.index = Index.read(self.folder)
 
@@ -227,6 +232,11 @@ class StoredLayer:
         return parts
 
     def __iter__(self) -> Iterator[tuple[Array, Array] | Array]:
+        for _, rows, weights in self.labeled_batches():
+            yield rows if weights is None else (rows, weights)
+
+    def labeled_batches(self) -> Iterator[tuple[str, Array, Array | None]]:
+        """Yield the path, rows and weights of each shard."""
         for shard in self.shards:
             try:
                 rows, weights = self.store.read(shard)
@@ -237,7 +247,7 @@ class StoredLayer:
                     f"skipped {shard.rows:,} rows of {self.name!r}: {error}", stacklevel=2
                 )
                 continue
-            yield rows if weights is None else (rows, weights)
+            yield str(self.store.folder / shard.file), rows, weights
 
 
 def _decoded(data: bytes, dtype: str, path: Path) -> tuple[Array, Array | None]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +16,9 @@ from safetensors.numpy import save as to_bytes
 
 from ipa_core import _array
 from ipa_core._array import Array, Device
-from ipa_core.errors import FileFormatError
+from ipa_core.errors import ArrayTypeError, FileFormatError, IPAError
 from ipa_core.io.envelope import FileFormat
+from ipa_core.io.files import input_file, replace_file
 from ipa_core.projector import Projector
 
 _PROJECTORS = FileFormat("ipa-projectors", 1)
@@ -35,7 +35,12 @@ def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLik
     projectors : Projector or mapping of str to Projector
         In any library, on any device.
     path : path-like
-        The file; its folder must exist.
+        A regular file or a new name; its folder must exist. Arrays of bfloat16 become float32.
+
+    Raises
+    ------
+    PathError
+        If the file cannot be written.
 
     Examples
     --------
@@ -49,7 +54,7 @@ def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLik
     True
     """
     single = isinstance(projectors, Projector)
-    named = {"": projectors} if isinstance(projectors, Projector) else dict(projectors)
+    named = {"": projectors} if isinstance(projectors, Projector) else _named(projectors)
     owners: dict[int, str] = {}
     tensors: dict[str, Any] = {}
     entries: dict[str, Any] = {}
@@ -62,7 +67,18 @@ def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLik
         for part in ("components", "mean", "energies"):
             tensors[f"{name}/{part}"] = getattr(projector, part)
     content = {"single": single, "projectors": entries}
-    replace_file(Path(path), _pack(_PROJECTORS, content, tensors))
+    replace_file(path, _pack(_PROJECTORS, content, tensors))
+
+
+def _named(projectors: Any) -> dict[str, Projector]:
+    if isinstance(projectors, Mapping):
+        named = dict(projectors)
+        if all(isinstance(key, str) and isinstance(p, Projector) for key, p in named.items()):
+            return named
+    raise ArrayTypeError(
+        "expected a Projector, or a mapping from names to projectors, got "
+        f"{reprlib.repr(projectors)}"
+    )
 
 
 def load(
@@ -81,8 +97,8 @@ def load(
     ------
     FileFormatError
         If the file was not written by `save`, is damaged, or is of another version.
-    OSError
-        If the file cannot be read.
+    PathError
+        If the file cannot be read; a `MissingFileError` if there is none.
 
     Examples
     --------
@@ -125,11 +141,13 @@ def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     >>> IncrementalPCA(rank=2).load_state_dict(state).samples
     5
     """
-    replace_file(Path(path), pack_state(state))
+    replace_file(path, pack_state(state))
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
     """Return the bytes that `save_state` writes, for example to send them to another process."""
+    if not isinstance(state, Mapping):
+        raise FileFormatError(f"expected the state of a learner, got {type(state).__name__}")
     tensors = {key: value for key, value in state.items() if _array.is_array(value)}
     plain = {key: value for key, value in state.items() if key not in tensors}
     return _pack(_STATE, plain, tensors)
@@ -197,43 +215,39 @@ def _projector(
             float(entry["total_energy"]),
             int(entry["samples"]),
         )
+        _check_finite(projector)
+        return projector
+    except IPAError as error:
+        raise FileFormatError(f"{path}: projector {name!r}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path}: expected a whole projector {name!r}, got {error}"
         ) from error
-    rank, features = projector.components.shape
-    if projector.mean.shape != (features,) or projector.energies.shape != (rank,):
-        raise FileFormatError(f"{path}: expected shapes that fit in projector {name!r}")
-    return projector
+
+
+def _check_finite(projector: Projector) -> None:
+    for array in (projector.components, projector.mean, projector.energies):
+        if not np.isfinite(array).all():
+            raise FileFormatError("expected finite values, got NaN or infinity")
 
 
 def _pack(kind: FileFormat, content: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
-    arrays = {key: np.ascontiguousarray(_array.to_numpy(value)) for key, value in tensors.items()}
-    data: bytes = to_bytes(arrays, metadata=kind.seal(content, arrays))
-    return data
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` atomically: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        arrays = {key: np.ascontiguousarray(_array.to_numpy(v)) for key, v in tensors.items()}
+        data: bytes = to_bytes(arrays, metadata=kind.seal(content, arrays))
+        return data
+    except (TypeError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        raise FileFormatError(
+            f"expected contents that a file can hold, names, numbers and arrays, got {error}"
+        ) from error
 
 
 def _read(path: str | os.PathLike[str], kind: FileFormat) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = input_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}
-    except FileNotFoundError:
-        raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileFormatError(f"{path}: expected a safetensors file, got {error}") from error
     return kind.unseal(header, path, arrays), arrays

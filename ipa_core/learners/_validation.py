@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ipa_core import _array
 from ipa_core._array import Array, HostArray, Namespace
-from ipa_core.errors import ArrayTypeError, NonFiniteError, ShapeError, WeightError
+from ipa_core._weights import host_weights
+from ipa_core.errors import ArrayTypeError, NonFiniteError, ShapeError
 from ipa_core.learners._row_blocks import Rows
 
 
@@ -26,11 +27,13 @@ def validate(batch: Array, weights: Array | None, template: Array) -> PendingBat
     """
     xp = match(batch, template)
     count = math.prod(batch.shape[:-1])
-    x, host_weights = xp.reshape(_array.detached(batch), (count, batch.shape[-1])), None
+    x, held = xp.reshape(_array.detached(batch), (count, batch.shape[-1])), None
     if weights is not None:
-        x, weights, host_weights = _drop_absent(xp, x, _flat(batch, weights, template))
+        held = host_weights(weights, tuple(batch.shape[:-1]), template.dtype)
+        x, held = _drop_absent(xp, x, held)
     x = _array.cast(xp, x, template.dtype)
-    return PendingBatch(xp, x, weights, host_weights)
+    on_device = None if held is None else _array.from_numpy(xp, held, _array.device(x), x.dtype)
+    return PendingBatch(xp, x, on_device, held)
 
 
 @dataclass(frozen=True)
@@ -54,22 +57,15 @@ class PendingBatch:
         NonFiniteError
             If the rows are not finite, or their squares over- or underflow the dtype.
         """
-        host_weights = (
-            _array.host_ones(squares.size) if self.host_weights is None else self.host_weights
-        )
-        rows = Rows(self.x, self.weights, squares, host_weights)
+        held = _array.host_ones(squares.size) if self.host_weights is None else self.host_weights
+        rows = Rows(self.x, self.weights, squares, held)
         _check_range(self.xp, rows)
         return rows
 
 
 def _form_of(batch: Array) -> tuple[Namespace, int]:
     """Return library and number of features of a batch, if its form is valid."""
-    xp = _array.namespace(batch)
-    if not _array.is_floating(xp, batch):
-        raise ArrayTypeError(
-            f"expected a batch of a real floating dtype, got {batch.dtype}; "
-            "convert it to float32 first"
-        )
+    xp = _array.check_array(batch)
     if batch.ndim < 1 or batch.shape[-1] < 1:
         raise ShapeError(f"expected a batch of shape (..., features), got {tuple(batch.shape)}")
     return xp, int(batch.shape[-1])
@@ -91,30 +87,13 @@ def match(batch: Array, template: Array) -> Namespace:
     return xp
 
 
-def _flat(batch: Array, weights: Array, template: Array) -> Array:
-    """Return the weights as a vector of the template's dtype."""
-    xp = _array.namespace(batch, weights)
-    if tuple(weights.shape) != tuple(batch.shape[:-1]):
-        raise ShapeError(
-            f"expected weights of shape {tuple(batch.shape[:-1])}, one for each row, "
-            f"got {tuple(weights.shape)}"
-        )
-    flat = xp.reshape(_array.detached(weights), (math.prod(weights.shape),))
-    return _array.cast(xp, flat, template.dtype)
-
-
-def _drop_absent(
-    xp: Namespace, x: Array, weights: Array
-) -> tuple[Array, Array | None, HostArray | None]:
-    host_weights = _array.on_host(weights)
-    if not ((host_weights >= 0).all() and math.isfinite(host_weights.sum())):
-        raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")
-    if not host_weights.all():
-        (present,) = host_weights.nonzero()
-        index = _array.from_numpy(xp, present, _array.device(x), xp.int64)
-        x, weights = xp.take(x, index, axis=0), xp.take(weights, index)
-        host_weights = host_weights[present]
-    return (x, None, None) if (host_weights == 1).all() else (x, weights, host_weights)
+def _drop_absent(xp: Namespace, x: Array, weights: HostArray) -> tuple[Array, HostArray | None]:
+    """Return the rows of positive weight with their weights, None for weights that are all 1."""
+    if not weights.all():
+        (present,) = weights.nonzero()
+        x = xp.take(x, _array.index_array(xp, present, _array.device(x)), axis=0)
+        weights = weights[present]
+    return x, None if (weights == 1).all() else weights
 
 
 def _check_range(xp: Namespace, rows: Rows) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ipa_core import _array
+from ipa_core import _array, _settings
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import inverse_root, top_eigh
-from ipa_core.errors import SettingError
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners._stochastic import StochasticRule
 from ipa_core.learners.guarantee import Guarantee
@@ -41,7 +40,7 @@ class ReconstructionAutoencoder(StochasticRule):
     Raises
     ------
     SettingError
-        If ``epochs`` is less than 1.
+        If ``epochs`` is not an integer of at least 1.
 
     References
     ----------
@@ -63,9 +62,7 @@ class ReconstructionAutoencoder(StochasticRule):
 
     def __init__(self, rank: int, *, epochs: int = 1, center: bool = False, seed: int = 0) -> None:
         super().__init__(rank, center=center, seed=seed)
-        if epochs < 1:
-            raise SettingError(f"expected at least 1 epoch, got {epochs}")
-        self.epochs = self.passes = epochs
+        self.epochs = self.passes = _settings.integer("epochs", epochs, least=1)
         self._covariance: Array = None  # A, of the codes
 
     @property

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self, final
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ClassVar, Self, TypeVar, cast, final
 
-from ipa_core import _array
+from ipa_core import _array, _settings
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import fixed_basis
 from ipa_core.errors import (
@@ -20,10 +21,23 @@ from ipa_core.errors import (
 )
 from ipa_core.learners._pending_update import PendingUpdate
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, join
-from ipa_core.learners._state import flatten, unflatten
+from ipa_core.learners._state import check_arrays, check_numbers, entries_of, flatten, unflatten
 from ipa_core.learners._validation import PendingBatch, match, template_of, validate
 from ipa_core.learners.guarantee import Guarantee
 from ipa_core.projector import Projector
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def isolated(method: Method) -> Method:
+    """Let a learner's method run outside torch's autocast and inference mode."""
+
+    @wraps(method)
+    def run(learner: Learner, *args: Any) -> Any:
+        with _array.isolated(learner._template):
+            return method(learner, *args)
+
+    return cast(Method, run)
 
 
 class Learner(ABC):
@@ -57,6 +71,8 @@ class Learner(ABC):
     ------
     RankError
         If ``rank`` is not a positive integer.
+    SettingError
+        If ``center`` is not a boolean, or ``seed`` not an integer of at least 0.
 
     Examples
     --------
@@ -79,11 +95,9 @@ class Learner(ABC):
     _values: ClassVar[Mapping[str, type]] = {}
 
     def __init__(self, rank: int, *, center: bool = False, seed: int = 0) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise RankError(f"expected a rank that is a positive integer, got {rank!r}")
-        self.rank = rank
-        self.center = bool(center)
-        self.seed = int(seed)
+        self.rank = _settings.rank(rank)
+        self.center = _settings.boolean("center", center)
+        self.seed = _settings.integer("seed", seed, least=0)
         self.samples = 0
         self._weight = 0.0
         self._energy = 0.0
@@ -153,7 +167,8 @@ class Learner(ABC):
             Any leading shape, any number of rows, none included. The first batch fixes library,
             device, dtype and features.
         weights : array of shape batch.shape[:-1], optional
-            Non-negative weight of each row; a padding mask (0 / 1, boolean too) or an importance.
+            Non-negative weight of each row: a boolean mask, or floating importances. In any
+            library and on any device.
 
         Returns
         -------
@@ -199,7 +214,7 @@ class Learner(ABC):
         (0, 4)
         """
         template = self._template_for(batch)
-        with _array.ignore_overflow():
+        with _array.isolated(template), _array.ignore_overflow():
             rows = validate(batch, weights, template)
             waiting = self._pending_rows(rows)
             products = self._begin_sketch(rows.xp, (*(part.x for part in waiting), rows.x))
@@ -208,6 +223,7 @@ class Learner(ABC):
         begun = self.samples, self._template
         return PendingUpdate(self, begun, template, rows, waiting, products, squares)
 
+    @isolated
     def merge(self, other: Self) -> Self:
         """Return a new learner that has seen the rows of both; neither operand changes.
 
@@ -235,6 +251,7 @@ class Learner(ABC):
         merged._energy += right._energy
         return merged
 
+    @isolated
     def finalize(self) -> Projector:
         """Return the projector of all rows seen so far; learning may go on.
 
@@ -261,6 +278,7 @@ class Learner(ABC):
             done.samples,
         )
 
+    @isolated
     def compact(self) -> Self:
         """Return a learner of the same rows in its smallest form: what is worth sending.
 
@@ -272,6 +290,7 @@ class Learner(ABC):
             done._condense(done._xp)
         return done
 
+    @isolated
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counts and arrays, from which `load_state_dict` goes on exactly.
 
@@ -301,28 +320,24 @@ class Learner(ABC):
         SettingError
             If it was learned with other settings.
         """
-        name = state.get("learner")
-        if name != type(self).__name__:
+        name = state.get("learner") if isinstance(state, Mapping) else type(state).__name__
+        if not isinstance(name, str) or name != type(self).__name__:
             raise FileFormatError(f"expected the state of a {type(self).__name__}, got {name!r}")
         for setting in self._settings:
-            if state.get(setting) != getattr(self, setting):
+            if repr(state.get(setting)) != repr(getattr(self, setting)):
                 raise SettingError(
                     f"expected a state learned with {setting}={getattr(self, setting)!r}, got "
                     f"{state.get(setting)!r}; build the learner with the state's settings"
                 )
         fresh = type(self)(**{key: getattr(self, key) for key in self._settings})
-        try:
-            for number in self._numbers:
-                setattr(fresh, number, state[number.lstrip("_")])
-        except KeyError as error:
-            raise FileFormatError(f"expected an entry {error} in the state, got none") from error
+        self._check_state(state)
+        for number in self._numbers:
+            setattr(fresh, number, state[number.lstrip("_")])
         for array in self._arrays:
             setattr(fresh, array, state.get(array.lstrip("_")))
         for name, cls in self._values.items():
             setattr(fresh, name, unflatten(name.lstrip("_"), cls, state))
         fresh._template = state.get("template")
-        if fresh.samples and fresh._template is None:
-            raise FileFormatError("expected the arrays of a learner that has seen rows, got none")
         if "pending.x" in state:
             rows = Rows.of(fresh._xp, state["pending.x"], state.get("pending.weights"))
             fresh._pending = (rows,)
@@ -344,11 +359,30 @@ class Learner(ABC):
     def _xp(self) -> Namespace:
         return _array.namespace(self._template)
 
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Check the form of the entries of a state."""
+        check_numbers(state, [number.lstrip("_") for number in self._numbers])
+        template = state.get("template")
+        if template is None:
+            if state["samples"]:
+                raise FileFormatError("expected the arrays of a learner with rows, got none")
+            return
+        if not _array.is_array(template) or template.ndim != 2 or template.shape[0] != 0:
+            raise FileFormatError("expected a template of shape (0, features) in the state")
+        arrays = [array.lstrip("_") for array in self._arrays]
+        check_arrays(state, ["template", "pending.x", "pending.weights", *arrays])
+        for name, cls in self._values.items():
+            numbers, arrays = entries_of(name.lstrip("_"), cls)
+            if any(key in state for key in (*numbers, *arrays)):
+                check_numbers(state, numbers)
+                check_arrays(state, arrays)
+
     def _template_for(self, batch: Array) -> Array:
         """Return what batches have to be like; the first one says it."""
         if self._template is not None:
             return self._template
-        template = template_of(batch)
+        with _array.isolated(batch):
+            template = template_of(batch)
         if self.rank > template.shape[1]:
             raise RankError(
                 f"expected a rank of at most {template.shape[1]}, the number of features, "
@@ -374,16 +408,21 @@ class Learner(ABC):
             )
         before = self.__dict__.copy()
         try:
-            with _array.ignore_overflow():
-                squares, *seen = update.squares()
-                rows = update.batch.result(squares)
-            self._template = update.template
-            sketch = Sketch(update.products, _array.host_concat(seen)) if seen else None
-            self._absorb_whole_blocks(update.batch.xp, RowChunks((*update.waiting, rows), sketch))
+            with _array.isolated(update.template):
+                self._learn(update)
         except BaseException:
             self.__dict__ = before
             raise
         return self
+
+    def _learn(self, update: PendingUpdate[Self]) -> None:
+        """Wait for the norms of the rows, and absorb the rows."""
+        with _array.ignore_overflow():
+            squares, *seen = update.squares()
+            rows = update.batch.result(squares)
+        self._template = update.template
+        sketch = Sketch(update.products, _array.host_concat(seen)) if seen else None
+        self._absorb_whole_blocks(update.batch.xp, RowChunks((*update.waiting, rows), sketch))
 
     def _absorb_whole_blocks(self, xp: Namespace, chunks: RowChunks) -> None:
         """Cut rows into blocks of the fixed size, whole ones as views; the rest waits."""

@@ -9,7 +9,7 @@ from ipa_core._array import Array, Namespace
 from ipa_core.errors import EmptyStreamError
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners._second_moment import SecondMoment
-from ipa_core.learners.base import Learner
+from ipa_core.learners.base import Learner, isolated
 from ipa_core.learners.guarantee import Guarantee
 from ipa_core.projector import Projector
 
@@ -48,6 +48,7 @@ class ExactCovariance(Learner):
 
     _moment: SecondMoment | None = None
 
+    @isolated
     def residual(self, projector: Projector) -> float:
         """Return the mean of |x - P^T P x|^2 over all rows seen, for any projector's P.
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import ClassVar, Self
 
-from ipa_core import _array
+from ipa_core import _array, _settings
 from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._linalg import principal_rows, row_energies, truncate_rows
-from ipa_core.errors import SettingError
 from ipa_core.learners._novelty import NoveltyTest
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, take_first
 from ipa_core.learners._second_moment import SecondMoment
@@ -77,7 +76,7 @@ class RandomizedSVD(Learner):
     Raises
     ------
     SettingError
-        If ``oversample`` is negative.
+        If ``oversample`` is not an integer of at least 0.
 
     References
     ----------
@@ -123,14 +122,12 @@ class RandomizedSVD(Learner):
         seed: int = 0,
     ) -> None:
         super().__init__(rank, center=center, seed=seed)
-        if oversample is not None and oversample < 0:
-            raise SettingError(f"expected oversample of at least 0, got {oversample}")
         self.oversample: int = (
-            math.ceil((2 * rank + 8) / _COLUMNS) * _COLUMNS - rank
+            math.ceil((2 * self.rank + 8) / _COLUMNS) * _COLUMNS - self.rank
             if oversample is None
-            else oversample
+            else _settings.integer("oversample", oversample, least=0)
         )
-        self.half_products = bool(half_products)
+        self.half_products = _settings.boolean("half_products", half_products)
         self._moment: SecondMoment | None = None  # instead of all that follows
         self._factor: Array = None  # F, of the closed segments
         self._segment: Segment | None = None  # the open segment

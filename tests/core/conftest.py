@@ -46,6 +46,31 @@ def xp(request):
     return _library(request.param)
 
 
+class DeviceNamespace:
+    """A namespace whose `asarray` puts arrays on a device."""
+
+    def __init__(self, library, device):
+        self._library, self.device = library, device
+        self.dtypes = library.__array_namespace_info__().dtypes(device=device)
+
+    def __getattr__(self, name):
+        return getattr(self._library, name)
+
+    def asarray(self, values, **kwargs):
+        return self._library.asarray(values, **{"device": self.device, **kwargs})
+
+    def dtype(self, name):
+        """Return the name of a floating dtype, or float32 where the device does not have it."""
+        return name if name in self.dtypes else "float32"
+
+
+@pytest.fixture(scope="session", params=["device1", "no_float64"])
+def device_xp(request):
+    """The devices of array-api-strict: one other than the host, and one without float64."""
+    strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+    return DeviceNamespace(strict, strict.Device(request.param))
+
+
 @pytest.fixture(scope="session", params=LEARNERS, ids=lambda cls: cls.__name__)
 def learner_class(request):
     """Every learner class."""

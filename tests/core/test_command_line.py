@@ -80,7 +80,7 @@ def test_wrong_usage_and_missing_folder(activations, tmp_path, capsys):
 def test_unknown_picture_format_is_one_line(tmp_path, capsys):
     save(fit_projector(X, 2), tmp_path / "p.safetensors")
     assert run("show", tmp_path / "p.safetensors", "--plot", tmp_path / "p.xyz") == 1
-    assert capsys.readouterr().err.startswith("error: Format 'xyz' is not supported")
+    assert capsys.readouterr().err.startswith("error: expected a suffix of a picture format")
 
 
 def test_no_progress_bar_in_a_log(activations, tmp_path, capsys):

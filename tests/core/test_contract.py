@@ -33,6 +33,32 @@ def test_law(xp, factory, law, stream, dtype):
     law(xp, factory, stream, dtype)
 
 
+# Few cases by default, as on the host; all of them in a search.
+searching = settings.default.max_examples > 50
+on_device = settings(max_examples=settings.default.max_examples if searching else 8)
+
+
+@given(stream=streams(), dtype=dtypes)
+@on_device
+def test_law_on_device(device_xp, factory, law, stream, dtype):
+    law(device_xp, factory, stream, device_xp.dtype(dtype))
+
+
+@pytest.mark.parametrize("center", [False, True])
+@given(stream=streams(wide=True), dtype=dtypes)
+@on_device
+def test_law_of_the_sketch_on_device(device_xp, center, law, stream, dtype):
+    factory = partial(RandomizedSVD, center=center)
+    law(device_xp, factory, stream, device_xp.dtype(dtype))
+
+
+@given(stream=streams(), dtype=dtypes)
+@on_device
+def test_resume_on_device(device_xp, factory, tmp_path_factory, stream, dtype):
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    contract.law_resume(device_xp, factory, stream, device_xp.dtype(dtype), path)
+
+
 @pytest.mark.parametrize("half_products", [False, True])
 @pytest.mark.parametrize("center", [False, True])
 @given(stream=streams(wide=True), dtype=dtypes)

@@ -130,6 +130,7 @@ def test_other_byte_orders_are_read(tmp_path):
 )
 def test_missing_library_is_named(tmp_path, monkeypatch, name, library, extra):
     monkeypatch.setattr(_formats, "find_spec", lambda name: None)
+    (tmp_path / name).touch()
     with pytest.raises(MissingDependencyError, match=rf"{library}.*ipa-projectors\[{extra}\]"):
         list(iterate(tmp_path / name))
 

@@ -42,8 +42,8 @@ def test_reconstruction(xp, center):
 
 def test_weighted_reconstruction_error(xp):
     projector = fitted(xp)
-    weights = np.arange(400) % 3
-    repeated = xp.asarray(np.repeat(X, weights, axis=0))
+    weights = np.arange(400.0) % 3
+    repeated = xp.asarray(np.repeat(X, weights.astype(int), axis=0))
     weighted = projector.reconstruction_error(xp.asarray(X), xp.asarray(weights))
     assert weighted == pytest.approx(projector.reconstruction_error(repeated))
     with pytest.raises(ShapeError, match=r"weights of shape \(400,\)"):

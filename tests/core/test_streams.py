@@ -17,7 +17,7 @@ from ipa_core import (
     StreamError,
     fit_projector,
 )
-from ipa_core.io import streams
+from ipa_core.io import readers, streams
 from tests.core import oracle
 
 X = np.random.default_rng(0).standard_normal((20_000, 5)).astype("float32") * [5, 4, 3, 2, 1]
@@ -83,7 +83,7 @@ def test_safetensors_and_folders_of_shards(tmp_path):
     save_file({"b": X[100:9000], "a": X[:100]}, tmp_path / "0.safetensors")
     assert_fits(fit(tmp_path / "0.safetensors"), X[:9000])
     np.save(tmp_path / "1.npy", X[9000:])
-    (tmp_path / "notes.txt").write_text("not a shard")
+    (tmp_path / ".hidden").write_text("not a shard")
     assert_fits(fit(tmp_path))
 
 
@@ -108,7 +108,8 @@ def test_zarr(tmp_path):
 
 
 def test_zarr_without_zarr(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "find_spec", lambda name: None)
+    monkeypatch.setattr(readers, "find_spec", lambda name: None)
+    (tmp_path / "x.zarr").mkdir()
     with pytest.raises(MissingDependencyError, match=r"ipa-projectors\[dask\]"):
         fit(tmp_path / "x.zarr")
 
@@ -127,7 +128,7 @@ def test_bfloat16_without_torch(tmp_path, monkeypatch):
     from safetensors.torch import save_file as save_torch
 
     save_torch({"x": torch.ones(2, 2).bfloat16()}, tmp_path / "x.safetensors")
-    monkeypatch.setattr(streams, "find_spec", lambda name: None)
+    monkeypatch.setattr(readers, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"ipa-projectors\[torch\]"):
         fit(tmp_path / "x.safetensors")
 
@@ -197,7 +198,7 @@ def test_the_next_bytes_are_prefetched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     beginning = 3 << 20  # a batch and a half
-    monkeypatch.setattr(streams.prefetch, "__defaults__", (0, beginning))
+    monkeypatch.setattr(readers.prefetch, "__defaults__", (0, beginning))
     sizes = {file.name: file.stat().st_size for file in files}
     for number, (batch, _) in enumerate(streams.iterate(tmp_path)):
         assert advised["0.npy"] >= min((number + 2) * batch.nbytes, sizes["0.npy"])

@@ -11,7 +11,14 @@ from ipa_core import (
     RandomizedSVD,
     ReconstructionAutoencoder,
 )
-from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError, ShapeError
+from ipa_core.errors import (
+    EmptyStreamError,
+    NonFiniteError,
+    RankError,
+    SettingError,
+    ShapeError,
+    WeightError,
+)
 from ipa_torch import LayerError, LayerProjectors, fit_projectors
 
 from .models import Transformer, angle, decaying, excess, mlp
@@ -226,8 +233,10 @@ class TestPadding:
         weights = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(0))
         model = mlp(12, 4)
         weighted = quiet_fit(
-            model, [x], 3, learner=ExactCovariance, row_weights=lambda batch: weights
+            model, [x], 3, learner=ExactCovariance, row_weights=lambda batch: weights.float()
         )
+        with pytest.raises(WeightError, match=r"layer '0': .*\.bool\(\).*for x, _ in loader"):
+            quiet_fit(model, [x], 3, row_weights=lambda batch: weights)
         repeated = quiet_fit(model, [x.repeat_interleave(weights, 0)], 3, learner=ExactCovariance)
         assert angle(weighted["0"], repeated["0"]) < 1e-3
 

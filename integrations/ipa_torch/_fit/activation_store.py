@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ipa_core import ActivationStore, Learner
 from ipa_core.errors import EmptyStreamError, NonFiniteError, SettingError
 from ipa_core.io.activation_store import INDEX, Index, Shard
-from ipa_core.io.serialization import replace_file
+from ipa_core.io.files import replace_file
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_mask

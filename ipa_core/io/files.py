@@ -1,0 +1,163 @@
+"""Paths of files: checks before reading and writing, and the atomic writer of all packages."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from ipa_core.errors import MissingFileError, PathError
+
+
+def as_path(path: Any) -> Path:
+    """Return a path with a leading ``~`` expanded.
+
+    Raises
+    ------
+    PathError
+        If this is neither a string nor a path-like object of one.
+    """
+    text = path if isinstance(path, str) else getattr(path, "__fspath__", lambda: None)()
+    if not isinstance(text, str) or "\0" in text:
+        raise PathError(
+            f"expected a path, a string or pathlib.Path without null characters, got {path!r:.80}"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise PathError(f"{text}: expected a home folder for '~', got none") from error
+
+
+def input_path(path: Any) -> Path:
+    """Return the path of an existing regular file or folder.
+
+    Raises
+    ------
+    MissingFileError
+        If there is none.
+    PathError
+        If the path leads to a device, pipe or socket, or cannot be followed.
+    """
+    source = as_path(path)
+    mode = _mode(source)
+    if mode is None:
+        raise MissingFileError(f"{source}: expected a file or folder, got no such path")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise PathError(f"{source}: expected a file or folder, got a {_kind(mode)}")
+    return source
+
+
+def input_file(path: Any) -> Path:
+    """Return the path of an existing regular file; raise as `input_path`, and for a folder."""
+    source = input_path(path)
+    if source.is_dir():
+        raise PathError(f"{source}: expected a file, got a folder")
+    return source
+
+
+def output_path(path: Any) -> Path:
+    """Return the file to which a write to ``path`` goes: a regular file or a new name.
+
+    Links are followed, so that a link to a file stays a link.
+
+    Raises
+    ------
+    PathError
+        If the path is that of anything else (a folder, device, pipe or socket, or a link to such),
+        if the file is read-only, or its folder does not exist.
+    """
+    given = as_path(path)
+    mode = _mode(given)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise PathError(
+            f"{given}: expected a regular file or a new name to write to, got a {_kind(mode)}; "
+            "choose another name"
+        )
+    if mode is not None and not os.access(given, os.W_OK):
+        raise PathError(f"{given}: expected a file that may be written, got a read-only file")
+    try:
+        target = given.resolve()
+    except (OSError, RuntimeError) as error:
+        raise PathError(f"{given}: expected a path to write to, got {error}") from error
+    if not target.parent.is_dir():
+        raise PathError(f"{given}: expected the folder {target.parent} to exist, got none; make it")
+    return target
+
+
+def check_writable(path: Any) -> Path:
+    """Return the `output_path`, after a file was created next to it and removed again.
+
+    Raises
+    ------
+    PathError
+        If the file cannot be written.
+    """
+    target = output_path(path)
+    scratch, handle = _create_scratch(target)
+    os.close(handle)
+    scratch.unlink()
+    return target
+
+
+def replace_file(path: Any, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically: a reader sees the old file or the new one.
+
+    A new file has the permissions that the umask gives it; an existing file keeps its permissions.
+
+    Raises
+    ------
+    PathError
+        If the path is not that of a regular file or a new name, or the file cannot be written.
+    """
+    target = output_path(path)
+    scratch, handle = _create_scratch(target)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, scratch)
+        os.replace(scratch, target)
+    except BaseException as error:
+        scratch.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise PathError(f"{target}: expected to write the file, got {error}") from error
+        raise
+
+
+def _create_scratch(target: Path) -> tuple[Path, int]:
+    """Create an empty file beside ``target``; return its path and descriptor."""
+    name = os.fsdecode(os.fsencode(target.name)[:200])
+    scratch = target.with_name(f".{name}.{secrets.token_hex(8)}")
+    try:
+        return scratch, os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except OSError as error:
+        raise PathError(
+            f"{target}: expected a folder that may be written to, got {error.strerror}; "
+            "choose another folder"
+        ) from error
+
+
+def _mode(path: Path) -> int | None:
+    """Return the mode of what a path leads to, None if there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise PathError(f"{path}: expected a path that can be followed, got {error}") from error
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "folder",
+        stat.S_IFIFO: "pipe",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFCHR: "device",
+        stat.S_IFBLK: "device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "special file")
