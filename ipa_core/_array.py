@@ -58,7 +58,7 @@ def as_namespace(library: ModuleType | Namespace) -> Namespace:
 
 
 def is_array(value: object) -> bool:
-    return bool(array_api_compat.is_array_api_obj(value))
+    return not isinstance(value, type) and bool(array_api_compat.is_array_api_obj(value))
 
 
 def conversion_hint(value: Any) -> str | None:

@@ -51,6 +51,14 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return a setting that is one of a few strings."""
+    if not isinstance(value, str) or value not in choices:
+        listed = " or ".join(map(repr, choices))
+        raise SettingError(f"expected {name} to be {listed}, got {reprlib.repr(value)}")
+    return value
+
+
 def number(name: str, value: Any, *, error: type[IPAError] = SettingError) -> float:
     """Return a finite real number as a float."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ipa_core import _array, _settings
 from ipa_core._array import Array, Namespace, cast, device, ignore_overflow, namespace
 from ipa_core.errors import NonFiniteError, SettingError, ShapeError
 
@@ -52,6 +53,8 @@ class DampedCholesky:
         ShapeError
             If the first axis is not ``features`` long.
         """
+        _array.check_array(right)
+        _array.check_home(self.factor, right, "pass an array like the factor")
         features = self.factor.shape[0]
         if right.ndim not in (1, 2) or right.shape[0] != features:
             raise ShapeError(
@@ -114,6 +117,9 @@ def damped_cholesky(
     >>> cholesky.damping, cholesky.inverse().shape
     (0.01, (3, 3))
     """
+    xp = _array.check_array(matrix)
+    damping = _settings.number("damping, between 0 and most_damping,", damping)
+    most_damping = _settings.number("most_damping, between 0 and infinity,", most_damping)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(f"expected a square matrix, got shape {tuple(matrix.shape)}")
     if not 0.0 <= damping <= most_damping < math.inf:
@@ -121,7 +127,6 @@ def damped_cholesky(
             f"expected a damping between 0 and {most_damping}, got {damping!r}; it is a share of "
             "the mean of the diagonal"
         )
-    xp = namespace(matrix)
     if not bool(xp.all(xp.isfinite(matrix))):
         raise NonFiniteError("expected a matrix of finite values, got NaN or infinity")
     diagonal = xp.linalg.diagonal(matrix)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ipa_core import _array, _settings
 from ipa_core._array import Array, Namespace, cast, device, namespace, wide_dtype
 from ipa_core.errors import (
-    ArrayTypeError,
     EmptyStreamError,
     IPAError,
     RankError,
@@ -14,7 +13,7 @@ from ipa_core.errors import (
 )
 from ipa_core.io.streams import ActivationStream, labeled_batches
 from ipa_core.learners.covariance import ExactCovariance
-from ipa_core.projector import Projector
+from ipa_core.projector import Projector, check_projector
 
 
 def principal_angles(first: Projector, second: Projector) -> Array:
@@ -55,7 +54,7 @@ def principal_angles(first: Projector, second: Projector) -> Array:
     0.0
     """
     for projector in (first, second):
-        _check_projector(projector)
+        check_projector(projector)
     if first.features != second.features:
         raise ShapeError(
             f"expected projectors of equal features, got {first.features} and {second.features}"
@@ -114,7 +113,7 @@ def excess_error(projector: Projector, held_out: ActivationStream) -> float:
     >>> excess_error(fit_projector(x[:1000], rank=4), x[1000:]) < 0.05
     True
     """
-    _check_projector(projector)
+    check_projector(projector)
     oracle = ExactCovariance(projector.rank)
     for label, batch, weights in labeled_batches(held_out):
         try:
@@ -144,11 +143,6 @@ def _about_mean(projector: Projector, batch: Array) -> Array:
         return rows - cast(xp, projector.mean, rows.dtype)
 
 
-def _check_projector(projector: object) -> None:
-    if not isinstance(projector, Projector):
-        raise ArrayTypeError(f"expected a Projector, got {type(projector).__name__}")
-
-
 def effective_rank(projector: Projector) -> float:
     r"""Return the participation ratio of the captured energies, between 1 and the rank.
 
@@ -163,7 +157,7 @@ def effective_rank(projector: Projector) -> float:
     >>> round(effective_rank(fit_projector(np.eye(6), rank=4)), 6)
     4.0
     """
-    _check_projector(projector)
+    check_projector(projector)
     xp = namespace(projector.energies)
     largest = xp.max(projector.energies)
     if float(largest) == 0.0:
@@ -194,7 +188,7 @@ def rank_for_energy(projector: Projector, share: float) -> int:
     >>> rank_for_energy(fit_projector(np.diag([4.0, 2.0, 1.0]), rank=3), 0.9)
     2
     """
-    _check_projector(projector)
+    check_projector(projector)
     if not 0.0 < _settings.number("share", share, error=RankError) <= 1.0:
         raise RankError(f"expected a share between 0 and 1, got {share}")
     for rank in range(1, projector.rank + 1):

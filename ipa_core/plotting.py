@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipa_core._array import to_numpy
-from ipa_core.errors import MissingDependencyError, ShapeError
+from ipa_core.errors import ArrayTypeError, MissingDependencyError, ShapeError
 from ipa_core.metrics import principal_angles
 from ipa_core.projector import Projector
 
@@ -28,6 +29,8 @@ def scree(projectors: Projector | Mapping[str, Projector]) -> Any:
 
     Raises
     ------
+    ArrayTypeError
+        If these are not projectors.
     MissingDependencyError
         If matplotlib is not installed.
 
@@ -39,7 +42,7 @@ def scree(projectors: Projector | Mapping[str, Projector]) -> Any:
     >>> [axes.get_ylabel() for axes in figure.axes]
     ['share of the energy', 'cumulative share']
     """
-    named = {"": projectors} if isinstance(projectors, Projector) else projectors
+    named = {"": projectors} if isinstance(projectors, Projector) else _named(projectors)
     figure = _figure(9, 3.6)
     single, cumulative = figure.subplots(1, 2)
     for name, projector in named.items():
@@ -75,6 +78,8 @@ def captured(projectors: Mapping[str, Projector]) -> Any:
 
     Raises
     ------
+    ArrayTypeError
+        If these are not projectors.
     MissingDependencyError
         If matplotlib is not installed.
 
@@ -87,18 +92,19 @@ def captured(projectors: Mapping[str, Projector]) -> Any:
     >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
     ['up', 'down']
     """
-    figure = _figure(7, 1.2 + 0.22 * len(projectors))
+    named = _named(projectors)
+    figure = _figure(7, 1.2 + 0.22 * len(named))
     axes = figure.subplots()
-    most = max(projector.rank for projector in projectors.values())
+    most = max(projector.rank for projector in named.values())
     shares = [
         (to_numpy(p.energies) / (p.total_energy or 1.0)).cumsum().tolist()
         + [math.nan] * (most - p.rank)
-        for p in projectors.values()
+        for p in named.values()
     ]
     image = axes.imshow(
         shares, vmin=0, vmax=1, aspect="auto", extent=(0.5, most + 0.5, len(shares) - 0.5, -0.5)
     )
-    axes.set_yticks(range(len(shares)), list(projectors), fontsize=7)
+    axes.set_yticks(range(len(shares)), list(named), fontsize=7)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("rank")
     figure.colorbar(image, ax=axes, label="captured energy")
@@ -137,10 +143,9 @@ def angles(projectors: Mapping[str, Projector]) -> Any:
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['0', '90', '90', '0']
     """
-    values = [[_angle(a, b) for b in projectors.values()] for a in projectors.values()]
-    return heat_map(
-        values, list(projectors), label="mean principal angle (degrees)", limits=(0, 90)
-    )
+    named = _named(projectors)
+    values = [[_angle(a, b) for b in named.values()] for a in named.values()]
+    return heat_map(values, list(named), label="mean principal angle (degrees)", limits=(0, 90))
 
 
 def heat_map(
@@ -236,6 +241,16 @@ def trade_off(runs: Mapping[str, tuple[int, Sequence[float]]]) -> Any:
     _style(axes)
     figure.legend(loc="outside right upper", fontsize="small")
     return figure
+
+
+def _named(projectors: Any) -> Mapping[str, Projector]:
+    """Return a mapping from names to projectors, if it is one and not empty."""
+    if isinstance(projectors, Mapping) and projectors:
+        if all(isinstance(projector, Projector) for projector in projectors.values()):
+            return projectors
+    raise ArrayTypeError(
+        f"expected a mapping from names to projectors, got {reprlib.repr(projectors)}"
+    )
 
 
 def _angle(first: Projector, second: Projector) -> float:

@@ -8,8 +8,21 @@ from types import ModuleType
 from ipa_core import _array, _settings
 from ipa_core._array import Array, Device, DType, namespace
 from ipa_core._weights import host_weights
-from ipa_core.errors import EmptyStreamError, SettingError, ShapeError
+from ipa_core.errors import ArrayTypeError, EmptyStreamError, SettingError, ShapeError
 from ipa_core.whitening_transform import Whitening, whitening_of
+
+
+def check_projector(value: object) -> Projector:
+    """Return the value if it is a projector.
+
+    Raises
+    ------
+    ArrayTypeError
+        If it is anything else.
+    """
+    if not isinstance(value, Projector):
+        raise ArrayTypeError(f"expected a Projector, got {type(value).__name__}")
+    return value
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ipa_core import _array, _settings
 from ipa_core._array import Array, namespace
 from ipa_core.errors import SettingError, ShapeError
 
@@ -46,7 +47,8 @@ class Whitening:
         ShapeError
             If the last axis of ``x`` is not ``features`` long.
         """
-        return (_checked(x, self.matrix.shape[1]) - self.mean) @ self.matrix.T
+        x, matrix, mean = self._operands(x, self.matrix)
+        return (x - mean) @ matrix.T
 
     def unwhiten(self, z: Array) -> Array:
         """Return V z + mean, shape (..., features), for z of shape (..., outputs).
@@ -56,7 +58,19 @@ class Whitening:
         ShapeError
             If the last axis of ``z`` is not ``outputs`` long.
         """
-        return _checked(z, self.matrix.shape[0]) @ self.inverse.T + self.mean
+        z, inverse, mean = self._operands(z, self.inverse)
+        return z @ inverse.T + mean
+
+    def _operands(self, x: Array, matrix: Array) -> tuple[Array, Array, Array]:
+        """Return x, a matrix that takes it, and the mean in their common dtype."""
+        _array.check_array(x)
+        xp = _array.check_home(matrix, x, "pass arrays like those of the projector")
+        size = matrix.shape[1]
+        if x.ndim < 1 or x.shape[-1] != size:
+            raise ShapeError(f"expected an array of shape (..., {size}), got {tuple(x.shape)}")
+        dtype = xp.result_type(x.dtype, matrix.dtype)
+        x, matrix, mean = (_array.cast(xp, array, dtype) for array in (x, matrix, self.mean))
+        return x, matrix, mean
 
 
 def whitening_of(
@@ -69,8 +83,10 @@ def whitening_of(
     SettingError
         If ``eps`` is negative, or a mean square plus ``eps`` is zero.
     """
-    if not eps >= 0.0:
+    eps = _settings.number("eps", eps)
+    if eps < 0.0:
         raise SettingError(f"expected eps of at least 0, got {eps!r}")
+    zca = _settings.boolean("zca", zca)
     xp = namespace(components)
     squares = energies + eps
     if not float(xp.min(squares)) > 0.0:
@@ -83,9 +99,3 @@ def whitening_of(
     if zca:
         matrix, inverse = components.T @ matrix, inverse @ components
     return Whitening(matrix, inverse, mean)
-
-
-def _checked(array: Array, size: int) -> Array:
-    if array.ndim < 1 or array.shape[-1] != size:
-        raise ShapeError(f"expected an array of shape (..., {size}), got {tuple(array.shape)}")
-    return array

@@ -35,8 +35,8 @@ ROOMS = {
     "ipa_core._weights": {"ipa_core.errors", "ipa_core._array"},
     "ipa_core._linalg": {"ipa_core._array"},
     "ipa_core.rank_allocation": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
-    "ipa_core.cholesky": {"ipa_core.errors", "ipa_core._array"},
-    "ipa_core.whitening_transform": {"ipa_core.errors", "ipa_core._array"},
+    "ipa_core.cholesky": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
+    "ipa_core.whitening_transform": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
     "ipa_core.projector": {
         "ipa_core.errors",
         "ipa_core._array",
@@ -44,7 +44,12 @@ ROOMS = {
         "ipa_core._weights",
         "ipa_core.whitening_transform",
     },
-    "ipa_core.io": {"ipa_core.errors", "ipa_core._array", "ipa_core.projector"},
+    "ipa_core.io": {
+        "ipa_core.errors",
+        "ipa_core._array",
+        "ipa_core._settings",
+        "ipa_core.projector",
+    },
     "ipa_core.learners": {
         "ipa_core.errors",
         "ipa_core._settings",

@@ -16,8 +16,9 @@ from typing import Any, Literal, TypeAlias
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_numpy
 
+from ipa_core import _settings
 from ipa_core._array import Array
-from ipa_core.errors import FileFormatError, IPAError, MissingDependencyError, SettingError
+from ipa_core.errors import FileFormatError, IPAError, MissingDependencyError
 from ipa_core.io.envelope import FileFormat
 from ipa_core.io.files import as_path, input_file, replace_file
 
@@ -144,8 +145,7 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, on_damaged: OnDamaged = "raise") -> None:
-        if on_damaged not in ("raise", "skip"):
-            raise SettingError(f"expected on_damaged to be 'raise' or 'skip', got {on_damaged!r}")
+        _settings.choice("on_damaged", on_damaged, ("raise", "skip"))
         self.folder = as_path(folder)
         self.on_damaged = on_damaged
         self.index = Index.read(self.folder)

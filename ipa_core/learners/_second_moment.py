@@ -36,10 +36,18 @@ class SecondMoment:
         return cls(gram(xp, rows.T), False)
 
     def plus(self, xp: Namespace, other: SecondMoment) -> SecondMoment:
-        """Return the sum of two moments of rows of one dtype."""
-        if self.is_root:
+        """Return the sum of two moments of rows of one dtype.
+
+        A root and a matrix meet where a state goes on at a device of another widest dtype.
+        """
+        if self.is_root and other.is_root:
             return SecondMoment(_triangle(xp, xp.concat([self.array, other.array])), True)
-        return SecondMoment(self.array + other.array, False)
+        first, second = (moment._as_matrix(xp) for moment in (self, other))
+        return SecondMoment(first + second, False)
+
+    def _as_matrix(self, xp: Namespace) -> Array:
+        wide = cast(xp, self.array, wide_dtype(xp, device(self.array)))
+        return gram(xp, wide.T) if self.is_root else wide
 
     def principal(self, xp: Namespace, rank: int) -> tuple[Array, Array]:
         """Return ``rank`` leading directions as orthonormal rows, and their energies."""

@@ -9,9 +9,10 @@ from ipa_core._array import Array, Namespace
 from ipa_core.errors import EmptyStreamError
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners._second_moment import SecondMoment
+from ipa_core.learners._validation import match
 from ipa_core.learners.base import Learner, isolated
 from ipa_core.learners.guarantee import Guarantee
-from ipa_core.projector import Projector
+from ipa_core.projector import Projector, check_projector
 
 
 class ExactCovariance(Learner):
@@ -53,11 +54,18 @@ class ExactCovariance(Learner):
         """Return the mean of |x - P^T P x|^2 over all rows seen, for any projector's P.
 
         The rows are taken as they were given (about the mean with ``center=True``).
+
+        Raises
+        ------
+        ArrayTypeError, ShapeError
+            If this is no projector, or not one of the features, library and device of the rows.
         """
+        components = check_projector(projector).components
         seen = self._flushed()
         if seen._moment is None:
             return 0.0
-        return seen._moment.residual(self._xp, projector.components) / seen._weight
+        match(components, self._template)
+        return seen._moment.residual(self._xp, components) / seen._weight
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         self._add(xp, SecondMoment.of(xp, rows.sqrt_weighted(xp)))

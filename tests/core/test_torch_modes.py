@@ -100,8 +100,8 @@ def test_an_update_in_two_halves_across_a_mode(factory, mode):
     expected = factory(3).update(X).update(X).finalize()
     learner = factory(3).update(X)
     with mode():
-        finish = learner.begin_update(X)
-    finish()
+        pending = learner.begin_update(X)
+    pending.finish()
     assert torch.equal(learner.finalize().components, expected.components)
 
 
