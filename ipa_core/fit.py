@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ipa_core.errors import IPAError, StreamError, with_context
 from ipa_core.io.streams import ActivationStream, is_one_shot, labeled_batches
@@ -92,5 +91,4 @@ def _learn(stream: ActivationStream, learner: Learner) -> Projector:
                 learner.update(batch, weights)
             except IPAError as error:
                 raise with_context(error, label) from error
-    projector = learner.finalize()
-    return replace(projector, samples=projector.samples // learner.passes)
+    return learner.finalize()

@@ -255,6 +255,8 @@ class Learner(ABC):
     def finalize(self) -> Projector:
         """Return the projector of all rows seen so far; learning may go on.
 
+        `Projector.samples` counts a row once, however many `passes` are made over it.
+
         Raises
         ------
         EmptyStreamError
@@ -275,7 +277,7 @@ class Learner(ABC):
             _array.cast(xp, mean, like.dtype),
             _array.cast(xp, energies / done._weight, like.dtype),
             done._energy / done._weight,
-            done.samples,
+            math.ceil(done.samples / done.passes),
         )
 
     @isolated

@@ -140,6 +140,13 @@ def test_several_passes_need_a_stream_that_can_be_read_again():
     assert fit_projector([X], 2, learner=learner_class).samples == len(X)
 
 
+def test_rows_count_once_over_several_passes():
+    learner = ReconstructionAutoencoder(2, epochs=2)
+    for _ in range(learner.passes):
+        learner.update(X)
+    assert learner.finalize().samples == len(X)
+
+
 def test_a_bad_batch_is_named():
     bad = X[:10].copy()
     bad[2] = np.nan

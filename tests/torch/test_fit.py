@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ipa_core.errors import (
     ShapeError,
     WeightError,
 )
-from ipa_torch import LayerError, LayerProjectors, fit_projectors
+from ipa_torch import LayerError, LayerProjectors, StoppingCriteria, fit_projectors
 
 from .models import Transformer, angle, decaying, excess, mlp
 
@@ -239,6 +240,16 @@ class TestPadding:
             quiet_fit(model, [x], 3, row_weights=lambda batch: weights)
         repeated = quiet_fit(model, [x.repeat_interleave(weights, 0)], 3, learner=ExactCovariance)
         assert angle(weighted["0"], repeated["0"]) < 1e-3
+
+    def test_rows_count_once_over_several_passes(self):
+        x = decaying(400, 12)
+        batches = list(x.split(50))
+        learner = partial(ReconstructionAutoencoder, epochs=2)
+        fitted = quiet_fit(mlp(12, 4), batches, 3, learner=learner)
+        assert fitted["0"].samples == 400
+        stop = StoppingCriteria(max_rows=400)
+        stopped = quiet_fit(mlp(12, 4), batches, 3, learner=learner, stop=stop)
+        assert angle(stopped["0"], fitted["0"]) < 1e-6
 
     def test_flattened_rows_are_masked_too(self):
         class Flat(nn.Module):

@@ -207,7 +207,7 @@ class ActivationCollector:
             node = self._inputs.node_of[name]
             if node.convergence is not None and node.convergence.reached:
                 self._stop(name, f"converged, excess about {node.convergence.estimate:.1e}")
-            elif self._max_rows is not None and node.learner.samples >= self._max_rows:
+            elif self._max_rows is not None and _rows_of(node.learner) >= self._max_rows:
                 self._stop(name, f"max_rows of {self._max_rows:,} reached")
 
     def _stop(self, name: str, reason: str) -> None:
@@ -322,3 +322,8 @@ def _named(name: str) -> Iterator[None]:
 def _view(name: str, module: nn.Module, source: Source) -> View:
     with _named(name):
         return view_of(module) if source == "inputs" else output_view(module)
+
+
+def _rows_of(learner: Learner) -> int:
+    """Return the rows of a learner; a row counts once, however many passes are made over it."""
+    return -(-learner.samples // learner.passes)

@@ -32,7 +32,8 @@ class StoppingCriteria:
     Parameters
     ----------
     max_rows : int, optional
-        Rows of each layer; a layer stops once it has as many.
+        Rows of each layer; a layer stops once it has as many. A row counts once, however many
+        passes its learner makes.
     max_batches : int, optional
         Batches of each pass.
     max_seconds : float, optional
