@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ipa_core._array import Array, conversion_hint, is_array
+from ipa_core._array import Array, check_array, conversion_hint, is_array
 from ipa_core.errors import ArrayTypeError, StreamError
 from ipa_core.io._formats import ROWS_AT_A_TIME
 from ipa_core.io._frames import frame_blocks, is_frame
@@ -65,7 +65,9 @@ def labeled_batches(stream: ActivationStream) -> Iterator[LabeledBatch]:
     elif callable(labeled := getattr(stream, "labeled_batches", None)):
         yield from labeled()
     elif _is_arraylike(stream):
-        for label, batch in row_blocks(_as_array(stream)):
+        array = _as_array(stream)
+        check_array(array)  # sparse and nested tensors cannot be cut
+        for label, batch in row_blocks(array):
             yield label or "batch 0", batch, None
     else:
         yield from _items(_check_iterable(stream))
