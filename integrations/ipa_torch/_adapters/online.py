@@ -18,6 +18,7 @@ from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers
 from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._capture.eval_mode import no_autocast
+from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_mask
 from ipa_torch._capture.tensor_ids import TensorIds
 from ipa_torch._distributed.tree_reduce import merge_across_ranks, world
@@ -93,7 +94,6 @@ class OnlineLearning:
         row_weights: RowWeights | None = attention_mask,
         max_patches: int | None = 8192,
     ) -> None:
-        self._model = model
         self._adapter = adapter_name
         self._scaling = scaling
         self._max_patches = max_patches
@@ -112,7 +112,17 @@ class OnlineLearning:
         self._recorded: set[tuple[SharedProjection, int]] = set()
         self._forward: set[SharedProjection] = set()  # recorded outside of backward passes
         self._fresh: set[SharedProjection] = set()  # recorded since the last step
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = HookSet(
+            [
+                Hook(None, model, self._begin, first=True),
+                *self._row_weighter.hooks,
+                *(
+                    Hook(name, layer, partial(self._record, name, projection))
+                    for projection, layers in self._groups.items()
+                    for name, layer in layers.items()
+                ),
+            ]
+        )
 
     def __repr__(self) -> str:
         layers = sum(map(len, self._groups.values()))
@@ -120,14 +130,7 @@ class OnlineLearning:
         return f"OnlineLearning({layers} layers, {len(self._groups)} projectors, {rows:,} rows)"
 
     def __enter__(self) -> Self:
-        self._row_weighter.open()
-        self._handles.append(
-            self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
-        )
-        for projection, layers in self._groups.items():
-            for name, layer in layers.items():
-                hook = partial(self._record, name, projection)
-                self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        self._hooks.__enter__()
         return self
 
     def __exit__(
@@ -136,10 +139,7 @@ class OnlineLearning:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._row_weighter.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.__exit__(kind, error, trace)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float]:
         """Update P from the learners, and change the basis of B.

@@ -11,6 +11,7 @@ from torch import nn
 
 from ipa_core.errors import ShapeError
 from ipa_torch._capture.forward import on_device
+from ipa_torch._capture.hooks import Hook
 from ipa_torch._capture.tensor_ids import Key, storage_key
 from ipa_torch._layers.matmul_view import RowSubset
 
@@ -86,7 +87,6 @@ class RowWeighter:
     def __init__(self, model: nn.Module, row_weights: RowWeights | None) -> None:
         self._row_weights = row_weights
         self._encoder = _encoder_of(model)
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._encoder_done = False
         self._encoder_output: Key | None = None
         self._first: RowSelection | None = None
@@ -100,15 +100,12 @@ class RowWeighter:
         self._first, self._second = (_selection(part) for part in (first, second))
         return None if self._first is None else self._first.rows
 
-    def open(self) -> None:
-        """Register a hook at the end of the encoder, if there is one."""
-        if self._encoder is not None:
-            self._handle = self._encoder.register_forward_hook(self._encoder_hook)
-
-    def close(self) -> None:
-        """Remove the hook."""
-        if self._handle is not None:
-            self._handle.remove()
+    @property
+    def hooks(self) -> list[Hook]:
+        """Hook at the end of the encoder, if there is one."""
+        if self._encoder is None:
+            return []
+        return [Hook(None, self._encoder, self._encoder_hook, after=True)]
 
     def __call__(self, activation: torch.Tensor, row_shape: tuple[int, ...]) -> RowSubset:
         """Return the positions of nonzero weight in an activation, and their weights."""
@@ -120,7 +117,7 @@ class RowWeighter:
     def _is_of_decoder(self, activation: torch.Tensor) -> bool:
         return self._encoder_done and storage_key(activation) != self._encoder_output
 
-    def _encoder_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _encoder_hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._encoder_done = True
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         self._encoder_output = storage_key(hidden)

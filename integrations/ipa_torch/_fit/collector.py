@@ -16,6 +16,7 @@ from ipa_core import Learner
 from ipa_core.errors import IPAError, with_context
 from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.eval_mode import no_autocast
+from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_weights import RowWeighter
 from ipa_torch._capture.tensor_ids import TensorIds
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
@@ -85,7 +86,6 @@ class ActivationCollector:
         source: Source = "inputs",
     ) -> None:
         self._layers = layers
-        self._source = source
         self._views = {name: _view(name, module, source) for name, module in layers.items()}
         self._inputs = inputs
         self._row_weighter = row_weighter
@@ -93,7 +93,11 @@ class ActivationCollector:
         self._max_rows = max_rows
         self._drop_failed = drop_failed
         self._tensor_ids = TensorIds()
-        self._handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        hook, after = (
+            (self._forward_pre_hook, False) if source == "inputs" else (self._forward_hook, True)
+        )
+        layer_hooks = [Hook(n, m, partial(hook, n), after=after) for n, m in layers.items()]
+        self._hooks = HookSet([*row_weighter.hooks, *layer_hooks])
         self._weight_use = WeightUseTracer(layers)
         self._ran: dict[str, torch.device] = {}
         self._stopped: dict[str, str] = {}
@@ -117,19 +121,7 @@ class ActivationCollector:
         return any(node.learner.samples for node in self._inputs.node_of.values())
 
     def __enter__(self) -> Self:
-        try:
-            self._row_weighter.open()
-            for name, module in self._layers.items():
-                self._handles[name] = (
-                    module.register_forward_pre_hook(
-                        partial(self._forward_pre_hook, name), with_kwargs=True
-                    )
-                    if self._source == "inputs"
-                    else module.register_forward_hook(partial(self._forward_hook, name))
-                )
-        except BaseException:
-            self._close()
-            raise
+        self._hooks.__enter__()
         return self
 
     def __exit__(
@@ -138,7 +130,7 @@ class ActivationCollector:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self._hooks.__exit__(kind, error, trace)
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
@@ -192,18 +184,13 @@ class ActivationCollector:
         self._failed = dict(snapshot.failed)
         self._weight_use.used |= snapshot.bypassed
         for name in snapshot.failed:
-            self._handles.pop(name).remove()
+            self._hooks.remove(name)
         for name, reason in snapshot.stopped.items():
             self._stop(name, reason)
 
-    def _close(self) -> None:
-        self._row_weighter.close()
-        for name in list(self._handles):
-            self._handles.pop(name).remove()
-
     def _stop_layers(self) -> None:
         """Remove the hooks of layers that have converged or reached ``max_rows``."""
-        for name in list(self._handles):
+        for name in [n for n in self._layers if n not in self._stopped and n not in self._failed]:
             node = self._inputs.node_of[name]
             if node.convergence is not None and node.convergence.reached:
                 self._stop(name, f"converged, excess about {node.convergence.estimate:.1e}")
@@ -211,7 +198,7 @@ class ActivationCollector:
                 self._stop(name, f"max_rows of {self._max_rows:,} reached")
 
     def _stop(self, name: str, reason: str) -> None:
-        self._handles.pop(name).remove()
+        self._hooks.remove(name)
         self._stopped[name] = reason
 
     def _forward_pre_hook(
@@ -234,7 +221,12 @@ class ActivationCollector:
             self._pending = _PendingUpdate(name, activation, _version(activation), finish, handle)
 
     def _forward_hook(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
         if name in self._failed:
             return
@@ -270,7 +262,7 @@ class ActivationCollector:
         except IPAError as error:
             if not self._drop_failed:
                 raise
-            self._handles.pop(name).remove()
+            self._hooks.remove(name)
             self._failed[name] = str(error)
 
     def _rows(self, activation: torch.Tensor, view: View) -> WeightedRows:

@@ -13,6 +13,7 @@ from torch import nn
 from ipa_core.errors import EmptyStreamError, IPAError, with_context
 from ipa_torch._capture.eval_mode import eval_mode, no_autocast
 from ipa_torch._capture.forward import device_of, on_device
+from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
 from ipa_torch._gradient.sketch import GradientLearner, GradientSketch
 from ipa_torch._layers.matmul_view import input_of, view_of
@@ -93,11 +94,15 @@ def fit_gradient_projectors(
     model = unwrap_model(model)
     layers = select_layers(model, targets)
     learners = {name: learner(resolve_rank(name, rank)) for name in layers}
+    hooks = HookSet(
+        Hook(name, module, partial(_forward_hook, name, learners[name], max_patches), after=True)
+        for name, module in layers.items()
+    )
     seen = 0
     with FitProcessGroup(process_group) as fit_group:
         fit_group.begin(model)
         with eval_mode(model), _no_parameter_gradients(model), torch.enable_grad():
-            with _collecting(layers, learners, max_patches):
+            with hooks:
                 for batch in fit_group.lockstep(iter(batches)):
                     batch = on_device(batch, device_of(model))
                     value = (_model_loss if loss is None else loss)(model, batch)
@@ -140,21 +145,6 @@ def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _collecting(
-    layers: Mapping[str, nn.Module], learners: Mapping[str, GradientLearner], limit: int | None
-) -> Iterator[None]:
-    handles = []
-    try:
-        for name, module in layers.items():
-            hook = partial(_forward_hook, name, learners[name], limit)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _forward_hook(

@@ -1,0 +1,90 @@
+"""Forward hooks on modules, registered and removed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Call before or after the forward of a module.
+
+    Parameters
+    ----------
+    name : str or None
+        Name by which the hook is removed before the others; None if it never is.
+    module : torch.nn.Module
+    call : callable
+        ``call(module, args, kwargs)``, or ``call(module, args, kwargs, output)`` after the forward.
+    after : bool, default False
+        Call after the forward.
+    first : bool, default False
+        Call before the hooks that the module has.
+    """
+
+    name: str | None
+    module: nn.Module
+    call: Callable[..., Any]
+    after: bool = False
+    first: bool = False
+
+    def register(self) -> RemovableHandle:
+        """Register the hook."""
+        module = self.module
+        register = module.register_forward_hook if self.after else module.register_forward_pre_hook
+        return register(self.call, with_kwargs=True, prepend=self.first)
+
+
+class HookSet:
+    """Hooks that are registered between ``__enter__`` and ``__exit__``: all, or none.
+
+    Parameters
+    ----------
+    hooks : iterable of Hook
+        Several hooks may have the same name.
+
+    Examples
+    --------
+    >>> layer = nn.ReLU()
+    >>> with HookSet([Hook(None, layer, lambda module, args, kwargs: None)]):
+    ...     len(layer._forward_pre_hooks)
+    1
+    >>> len(layer._forward_pre_hooks)
+    0
+    """
+
+    def __init__(self, hooks: Iterable[Hook]) -> None:
+        self._hooks = list(hooks)
+        self._handles: dict[str | None, list[RemovableHandle]] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            for hook in self._hooks:
+                self._handles.setdefault(hook.name, []).append(hook.register())
+        except BaseException:
+            self._remove_all()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove_all()
+
+    def remove(self, name: str | None) -> None:
+        """Remove the hooks of a name, if they are registered."""
+        for handle in self._handles.pop(name, ()):
+            handle.remove()
+
+    def _remove_all(self) -> None:
+        for name in list(self._handles):
+            self.remove(name)

@@ -1,0 +1,58 @@
+"""Registration of hooks: all or none."""
+
+import pytest
+import torch
+from torch import nn
+
+from ipa_torch._capture.hooks import Hook, HookSet
+
+
+def hooks_of(module):
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def test_before_and_after_with_keywords():
+    calls = []
+    layer = nn.Linear(3, 2)
+
+    def before(module, args, kwargs):
+        calls.append(("before", module, tuple(kwargs)))
+
+    def after(module, args, kwargs, output):
+        calls.append(("after", module, tuple(output.shape)))
+
+    with HookSet([Hook("a", layer, before), Hook("a", layer, after, after=True)]) as hooks:
+        layer(input=torch.ones(4, 3))
+        hooks.remove("a")
+        hooks.remove("a")
+        layer(torch.ones(4, 3))
+    assert calls == [("before", layer, ("input",)), ("after", layer, (4, 2))]
+
+
+def test_first_is_called_before_the_hooks_that_are_there():
+    order = []
+    layer = nn.ReLU()
+    layer.register_forward_pre_hook(lambda *_: order.append("there"))
+    with HookSet([Hook(None, layer, lambda *_: order.append("first"), first=True)]):
+        layer(torch.ones(1))
+    assert order == ["first", "there"]
+
+
+def test_all_are_registered_or_none():
+    class Refusing(nn.ReLU):
+        def register_forward_hook(self, *args, **kwargs):
+            raise RuntimeError("no hooks here")
+
+    modules = [nn.ReLU(), nn.ReLU(), Refusing()]
+    hooks = HookSet(Hook(str(i), m, print, after=i == 2) for i, m in enumerate(modules))
+    with pytest.raises(RuntimeError, match="no hooks here"), hooks:
+        pass
+    assert not any(map(hooks_of, modules))
+
+
+def test_all_are_removed_after_an_error():
+    modules = [nn.ReLU(), nn.ReLU()]
+    hooks = HookSet(Hook(None, module, print) for module in modules)
+    with pytest.raises(KeyError), hooks:
+        raise KeyError
+    assert not any(map(hooks_of, modules))
