@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
@@ -12,9 +11,10 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
-from ipa_core.errors import SettingError
+from ipa_core.errors import SettingError, with_context
 from ipa_hf.lora_experts import parameter_name, unsupported_reason
-from ipa_torch.extension import unwrap_model
+from ipa_torch import LayerError
+from ipa_torch.extension import execution_device, unwrap_model
 
 
 def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
@@ -76,17 +76,17 @@ def materialize(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
     Raises
     ------
+    LayerError
+        If the base weights were never loaded.
     SettingError
-        If the base weights were never loaded, or the adapter needs them in memory (DoRA).
+        If the adapter needs them in memory (DoRA).
     """
     if adapter_name not in layer.lora_B or not lora_A_and_B(layer, adapter_name)[1].is_meta:
         return
-    device = _execution_device(layer.get_base_layer())
-    if device is None:
-        raise SettingError(
-            f"layer {name!r}: expected a layer with weights, got one on the meta device that "
-            "accelerate does not offload; load the model's weights first"
-        )
+    try:
+        device = execution_device(layer.get_base_layer())
+    except LayerError as error:
+        raise with_context(error, f"layer {name!r}") from error
     if layer.use_dora[adapter_name]:
         raise SettingError(
             f"layer {name!r}: expected a layer in memory, as DoRA needs norms of its weights, got "
@@ -95,13 +95,6 @@ def materialize(name: str, layer: LoraLayer, adapter_name: str) -> None:
     for part in (layer.lora_A, layer.lora_B):
         part[adapter_name].to_empty(device=device)
     layer.reset_lora_parameters(adapter_name, True)
-
-
-def _execution_device(layer: torch.nn.Module) -> Any:
-    """Return the device where accelerate runs an offloaded layer; None if it is not offloaded."""
-    hook: Any = getattr(layer, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])
-    return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
 
 
 @contextmanager

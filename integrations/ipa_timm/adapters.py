@@ -68,6 +68,7 @@ def adapt(
     >>> sum(p.requires_grad for p in model.parameters())  # B of each layer; the head's two
     26
     """
+    classifier_parameters(unwrap_model(model))  # refused before the fit, which takes long
     projectors = fit_projectors(model, loader, rank, targets=targets, **options)
     attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
     return projectors
@@ -102,7 +103,7 @@ def attach(
     Raises
     ------
     LayerError, ShapeError, SettingError
-        As for `ipa_torch.attach`.
+        As for `ipa_torch.attach`; a `LayerError` also if accelerate offloads the classifier.
 
     Examples
     --------
@@ -114,6 +115,7 @@ def attach(
     >>> ipa_timm.attach(model, projectors.truncate(2), trainable=True)
     """
     model = unwrap_model(model)
+    classifier_parameters(model)  # refused before the model changes
     ipa_torch.attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
     prepare_for_training(model)
 

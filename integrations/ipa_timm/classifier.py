@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from torch import nn
 
+from ipa_torch import LayerError
 from ipa_torch.extension import classifier_modules
 
 
 def classifier_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of the classifier by their names in the model."""
+    """Return the parameters of the classifier, trained and saved with it, by name.
+
+    Raises
+    ------
+    LayerError
+        If they are on the meta device: offloaded by accelerate, or never loaded.
+    """
     ids = {id(p) for head in classifier_modules(model) for p in head.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) in ids}
+    parameters = {name: p for name, p in model.named_parameters() if id(p) in ids}
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise LayerError(
+                f"classifier {name!r}: expected a parameter in memory, as it is trained and saved "
+                "with the adapter, got one on the meta device; load it, and keep it from being "
+                "offloaded with a device_map"
+            )
+    return parameters

@@ -10,6 +10,7 @@ from ipa_torch._capture.forward import device_of, on_device
 from ipa_torch._capture.row_weights import RowSelection
 from ipa_torch._fit.collector import NEVER_RAN
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
+from ipa_torch._layers.device import execution_device
 from ipa_torch._layers.lookup import get_layer
 from ipa_torch._layers.matmul_view import (
     Convolution,
@@ -44,6 +45,7 @@ __all__ = [
     "classifier_modules",
     "device_of",
     "energy_scale",
+    "execution_device",
     "features_of",
     "get_layer",
     "is_conv1d",

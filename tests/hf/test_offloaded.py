@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import ipa_hf
 from ipa_core import SettingError
+from ipa_torch import LayerError
 
 from .models import config, make, outputs, text_batches, train
 
@@ -74,7 +75,7 @@ def test_offloaded_as_in_memory(load, method, tmp_path):
 def test_unloaded_weights_are_refused():
     with torch.device("meta"):
         model = make("llama")
-    with pytest.raises(SettingError, match="load the model's weights first"):
+    with pytest.raises(LayerError, match=r"layer '.*': .*load the model's weights first"):
         prepared(model)
 
 

@@ -262,3 +262,38 @@ def test_adapted_model_can_be_copied(make, copied):
     ipa_timm.merge_and_unload(twin)
     assert not adapter_layers(twin) and adapter_layers(model)
     assert not any(m._forward_pre_hooks for m in twin.modules())
+
+
+@pytest.mark.parametrize("make", [vit, convnet, beit])
+def test_offloaded_as_in_memory(make):
+    accelerate = pytest.importorskip("accelerate")
+    whole = make()
+    split = copy.deepcopy(whole)
+    for part in (split.blocks,) if hasattr(split, "blocks") else (split.layer1, split.layer4):
+        accelerate.cpu_offload(part, torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in split.parameters())
+    data = loader()
+    for model in (whole, split):
+        torch.manual_seed(0)
+        ipa_timm.adapt(model, data, 4, progress=False)
+        trained(model)
+    tensors = dict(split.named_parameters())
+    for name, parameter in whole.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, tensors[name]), name
+    assert torch.equal(split.eval()(data[0][0]), whole.eval()(data[0][0]))
+
+
+def test_offloaded_classifier_is_refused(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = vit()
+    adapt(model)
+    ipa_timm.save_adapter(model, tmp_path / "adapter.safetensors")
+    split = accelerate.cpu_offload(vit(), torch.device("cpu"))
+    for change in (
+        lambda: adapt(split),
+        lambda: ipa_timm.load_adapter(split, tmp_path / "adapter.safetensors"),
+    ):
+        with pytest.raises(LayerError, match=r"classifier 'head.weight': .*in memory"):
+            change()
+    assert not adapter_layers(split)

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ipa_torch._adapters.module_hooks import has_hooks
 from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._layers.device import execution_device, reference_tensor
 from ipa_torch._layers.linearity import merge_obstacle
 from ipa_torch._layers.matmul_view import input_of, view_of
 from ipa_torch._layers.sizes import outputs_of
@@ -54,15 +54,14 @@ class AdapterLayer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of P: that of the weight, or float32 if it is quantized."""
-        weight = self._weight()
+        weight = reference_tensor(self.base_layer)
         floating = weight is not None and weight.is_floating_point()
         return weight.dtype if weight is not None and floating else torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Device of the layer."""
-        weight = self._weight()
-        return torch.device("cpu") if weight is None else weight.device
+        """Device on which the layer computes."""
+        return execution_device(self.base_layer)
 
     def merge_obstacle(self) -> str | None:
         """Return the reason for which no adapter can be merged, None if it can."""
@@ -196,17 +195,6 @@ class AdapterLayer(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(super().__getattr__("base_layer"), name)
-
-    def _weight(self) -> torch.Tensor | None:
-        """Return the tensor with the device and dtype of the layer."""
-        if parametrize.is_parametrized(self.base_layer):
-            # Reading the weight would compute it, which moves a power iteration.
-            return next(self.base_layer.parameters())
-        weight = getattr(self.base_layer, "weight", None)
-        if isinstance(weight, torch.Tensor):
-            return weight
-        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
-        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
 def _moved(old: nn.Parameter, data: torch.Tensor) -> nn.Parameter:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ipa_core.errors import ShapeError
+from ipa_core.errors import ShapeError, with_context
+from ipa_torch._layers.device import execution_device
 from ipa_torch._layers.linearity import check_supported
 from ipa_torch._layers.sizes import features_of
 from ipa_torch.errors import LayerError
@@ -46,9 +47,14 @@ def check_fit(name: str, layer: nn.Module, features: int) -> None:
     ShapeError
         If they differ.
     LayerError
-        If the layer is neither linear nor a plain convolution, or returns no tensor of its outputs.
+        If the layer is neither linear nor a plain convolution, returns no tensor of its outputs,
+        or has no weights yet.
     """
     check_supported(name, layer)
+    try:
+        execution_device(layer)
+    except LayerError as error:
+        raise with_context(error, f"layer {name!r}") from error
     if (expected := features_of(layer)) != features:
         raise ShapeError(
             f"layer {name!r}: expected a projector of {expected} features, got {features}; "
