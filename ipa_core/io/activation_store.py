@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,8 +23,10 @@ from ipa_core.errors import FileFormatError, IPAError, MissingDependencyError
 from ipa_core.io.envelope import FileFormat
 from ipa_core.io.files import as_path, input_file, replace_file
 
-_FORMAT = FileFormat("ipa-activations", 2)
+_FORMAT = FileFormat("ipa-activations", 3)
 INDEX = "index.json"
+#: Names of shards: plain file names, which cannot leave the folder.
+_FILE = re.compile(r"\w[\w.-]*", re.ASCII)
 OnDamaged: TypeAlias = Literal["raise", "skip"]
 
 
@@ -111,6 +114,9 @@ class Index:
     @classmethod
     def _of(cls, content: dict[str, Any]) -> Index:
         shards = {file: Shard(**entry) for file, entry in content["shards"].items()}
+        for shard in shards.values():
+            if not _FILE.fullmatch(shard.file):
+                raise ValueError(f"a shard {shard.file!r}, which is no name of a file in its folder")
         named = content.pop("layers").items()
         layers = {name: tuple(shards[file] for file in files) for name, files in named}
         del content["shards"]
@@ -195,7 +201,8 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
         """
         path = self.folder / shard.file
         try:
-            data = path.read_bytes()
+            # The size first: a file that has grown is not read.
+            data = path.read_bytes() if path.stat().st_size == shard.bytes else b""
         except OSError as error:
             raise FileFormatError(f"{path}: expected a shard, got {error.strerror}") from error
         if _digest(data) != shard.sha256:

@@ -176,7 +176,12 @@ def test_damaged_index_is_refused(tmp_path):
 
 
 def test_interrupted_store_goes_on(tmp_path):
-    batches = runs.batches(12)
+    batches, passed = runs.batches(12), []
+
+    def forward(model, x):
+        passed.append(0)
+        model(x)
+
     store(tmp_path / "whole", batches)
 
     def broken():
@@ -184,17 +189,19 @@ def test_interrupted_store_goes_on(tmp_path):
         raise RuntimeError("the loader fails")
 
     with pytest.raises(RuntimeError, match="loader"):
-        store(tmp_path / "parts", broken())
+        store(tmp_path / "parts", broken(), forward=forward)
     held = ActivationStore(tmp_path / "parts")
     assert held.index.ended is None and 0 < held.index.batches <= 7
-    passed = []
-    again = store(
-        tmp_path / "parts", batches, forward=lambda model, x: passed.append(0) or model(x)
-    )
+    passed.clear()
+    again = store(tmp_path / "parts", batches, forward=forward)
     assert len(passed) == 12 - held.index.batches
     assert again.index.batches == 12
     assert equal(contents(tmp_path / "parts"), contents(tmp_path / "whole"))
-    assert store(tmp_path / "parts", []).index == again.index
+    passed.clear()
+    assert store(tmp_path / "parts", batches, forward=forward).index == again.index
+    assert not passed
+    with pytest.raises(StreamError, match="at least the 12 batches"):
+        store(tmp_path / "parts", [], forward=forward)
 
 
 def test_another_run_is_refused(tmp_path):
@@ -254,4 +261,4 @@ def test_kill_at_any_moment(tmp_path):
     store_run.main(tmp_path / "whole", pause=0)
     assert equal(contents(folder), contents(tmp_path / "whole"))
     named = {s.file for layer in ActivationStore(folder).values() for s in layer.shards}
-    assert {path.name for path in folder.iterdir()} == named | {"index.json"}
+    assert {path.name for path in folder.iterdir()} == named | {"index.json", ".lock"}

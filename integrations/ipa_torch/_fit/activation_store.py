@@ -26,6 +26,8 @@ from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.checkpoint import skip
 from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED
+from ipa_torch._fit.fingerprint import WeightFingerprint, code_digest
+from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.row_consumer import Deferred
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
@@ -55,7 +57,7 @@ def store_activations(
 
     Rows are selected as by `fit_projectors`; layers that are given the same tensor share files. An
     interrupted store, also after a kill, resumes from its index: the batches that it has are read,
-    compared and skipped. A finished store is returned.
+    compared and skipped. A finished store is returned, if it is of these batches and weights.
 
     Parameters
     ----------
@@ -79,11 +81,12 @@ def store_activations(
     Raises
     ------
     SettingError
-        If the budget is too small for a batch, or the folder has a store with other settings.
+        If the budget is too small for a batch, the folder has a store with other settings or of
+        other weights, or another run writes to it.
     NonFiniteError
         If a value is beyond the range of ``dtype``; the message names the layer.
     StreamError
-        If the batches differ from those that an interrupted store has.
+        If the batches differ from those that the store has.
     FileFormatError
         If the index is damaged.
     LayerError
@@ -120,20 +123,28 @@ def store_activations(
         max_rows=None,
         drop_failed=False,
     )
-    settings = {"layers": [*layers], "max_patches": max_patches}
-    writer = _Writer(Path(folder), inputs, dtype, settings, max_bytes, shard_bytes)
+    settings = {
+        "layers": [*layers],
+        "max_patches": max_patches,
+        "row_weights": code_digest(row_weights),
+        "forward": code_digest(forward),
+    }
+    weights = WeightFingerprint(model, layers.values())
     run = default_forward if forward is None else forward
     bar = tqdm(desc="storing", unit=" rows", unit_scale=True, disable=None if progress else True)
-    if writer.index.ended is None:
-        with eval_mode(model), collector, bar:
-            for batch in writer.skip_seen(batches):
-                before = dict(inputs.node_of)
-                with collector.batch(batch):
-                    run(model, batch)
-                bar.update(collector.rows)
-                if not writer.record_batch(batch, before):
-                    break
-        writer.end()
+    with lock_folder(Path(folder)):
+        writer = _Writer(Path(folder), inputs, dtype, settings, weights, max_bytes, shard_bytes)
+        remaining = writer.skip_seen(batches)
+        if writer.index.ended is None:
+            with eval_mode(model), collector, bar:
+                for batch in remaining:
+                    before = dict(inputs.node_of)
+                    with weights.first_batch(), collector.batch(batch):
+                        run(model, batch)
+                    bar.update(collector.rows)
+                    if not writer.record_batch(batch, before):
+                        break
+            writer.end()
     _report_missing(layers, writer.index)
     return ActivationStore(folder)
 
@@ -190,6 +201,7 @@ class _Writer:
         inputs: SharedInputTree,
         dtype: Half,
         settings: dict[str, Any],
+        weights: WeightFingerprint,
         max_bytes: int | None,
         shard_bytes: int,
     ) -> None:
@@ -197,10 +209,10 @@ class _Writer:
         self._inputs = inputs
         self._fresh = dict(inputs.node_of)
         self._settings = settings
+        self._weights = weights
         self._max_bytes = max_bytes
         self._shard_bytes = shard_bytes
         self._reason = DATA_EXHAUSTED
-        folder.mkdir(parents=True, exist_ok=True)
         if (folder / INDEX).exists():
             self.index = Index.read(folder)
             expected = {"dtype": dtype, **settings}
@@ -210,6 +222,7 @@ class _Writer:
                     f"expected a store of settings {expected} in {folder}, got {got}; "
                     "take another folder"
                 )
+            weights.check(self.index.writer_state["weights"], folder)
         else:
             self.index = Index({}, dtype, 0, None, {"settings": settings, "digest": "", "files": 0})
         self._batches = self.index.batches
@@ -227,6 +240,7 @@ class _Writer:
                 unfinished.unlink()
         if self._batches:
             skip(left, self._batches, self._digest, self._folder)
+        if self._batches and self.index.ended is None:
             state = bytearray.fromhex(self.index.writer_state["random"])
             torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
         return left
@@ -283,6 +297,7 @@ class _Writer:
             ended,
             {
                 "settings": self._settings,
+                "weights": self._weights.digests,
                 "digest": self._digest,
                 "files": number,
                 "random": random,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,20 @@ import torch
 from ipa_torch._layers.row_samples import strided_sample
 
 _ENTRIES = 4096
+_PLAIN = (str, bytes, bytearray, int, float, complex, bool, type(None), type(...))
 
 
 def chained(before: str, batch: Any) -> str:
     """Return the digest of a batch and of the digest before it.
 
     It covers each tensor's dtype, shape and some 4,096 evenly spaced entries: enough to detect
-    another order of the data, and cheap beside a forward pass.
+    another order of the data, and cheap beside a forward pass. Objects of other classes are
+    covered by the state with which they are pickled.
+
+    Warns
+    -----
+    UserWarning
+        If a part of the batch has no such state, and is covered by its class only.
 
     Examples
     --------
@@ -28,28 +35,105 @@ def chained(before: str, batch: Any) -> str:
     False
     """
     total = hashlib.sha256(before.encode())
-    _add(total, batch)
+    for part in _parts(batch, ()):
+        total.update(part)
     return total.hexdigest()
 
 
-def _add(total: Any, value: Any) -> None:
-    total.update(f"\n{type(value).__name__} ".encode())
-    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-        total.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-        flat = value.detach().reshape(-1)
-        sample = strided_sample(flat, _ENTRIES).cpu().contiguous()
-        total.update(sample.view(torch.uint8).numpy().tobytes())
+def tensor_digest(tensor: torch.Tensor, entries: int = _ENTRIES) -> str:
+    """Return the digest of a tensor's dtype, shape and some evenly spaced entries.
+
+    Examples
+    --------
+    >>> tensor_digest(torch.zeros(3)) == tensor_digest(torch.zeros(4))
+    False
+    """
+    return hashlib.sha256(b"".join(_tensor_parts(tensor, entries))).hexdigest()
+
+
+def _parts(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
+    """Yield the bytes that a digest covers; ``above`` are the objects that contain the value."""
+    yield f"\n{type(value).__qualname__} ".encode()
+    if id(value) in above:
+        yield str(above.index(id(value))).encode()
+        return
+    above = (*above, id(value))
+    if isinstance(value, torch.Tensor):
+        yield from _tensor_parts(value, _ENTRIES)
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        yield from _tensor_parts(_as_tensor(value), _ENTRIES)
     elif isinstance(value, np.ndarray):
-        _add(total, torch.as_tensor(value))
+        yield from _parts([str(value.dtype), *value.shape, *value.ravel().tolist()], above)
+    elif isinstance(value, _PLAIN):
+        yield repr(value).encode()
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            total.update(repr(key).encode())
-            _add(total, item)
+            yield from _parts(key, above)
+            yield from _parts(item, above)
     elif isinstance(value, (tuple, list)):
+        yield str(len(value)).encode()
         for item in value:
-            _add(total, item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            _add(total, getattr(value, field.name))
-    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
-        total.update(repr(value).encode())
+            yield from _parts(item, above)
+    elif isinstance(value, (set, frozenset)):
+        yield from sorted(b"".join(_parts(item, above)) for item in value)
+    else:
+        yield from _object_parts(value, above)
+
+
+def _object_parts(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
+    if isinstance(value, type) or hasattr(value, "__qualname__"):  # a class or function
+        yield f"{value.__module__}.{value.__qualname__}".encode()
+        return
+    try:
+        state = value.__reduce_ex__(4)
+    except Exception:  # of the object's class
+        warnings.warn(
+            f"expected batches that can be digested, got a {type(value).__name__} that cannot be "
+            "pickled: other batches in its place are not detected when a run resumes",
+            stacklevel=2,
+        )
+        return
+    if isinstance(state, str):
+        yield state.encode()
+        return
+    for item in state:
+        is_iterator = item is not None and hasattr(item, "__next__")
+        yield from _parts(list(item) if is_iterator else item, above)
+
+
+def _tensor_parts(tensor: torch.Tensor, entries: int) -> Iterator[bytes]:
+    tensor = tensor.detach()
+    shape = "nested" if tensor.is_nested else tuple(tensor.shape)
+    yield f"{tensor.dtype} {tensor.layout} {shape} ".encode()
+    if tensor.is_nested:
+        for part in tensor.unbind():
+            yield from _tensor_parts(part, entries)
+    elif tensor.is_meta:
+        return
+    elif tensor.is_quantized:
+        yield from _tensor_parts(tensor.int_repr(), entries)
+    elif tensor.layout == torch.strided:
+        sample = strided_sample(tensor.reshape(-1), entries).resolve_neg().resolve_conj()
+        yield sample.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    else:
+        for part in _stored_tensors(tensor):
+            yield from _tensor_parts(part, entries)
+
+
+def _stored_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the dense tensors of which a sparse one consists."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.to_dense()]
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if native.dtype.itemsize > 8:  # long doubles
+        native = native.astype(np.float64)
+    return torch.from_numpy(np.ascontiguousarray(native))

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import torch
 
-from ipa_core import load_state, save_state
+from ipa_core import load_state
 from ipa_core.errors import FileFormatError, SettingError, StreamError, with_context
+from ipa_core.io.serialization import pack_state, replace_file, unpack_state
 from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.collector import ActivationCollector, CollectorState
+from ipa_torch._fit.fingerprint import WeightFingerprint
 from ipa_torch._fit.shared_inputs import InputPrefix
 
 _INDEX = "index.safetensors"
-_VERSION = 2
+_VERSION = 3
 _CHECKPOINTS_KEPT = 2
 
 
@@ -91,13 +95,14 @@ CheckpointLike: TypeAlias = "CheckpointConfig | str | os.PathLike[str]"
 class CheckpointWriter:
     """Count of the batches of a run, and writer of its checkpoints.
 
-    Without ``config`` it only counts. `all_reduce_min` keeps the ranks of a sharded model on
-    the same checkpoint.
+    Without ``config`` and ``weights`` it only counts. `all_reduce_min` keeps the ranks of a sharded
+    model on the same checkpoint.
     """
 
     config: CheckpointConfig | None
     collector: ActivationCollector
     settings: Mapping[str, Any]
+    weights: WeightFingerprint | None
     all_reduce_min: Callable[[int], int]
     seen: int = 0
     _digest: str = ""
@@ -112,15 +117,14 @@ class CheckpointWriter:
         FileFormatError
             If the checkpoint is damaged or of another format version; the message has the cure.
         SettingError
-            If it is of a run with other settings.
+            If it is of a run with other settings or weights.
         StreamError
             If the batches differ from those of the checkpoint.
         """
         remaining = iter(batches)
-        if self.config is None:
+        if self.config is None or self.weights is None:
             return remaining
         folder = Path(self.config.folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.glob(".writing-*"):
             shutil.rmtree(unfinished)
         steps = steps_in(folder)
@@ -129,11 +133,15 @@ class CheckpointWriter:
             return iter(())
         steps = _up_to(common - 1, steps)
         if steps:
-            index = _load(steps, self.collector, self.settings)
+            index = _load(steps, self.collector, self.settings, self.weights)
             self.seen = self._written = index["seen"]
             self._digest = skip(remaining, self.seen, index["digest"], steps[-1])
             torch.set_rng_state(index["random"])
         return remaining
+
+    def first_batch(self) -> AbstractContextManager[None]:
+        """Enclose a batch; of the first one the weights before the target layers are recorded."""
+        return nullcontext() if self.weights is None else self.weights.first_batch()
 
     def record_batch(self, batch: Any) -> None:
         """Count a batch; write a checkpoint if it is due."""
@@ -150,23 +158,45 @@ class CheckpointWriter:
 
     def write(self) -> None:
         """Write a checkpoint, unless there is one of this batch."""
-        if self.config is None or self.seen == self._written:
+        if self.config is None or self.weights is None or self.seen == self._written:
             return
         folder = Path(self.config.folder)
         scratch = folder / f".writing-{os.getpid()}"
-        scratch.mkdir()
         index = {
             "format_version": _VERSION,
             "seen": self.seen,
             "digest": self._digest,
             "settings": dict(self.settings),
+            "weights": self.weights.digests,
             "random": torch.get_rng_state(),
         }
-        _save(scratch, self.collector.snapshot(), index)
-        os.replace(scratch, folder / f"step-{self.seen:010d}")
+        try:
+            scratch.mkdir()
+            _save(scratch, self.collector.snapshot(), index)
+            os.replace(scratch, folder / f"step-{self.seen:010d}")
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
         for old in steps_in(folder)[:-_CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
         self._written, self._last = self.seen, time.monotonic()
+
+    def write_last(self) -> None:
+        """Write a checkpoint at the end of a run, which is no reason to lose its result.
+
+        Warns
+        -----
+        UserWarning
+            If it cannot be written.
+        """
+        try:
+            self.write()
+        except OSError as error:
+            warnings.warn(
+                f"the last checkpoint cannot be written ({error}); save the result: the same call "
+                f"would learn again from batch {self._written}",
+                stacklevel=4,
+            )
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -201,10 +231,14 @@ def _up_to(seen: int, steps: list[Path]) -> list[Path]:
 def _save(folder: Path, state: CollectorState, index: dict[str, Any]) -> None:
     nodes = []
     for number, (node, names) in enumerate(state.groups()):
-        save_state(node.learner.state_dict(), folder / f"{number}.safetensors")
-        nodes.append({"layers": names, "converging": node.convergence is not None})
+        parts = {"learner": node.learner.state_dict()}
         if node.convergence is not None:
-            save_state(node.convergence.state_dict(), folder / f"{number}.convergence.safetensors")
+            parts["convergence"] = node.convergence.state_dict()
+        digests = {
+            part: _write_file(folder / f"{number}.{part}.safetensors", pack_state(part_state))
+            for part, part_state in parts.items()
+        }
+        nodes.append({"layers": names, "sha256": digests})
     index |= {
         "nodes": nodes,
         "ran": {name: str(device) for name, device in state.ran.items()},
@@ -212,11 +246,20 @@ def _save(folder: Path, state: CollectorState, index: dict[str, Any]) -> None:
         "failed": dict(state.failed),
         "bypassed": sorted(state.bypassed),
     }
-    save_state(index, folder / _INDEX)
+    _write_file(folder / _INDEX, pack_state(index))
+
+
+def _write_file(path: Path, data: bytes) -> str:
+    """Write a file, and return its digest."""
+    replace_file(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _load(
-    steps: list[Path], collector: ActivationCollector, settings: Mapping[str, Any]
+    steps: list[Path],
+    collector: ActivationCollector,
+    settings: Mapping[str, Any],
+    weights: WeightFingerprint,
 ) -> dict[str, Any]:
     """Restore a collector from the latest checkpoint; return the index."""
     folder = steps[-1]
@@ -224,13 +267,16 @@ def _load(
         index = load_state(folder / _INDEX, library=torch)
         if (version := index.get("format_version", 1)) != _VERSION:
             raise FileFormatError(f"{folder}: expected format version {_VERSION}, got {version}")
+        if index["seen"] != _seen([folder]):
+            raise FileFormatError(f"{folder}: got the checkpoint of {index['seen']} batches")
         if index["settings"] != settings:
             raise SettingError(
                 f"{folder}: expected the checkpoint of a run with settings {dict(settings)}, got "
                 f"{index['settings']}; use another folder, or delete this folder to start over"
             )
+        weights.check(index["weights"], folder)
         state = _read_state(folder, index, collector.snapshot().node_of)
-    except (FileFormatError, FileNotFoundError) as error:
+    except (FileFormatError, OSError) as error:
         cure = f"resume from {steps[-2].name}" if len(steps) > 1 else "start over"
         raise FileFormatError(
             f"expected a complete checkpoint, got {error}; delete {folder} to {cure}: later "
@@ -250,16 +296,16 @@ def _read_state(
         device = next((ran[name] for name in names if name in ran), None)
         start = fresh[names[0]]
         node = InputPrefix(copy.copy(start.learner), start.convergence)
-        path = folder / f"{number}.safetensors"
+        states = {
+            part: _read_bound(folder / f"{number}.{part}.safetensors", digest, device)
+            for part, digest in entry["sha256"].items()
+        }
         try:
-            node.learner.load_state_dict(load_state(path, library=torch, device=device))
+            node.learner.load_state_dict(states["learner"])
         except SettingError as error:
-            raise with_context(error, str(path)) from error
-        if entry["converging"] and node.convergence is not None:
-            path = folder / f"{number}.convergence.safetensors"
-            node.convergence = node.convergence.with_state(
-                load_state(path, library=torch, device=device)
-            )
+            raise with_context(error, f"{folder}, layer {names[0]!r}") from error
+        if "convergence" in states and node.convergence is not None:
+            node.convergence = node.convergence.with_state(states["convergence"])
         nodes |= dict.fromkeys(names, node)
     return CollectorState(
         {name: nodes[name] for name in fresh},
@@ -268,6 +314,14 @@ def _read_state(
         index["failed"],
         frozenset(index["bypassed"]),
     )
+
+
+def _read_bound(path: Path, sha256: str, device: torch.device | None) -> dict[str, Any]:
+    """Return the state in a file of the digest that the index has: of this layer, run and step."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise FileFormatError(f"{path}: expected the file of the index's digest, got another")
+    return unpack_state(data, library=torch, device=device)
 
 
 def skip(batches: Iterator[Any], count: int, expected: str, folder: Path) -> str:

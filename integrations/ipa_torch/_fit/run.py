@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupAr
 from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, CheckpointWriter
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, Convergence, StoppingCriteria
+from ipa_torch._fit.fingerprint import WeightFingerprint, code_digest
+from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.memory import MemoryPass, split_by_memory
 from ipa_torch._fit.merge_results import PROJECTORS, ResultKind, merge_results
 from ipa_torch._fit.shared_inputs import SharedInputTree
@@ -90,6 +94,8 @@ def run_fit(
                 "ranks": pass_ranks,
                 "tolerance": stop.tolerance,
                 "max_patches": max_patches,
+                "row_weights": code_digest(row_weights),
+                "forward": code_digest(forward),
                 **(settings or {}),
             }
             collector = ActivationCollector(
@@ -103,9 +109,13 @@ def run_fit(
             )
             fit_group.begin(model)
             config = _checkpoint_of_pass(checkpoint, fit_group, number, len(memory_passes))
-            checkpoints = CheckpointWriter(config, collector, checked, fit_group.all_reduce_min)
+            weights = None if config is None else WeightFingerprint(model, layers.values())
+            lock = nullcontext() if config is None else lock_folder(Path(config.folder))
+            checkpoints = CheckpointWriter(
+                config, collector, checked, weights, fit_group.all_reduce_min
+            )
             interrupted = False
-            with eval_mode(model), collector, _bar(progress, memory_passes, number) as bar:
+            with lock, eval_mode(model), collector, _bar(progress, memory_passes, number) as bar:
                 try:
                     reason = _run_pass(
                         model, batches, run, collector, stop, bar, checkpoints, fit_group
@@ -150,11 +160,11 @@ def _run_pass(
             batch = next(remaining)
         except StopIteration:
             break
-        with collector.batch(batch):
+        with checkpoints.first_batch(), collector.batch(batch):
             run(model, batch)
         bar.update(collector.rows)
         checkpoints.record_batch(batch)
-    checkpoints.write()
+    checkpoints.write_last()
     if not checkpoints.seen and fit_group.group is None:
         raise EmptyStreamError(_NO_BATCH)
     return reason or DATA_EXHAUSTED
