@@ -116,7 +116,9 @@ class Index:
         shards = {file: Shard(**entry) for file, entry in content["shards"].items()}
         for shard in shards.values():
             if not _FILE.fullmatch(shard.file):
-                raise ValueError(f"a shard {shard.file!r}, which is no name of a file in its folder")
+                raise ValueError(
+                    f"a shard {shard.file!r}, which is no name of a file in its folder"
+                )
         named = content.pop("layers").items()
         layers = {name: tuple(shards[file] for file in files) for name, files in named}
         del content["shards"]

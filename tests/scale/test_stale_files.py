@@ -68,7 +68,7 @@ def test_weights_behind_the_last_target_may_be_others(tmp_path, run):
     run(model, tmp_path)
 
 
-class Reading(nn.Module):
+class UncalledParts(nn.Module):
     """Parts that are read without a call, a buffer, and a part behind the targets."""
 
     def __init__(self, seed):
@@ -90,10 +90,10 @@ class Reading(nn.Module):
 
 def test_weights_that_are_read_without_a_call_and_buffers_are_compared(tmp_path):
     targets = ["body.0", "body.1"]
-    fit(Reading(0), tmp_path, targets=targets)
-    fit(Reading(1), tmp_path, targets=targets)
+    fit(UncalledParts(0), tmp_path, targets=targets)
+    fit(UncalledParts(1), tmp_path, targets=targets)
     for name in ("table.weight", "norm.running_mean"):
-        model = Reading(0)
+        model = UncalledParts(0)
         model.state_dict()[name].add_(1)
         with pytest.raises(SettingError, match=name):
             fit(model, tmp_path, targets=targets)

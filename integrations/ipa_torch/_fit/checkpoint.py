@@ -18,7 +18,8 @@ import torch
 
 from ipa_core import load_state
 from ipa_core.errors import FileFormatError, SettingError, StreamError, with_context
-from ipa_core.io.serialization import pack_state, replace_file, unpack_state
+from ipa_core.io.files import replace_file
+from ipa_core.io.serialization import pack_state, unpack_state
 from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.collector import ActivationCollector, CollectorState
 from ipa_torch._fit.fingerprint import WeightFingerprint
