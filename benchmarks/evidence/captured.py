@@ -94,6 +94,23 @@ def damped(
     return joined(common, leading(step, rank), rank), weights
 
 
+def mixed(
+    rows: Captured, rank: int, *, beta: float, weighting: Weighting = without_first
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return leading eigenvectors of D^T D - beta c (C + cI)^-1, by gradient and inputs.
+
+    D is the damped gradient G (C + cI)^-1 over its largest singular value, c the mean eigenvalue of
+    C. Beta 0 gives the damped gradient, a large beta the leading directions of the inputs.
+    """
+    weights = weighting(rows)
+    c = moment(rows, weights)
+    inverse = damped_inverse(c)
+    d = _gradient(rows, weights) @ inverse
+    d = d / torch.linalg.matrix_norm(d, 2)
+    criterion = d.T @ d - beta * c.trace() / len(c) * inverse
+    return torch.linalg.eigh(criterion).eigenvectors.flip(1).T[:rank], weights
+
+
 def standardized(
     rows: Captured, rank: int, *, weighting: Weighting = without_first, divided: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,12 +197,15 @@ def capture(sample: Sample, *, gradients: bool) -> Mapping[str, Captured]:
     }
 
 
-def choose(sample: Sample, rule: Rule, *, gradients: bool) -> dict[str, torch.Tensor]:
-    """Return A for each layer by a rule, in LoRA's energy."""
+def choose(
+    sample: Sample, rule: Rule, *, gradients: bool, scaling: str | float = "energy"
+) -> dict[str, torch.Tensor]:
+    """Return A for each layer by a rule: in LoRA's energy, or times a number."""
     found = {}
     for name, rows in capture(sample, gradients=gradients).items():
         made, weights = rule(rows, sample.rank)
-        found[name] = scaled(made, rows, weights).float()
+        sized = scaled(made, rows, weights) if scaling == "energy" else float(scaling) * made
+        found[name] = sized.float()
     return found
 
 

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
+from peft import EvaConfig
+
 from benchmarks.evidence import captured
 from benchmarks.evidence.captured import Rule
 from benchmarks.evidence.methods import METHODS, Method
@@ -34,6 +36,8 @@ MAIN: dict[str, Method] = {
         for name in (
             "LoRA",
             "LoRA, half rank",
+            "DoRA",
+            "PiSSA",
             "EVA",
             "IPA, trainable",
             "random A, frozen",
@@ -108,4 +112,19 @@ TRAINING: dict[str, Method] = {
     ),
     "IPA without first token, power 0.5, rank doubled, frozen": replace(FLAT, rank=2),
 }
-LIKELIHOOD = MAIN | TRAINING
+#: A trainable P beside EVA: sizes of A's rows, rates of A, ranks spread over layers.
+STARTED: dict[str, Method] = {
+    "IPA without first token, long rows, trainable": replace(
+        WITHOUT_FIRST, trainable=True, scaling=1.0
+    ),
+    "IPA without first token, a tenth of B's rate, trainable": replace(
+        WITHOUT_FIRST, trainable=True, plan=Plan(rate_of_a=0.1)
+    ),
+    "EVA, equal ranks": Method("eva", options={"eva_config": EvaConfig(rho=1.0)}),
+}
+#: One criterion for inputs and gradient, by the weight of the inputs.
+MIXED = {
+    f"inputs and gradient, beta {beta:g}, frozen": of_gradient(captured.mixed, beta=beta)
+    for beta in (0.1, 1.0, 10.0)
+}
+LIKELIHOOD = MAIN | TRAINING | STARTED | MIXED

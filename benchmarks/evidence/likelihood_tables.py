@@ -41,6 +41,21 @@ CHOSEN = [
     ("IPA without first token, first step, frozen", "LoRA, half rank"),
     ("IPA without first token, first step, frozen", "random A, first step, frozen"),
     ("IPA without first token, first sign step, frozen", "random A, first sign step, frozen"),
+    *[(trained, LORA) for trained in ("PiSSA", "EVA", "DoRA", "LoRA, rate of B 4 times A's")],
+    *[
+        (f"inputs and gradient, beta {beta}, frozen", other)
+        for beta in (0.1, 1, 10)
+        for other in ("IPA without first token, frozen", "damped gradient, frozen", LORA)
+    ],
+    ("IPA unit rows, frozen", "IPA without first token, frozen"),
+    ("damped gradient, frozen", RANDOM),
+    ("orthonormal, frozen", RANDOM),
+    *[
+        (f"IPA without first token, {kind}, trainable", other)
+        for kind in ("long rows", "a tenth of B's rate")
+        for other in ("IPA without first token, trainable", "EVA", LORA)
+    ],
+    ("EVA, equal ranks", "EVA"),
 ]
 
 

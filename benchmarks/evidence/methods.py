@@ -31,7 +31,7 @@ class Method:
     trainable : bool
         Whether A is trained along with B.
     scaling : "energy" or float
-        As in `ipa_hf.initialize_lora_ipa_weights`.
+        As in `ipa_hf.initialize_lora_ipa_weights`; of a rule, a number times its rows.
     rank : float
         Times the rank of the settings.
     refresh : Refresh, optional
@@ -174,14 +174,17 @@ class Adapter:
     ) -> tuple[LayerProjectors | dict[str, torch.Tensor] | None, float]:
         if method.projection is None and method.rule is None:
             return None, 0.0
-        key = (method.projection, method.rule, method.texts, rank, seed)
+        options = repr(method.options)  # of EVA
+        key = (method.projection, method.rule, method.scaling, method.texts, options, rank, seed)
         if key not in self._learned:
             some = self._batches(method, seed)
             if method.projection == "eva":
                 self._learned[key] = _eva(model, _config(model, method, rank), some)
             elif method.rule is not None:
                 found = Sample(model, some, self.task.loss, rank, seed)
-                rows = choose(found, method.rule, gradients=method.gradients)
+                rows = choose(
+                    found, method.rule, gradients=method.gradients, scaling=method.scaling
+                )
                 self._learned[key] = rows, _steps(1 + method.gradients, some)
             else:
                 kind = KINDS[method.projection]
@@ -216,13 +219,8 @@ def _steps(passes: int, batches: list[Batch]) -> float:
 
 def _config(model: nn.Module, method: Method, rank: int) -> LoraConfig:
     begin = {"init_lora_weights": "eva", "eva_config": EvaConfig()}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=target_names(model),
-        **(begin if method.projection == "eva" else {}),
-        **method.options,
-    )
+    options = (begin if method.projection == "eva" else {}) | {**method.options}
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=target_names(model), **options)
 
 
 def _eva(

@@ -1,6 +1,7 @@
 """Held-out text by its likelihood: the task, methods, plans of training, tables."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -150,6 +151,29 @@ def test_damped_rows_are_those_of_the_study_before(some):
     for name, a in choose(some, captured.damped, gradients=True).items():
         rows = torch.as_tensor(projectors[name].components)
         assert (a @ rows.T).norm() == pytest.approx(float(a.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("beta", "end"), [(0.0, captured.damped), (1e6, captured.inputs)])
+def test_ends_of_the_criterion(beta, end, some):
+    rule = partial(captured.mixed, beta=beta, weighting=captured.every)
+    expected = choose(some, end, gradients=True, scaling=1.0)
+    for name, a in choose(some, rule, gradients=True, scaling=1.0).items():
+        other = expected[name]
+        torch.testing.assert_close(a.T @ a, other.T @ other, atol=1e-3, rtol=1e-2)
+
+
+def test_long_rows_have_length_one(adapter):
+    model, _ = adapter(LIKELIHOOD["IPA without first token, long rows, trainable"], seed=0)
+    for pair in pairs_of(model.body).values():
+        assert pair.a.norm(dim=1).tolist() == pytest.approx([1, 1], rel=1e-4)
+
+
+def test_eva_of_equal_ranks(adapter):
+    ranks = {
+        name: {len(pair.a) for pair in pairs_of(adapter(LIKELIHOOD[name], 0)[0].body).values()}
+        for name in ("EVA", "EVA, equal ranks")
+    }
+    assert ranks["EVA, equal ranks"] == {2} != ranks["EVA"]
 
 
 @pytest.mark.parametrize("kind", ["gradient", "sign"])
