@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 from ipa_hf.callback import OnlineCallback
 from ipa_hf.expert_linear import expert_layers
 from ipa_hf.export import export_lora
+from ipa_hf.first_token import without_first_token
 from ipa_hf.freezing import freeze_projections
 from ipa_hf.initialize import get_ipa_model, initialize_lora_ipa_weights
 from ipa_hf.label_mask import causal_label_mask
@@ -32,4 +33,5 @@ __all__ = [
     "initialize_lora_ipa_weights",
     "load_adapter",
     "match_ranks",
+    "without_first_token",
 ]

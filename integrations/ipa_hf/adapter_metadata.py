@@ -42,11 +42,15 @@ class AdapterMetadata:
         The setting that the scales follow from.
     layers : mapping of str to LayerMetadata
         By the layers' names in the base model.
+    row_weights : str or None, default None
+        Name of the function that weighted the rows of the fit, "all rows" without one; None if it
+        is not known, as with fitted projectors.
     """
 
     frozen: bool
     scaling: Scaling
     layers: Mapping[str, LayerMetadata]
+    row_weights: str | None = None
 
     def write(self, directory: str | os.PathLike[str]) -> None:
         """Write the metadata file into an adapter directory, atomically."""
@@ -74,7 +78,8 @@ class AdapterMetadata:
             content = json.loads(path.read_text(encoding="utf-8"))
             _check_version(path, content["format"], content["format_version"])
             layers = {name: LayerMetadata(**layer) for name, layer in content["layers"].items()}
-            return cls(bool(content["frozen"]), content["scaling"], layers)
+            row_weights = content.get("row_weights")  # absent in earlier files
+            return cls(bool(content["frozen"]), content["scaling"], layers, row_weights)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, FileFormatError):
                 raise

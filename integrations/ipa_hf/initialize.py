@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -34,7 +34,7 @@ from ipa_hf.lora_layers import (
 )
 from ipa_hf.lora_options import check_initializable
 from ipa_hf.targets import default_targets
-from ipa_torch import FitOptions, LayerError
+from ipa_torch import FitOptions, LayerError, attention_mask
 from ipa_torch.extension import NEVER_RAN, OnMissing, Scaling, check_choice, check_scaling
 
 
@@ -232,6 +232,7 @@ def initialize_lora_ipa_weights(
                 f"routing_weights={routing_weights!r}; remove them, or pass batches"
             )
         projectors: Mapping[str, Projector] = data
+        row_weights = None
     else:
         projectors = fit_lora_projectors(
             peft_model,
@@ -242,6 +243,7 @@ def initialize_lora_ipa_weights(
             sharing=expert_sharing,
             routing_weights=routing_weights,
         )
+        row_weights = _name_of(options.get("row_weights", attention_mask))
     matched, unreached = find_projectors(slots, projectors)
     reasons = getattr(projectors, "missing", {})
     missing = {name: _reason(name, reasons) for name in slots if name not in matched}
@@ -258,10 +260,18 @@ def initialize_lora_ipa_weights(
         name: write_lora_A(slots[name], projector, scaling, adapter_name)
         for name, projector in truncated.items()
     }
-    attach_metadata(peft_model, adapter_name, AdapterMetadata(not trainable, scaling, initialized))
+    metadata = AdapterMetadata(not trainable, scaling, initialized, row_weights)
+    attach_metadata(peft_model, adapter_name, metadata)
     for name in {layer_name(name) for name in initialized}:
         set_lora_A_frozen(supported[name], adapter_name, not trainable)
     return peft_model
+
+
+def _name_of(row_weights: Callable[..., Any] | None) -> str:
+    """Return the name of row weights for the metadata."""
+    if row_weights is None:
+        return "all rows"
+    return str(getattr(row_weights, "__name__", type(row_weights).__name__))
 
 
 def _reason(name: str, reasons: Mapping[str, str]) -> str:

@@ -55,6 +55,19 @@ def test_a_trainer_can_start_from_it(model, texts, tmp_path, capsys):
     assert sorted(settings["target_modules"]) == ["q_proj", "v_proj"]
 
 
+def test_first_tokens_are_left_out(model, texts, tmp_path, capsys):
+    fit(model, texts, tmp_path / "all")
+    assert "rows by attention_mask.\nWith A frozen, start at ten times" in capsys.readouterr().out
+    fit(model, texts, tmp_path / "rest", "--without-first-token", "--trainable")
+    shown = capsys.readouterr().out
+    assert "rows by without_first_token." in shown and "With A frozen" not in shown
+    counts = {
+        out: {x.samples for x in AdapterMetadata.read(tmp_path / out).layers.values()}
+        for out in ("all", "rest")
+    }
+    assert counts == {"all": {17}, "rest": {17 - 4}}
+
+
 @pytest.mark.parametrize(
     "rows", [[{"text": "a b c"}], [{"messages": [{"role": "user", "content": "a b c d"}]}]]
 )
