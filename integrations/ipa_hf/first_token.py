@@ -49,9 +49,9 @@ def without_first_token(batch: Any) -> torch.Tensor:
     first = present & (present.cumsum(1) == 1)
     positions = batch.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.shape[-1:] == present.shape[-1:]:
-        jumps = positions[..., 1:] != positions[..., :-1] + 1
-        if jumps.ndim == 2:  # not the three axes of multimodal rotary positions
-            first[:, 1:] |= jumps
+        breaks = positions[..., 1:] != positions[..., :-1] + 1
+        if breaks.ndim == 2:  # not the three axes of multimodal rotary positions
+            first[:, 1:] |= breaks
     return (present & ~first).long()
 
 
