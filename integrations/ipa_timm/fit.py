@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 import ipa_timm.same_padding  # noqa: F401  (registers the view of Conv2dSame)
@@ -92,7 +94,7 @@ def fit_projectors(
     if not supported:
         report_missing(LayerProjectors({}, missing=unsupported), on_missing)
     options.setdefault("forward", _forward)
-    options.setdefault("row_weights", _valid_patches)
+    options.setdefault("row_weights", partial(_valid_patches, model))
     with separate_qkv_bias(model, supported):
         fitted = ipa_torch.fit_projectors(
             model,
@@ -121,7 +123,14 @@ def _forward(model: nn.Module, batch: Any) -> object:
     return model(preprocess(model, images_of(batch)))
 
 
-def _valid_patches(batch: Any) -> Any:
-    """Return the padding mask of a NaFlex batch, None for other batches."""
+def _valid_patches(model: nn.Module, batch: Any) -> list[torch.Tensor] | None:
+    """Return the padding masks of a NaFlex batch, None for other batches.
+
+    They are those of the patches, and of the patches behind the model's class and register tokens.
+    """
     images = images_of(batch)
-    return images.get("patch_valid") if isinstance(images, Mapping) else None
+    valid = images.get("patch_valid") if isinstance(images, Mapping) else None
+    if valid is None:
+        return None
+    prefix = valid.new_ones(len(valid), getattr(model, "num_prefix_tokens", 0))
+    return [valid, torch.cat([prefix, valid], dim=1)]

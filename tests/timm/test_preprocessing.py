@@ -90,19 +90,46 @@ def test_loader_of_timm(tmp_path):
     assert projectors["blocks.0.attn.qkv"].samples == 4 * 17
 
 
-def test_padded_patches_of_naflex_do_not_count():
-    model = timm.create_model("naflexvit_base_patch16_gap", num_classes=3, depth=1, embed_dim=96,
-                              num_heads=2)  # fmt: skip
-    batch = {
-        "patches": torch.randn(2, 6, 16 * 16 * 3),
-        "patch_coord": torch.stack(
-            torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"), -1
-        ).reshape(1, 6, 2).repeat(2, 1, 1),
+def naflex_batch(padding):
+    grid = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"), -1)
+    patches = torch.randn(2, 6, 16 * 16 * 3, generator=torch.Generator().manual_seed(0))
+    patches[1, 4:] = padding
+    return {
+        "patches": patches,
+        "patch_coord": grid.reshape(1, 6, 2).repeat(2, 1, 1),
         "patch_valid": torch.tensor([[True] * 6, [True] * 4 + [False] * 2]),
-    }  # fmt: skip
-    projectors = ipa_timm.fit_projectors(
-        model, [(batch, torch.zeros(2))], 2, targets=[r"blocks.0.mlp.fc1"], progress=False
-    )
-    tokens = projectors["blocks.0.mlp.fc1"].samples
-    prefix = model.embeds.num_prefix_tokens
-    assert tokens == (10 if not prefix else 12 + 2 * prefix)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("naflexvit_base_patch16_gap", {}),  # four register tokens
+        ("naflexvit_base_patch16_gap", {"reg_tokens": 0}),
+        ("naflexvit_base_patch16_gap", {"class_token": True, "reg_tokens": 2}),
+        ("naflexvit_base_patch16_map", {}),
+        ("naflexvit_so150m2_patch16_reg1_map", {}),
+        ("naflexvit_base_patch16_siglip", {}),
+    ],
+)
+def test_padded_patches_of_naflex_do_not_count(name, options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, depth=1, embed_dim=96, num_heads=2, **options)
+    learned = [
+        ipa_timm.fit_projectors(
+            model,
+            [(naflex_batch(padding), torch.zeros(2))],
+            2,
+            targets=["embeds.proj", "attn.qkv", "mlp.fc1"],
+            progress=False,
+        )
+        for padding in (0.0, 50.0)
+    ]
+    valid = 10 + 2 * model.num_prefix_tokens
+    first, second = learned
+    samples = {layer: projector.samples for layer, projector in first.items()}
+    assert samples.pop("embeds.proj") == 10
+    pooled = samples.pop("attn_pool.mlp.fc1", 2)
+    assert pooled == 2 and set(samples.values()) == {valid}
+    for layer in first:
+        torch.testing.assert_close(first[layer].components, second[layer].components)

@@ -273,7 +273,7 @@ class TestPadding:
             quiet_fit(Transformer(), [nothing], 1)
 
     def test_weights_must_be_a_tensor(self):
-        with pytest.raises(ShapeError, match="expected row weights as a tensor, got list"):
+        with pytest.raises(ShapeError, match="expected row weights as a tensor, got int"):
             quiet_fit(mlp(6, 2), [torch.ones(2, 6)], 1, row_weights=lambda batch: [1, 0])
 
     def test_encoder_and_decoder_have_their_own(self):

@@ -127,6 +127,13 @@ def test_hooks_act_on_the_adapted_layer_merged_or_not(hook):
     assert torch.equal(model(X), expected) and len(seen) == count
 
 
+def test_hooks_see_no_probe():
+    model, seen = around(nn.Linear(16, 16)), []
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    fit_projectors(model, [X], 4, progress=False)
+    assert seen == [X.shape]
+
+
 @pytest.mark.parametrize("where", ["layer", "pre", "global"])
 def test_backward_hooks_run_in_training(where):
     model, seen = around(nn.Linear(16, 16)), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -15,7 +16,8 @@ from ipa_torch._capture.hooks import Hook
 from ipa_torch._capture.tensor_ids import Key, storage_key
 from ipa_torch._layers.matmul_view import RowSubset
 
-Weights: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None"
+Masks: TypeAlias = "torch.Tensor | list[torch.Tensor] | None"
+Weights: TypeAlias = "Masks | tuple[Masks, Masks]"
 RowWeights: TypeAlias = Callable[[Any], Weights]
 
 
@@ -66,6 +68,11 @@ class RowSelection:
         self._weights = None if ones else kept_weights
         self._moved: dict[torch.device, RowSubset] = {}
 
+    @property
+    def trivial(self) -> bool:
+        """True if all rows count once."""
+        return self._index is None and self._weights is None
+
     def fits(self, row_shape: tuple[int, ...]) -> bool:
         """Return whether an activation with these leading axes has the rows of the mask."""
         return row_shape == self.shape or row_shape == (math.prod(self.shape),)
@@ -89,16 +96,17 @@ class RowWeighter:
         self._encoder = _encoder_of(model)
         self._encoder_done = False
         self._encoder_output: Key | None = None
-        self._first: RowSelection | None = None
-        self._second: RowSelection | None = None
+        self._first: list[RowSelection] = []
+        self._second: list[RowSelection] = []
+        self._warned = False
 
     def start(self, batch: Any) -> int | None:
         """Start a batch; return its number of rows of nonzero weight, or None without weights."""
         self._encoder_done = False
         weights = None if self._row_weights is None else self._row_weights(batch)
         first, second = weights if isinstance(weights, tuple) else (weights, None)
-        self._first, self._second = (_selection(part) for part in (first, second))
-        return None if self._first is None else self._first.rows
+        self._first, self._second = (_selections(part) for part in (first, second))
+        return self._first[0].rows if self._first else None
 
     @property
     def hooks(self) -> list[Hook]:
@@ -109,10 +117,27 @@ class RowWeighter:
 
     def __call__(self, activation: torch.Tensor, row_shape: tuple[int, ...]) -> RowSubset:
         """Return the positions of nonzero weight in an activation, and their weights."""
-        selection = self._second if self._is_of_decoder(activation) else self._first
-        if selection is None or not selection.fits(row_shape):
-            return None, None
-        return selection.on(activation.device)
+        selections = self._second if self._is_of_decoder(activation) else self._first
+        for selection in selections:
+            if selection.fits(row_shape):
+                return selection.on(activation.device)
+        if not (self._warned or all(selection.trivial for selection in selections)):
+            self._warn(row_shape, selections)
+        return None, None
+
+    def _warn(self, row_shape: tuple[int, ...], selections: list[RowSelection]) -> None:
+        """Warn once if an activation has positions, to which no mask applies."""
+        if row_shape[:1] in {selection.shape[:1] for selection in selections}:
+            if math.prod(row_shape[1:]) == 1:  # pooled: a row for each item of the batch
+                return
+        self._warned = True
+        shapes = " or ".join(str(selection.shape) for selection in selections)
+        warnings.warn(
+            f"expected layer inputs with rows of shape {shapes}, as the row weights have, got "
+            f"{row_shape}: all of these rows count, also padding; let row_weights return a list "
+            "of weights, with weights of this shape as well (of ones, if there is no padding)",
+            stacklevel=2,
+        )
 
     def _is_of_decoder(self, activation: torch.Tensor) -> bool:
         return self._encoder_done and storage_key(activation) != self._encoder_output
@@ -130,12 +155,14 @@ def _encoder_of(model: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) else None
 
 
-def _selection(weights: Any) -> RowSelection | None:
+def _selections(weights: Any) -> list[RowSelection]:
     if weights is None:
-        return None
-    if not isinstance(weights, torch.Tensor):
-        raise ShapeError(
-            f"expected row weights as a tensor, got {type(weights).__name__}; "
-            "let row_weights return a tensor with a weight for each row, or None"
-        )
-    return RowSelection(weights)
+        return []
+    parts = weights if isinstance(weights, list) else [weights]
+    for part in parts:
+        if not isinstance(part, torch.Tensor):
+            raise ShapeError(
+                f"expected row weights as a tensor, got {type(part).__name__}; "
+                "let row_weights return a tensor with a weight for each row, or None"
+            )
+    return [RowSelection(part) for part in parts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -147,8 +148,12 @@ def _probes(
 
 
 def _output(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor | None) -> Any:
-    """Return the output of a copy of a layer in evaluation mode, with another weight."""
+    """Return the output of a copy of a layer in evaluation mode, with another weight.
+
+    The layer's hooks are left out: they act on the adapted layer, and may record what they see.
+    """
     twin = _evaluating_copy(layer)
+    twin._forward_pre_hooks, twin._forward_hooks = OrderedDict(), OrderedDict()
     if weight is not None:
         twin._parameters = {
             **twin._parameters,
