@@ -13,7 +13,6 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,11 +75,12 @@ class BareProducts(RandomizedSVD):
 
     def begin_update(
         self, batch: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> Callable[[], "BareProducts"]:
-        return partial(self._multiply, batch)
+    ) -> "BareProducts":
+        self._batch = batch
+        return self
 
-    def _multiply(self, batch: torch.Tensor) -> "BareProducts":
-        x = batch.reshape(-1, batch.shape[-1])
+    def finish(self) -> "BareProducts":
+        x = self._batch.reshape(-1, self._batch.shape[-1])
         if self.samples == 0:
             self._basis = torch.linalg.qr(torch.randn(x.shape[1], floor.width(self.rank))).Q
             self._image = torch.zeros_like(self._basis.T)

@@ -41,7 +41,7 @@ NAMES = {
     "_Sizes": "_ShapeProbe",
     "_Steps": "_Lockstep",
     "_WELL": "_OK",
-    "_answers_late": "_is_async_device",
+    "_answers_late": "is_async_device",
     "_ends": "_block_ends",
     "_familiar": "_count_explained_rows",
     "_forgiving": "_drop_failed_layer",

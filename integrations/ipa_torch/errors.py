@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
-from ipa_core.errors import IPAError, SettingError
+from ipa_core.errors import IPAError, SettingError, with_context
 
 
 class LayerError(IPAError, LookupError):
@@ -17,6 +19,15 @@ class PeerError(IPAError, RuntimeError):
     """Another rank of a distributed run failed; the message has its number and its error."""
 
     page = "docs/scaling.md"
+
+
+@contextmanager
+def named_layer(name: str) -> Iterator[None]:
+    """Add the name of a layer to errors."""
+    try:
+        yield
+    except IPAError as error:
+        raise with_context(error, f"layer {name!r}") from error
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 import ipa_core
-from ipa_core import Learner, Projector, allocate_ranks
+from ipa_core import Projector, allocate_ranks
 from ipa_core.errors import FileFormatError
 from ipa_core.text_table import align
 from ipa_torch.errors import LayerError
@@ -64,7 +64,7 @@ class LayerMapping(Mapping[str, T]):
 M = TypeVar("M", bound=LayerMapping[Any])
 
 
-class LayerLearners(LayerMapping[Learner]):
+class LayerLearners(LayerMapping[Any]):
     """A read-only mapping from layer names to learners, as `fit_learners` returns it.
 
     Layers with the same activations in all batches have the identical learner.

@@ -16,7 +16,7 @@ from .models import Transformer, decaying
 
 @pytest.fixture
 def asynchronous(monkeypatch):
-    monkeypatch.setattr(collector, "_is_async_device", lambda device: True)
+    monkeypatch.setattr(collector, "is_async_device", lambda device: True)
 
 
 def fit(model, batches, **options):
@@ -28,7 +28,7 @@ def test_the_same_projectors_to_the_bit(monkeypatch, learner):
     model = Transformer(width=48)
     batches = [{"input_ids": torch.randint(0, 20, (16, 40))} for _ in range(6)]
     synchronous = fit(model, batches, learner=learner)
-    monkeypatch.setattr(collector, "_is_async_device", lambda device: True)
+    monkeypatch.setattr(collector, "is_async_device", lambda device: True)
     delayed = fit(model, batches, learner=learner)
     for name, projector in synchronous.items():
         assert torch.equal(projector.components, delayed[name].components)

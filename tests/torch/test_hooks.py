@@ -1,10 +1,15 @@
-"""Registration of hooks: all or none."""
+"""Registration of hooks: in one place, all or none."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from ipa_torch._capture.hooks import Hook, HookSet
+
+PACKAGE = Path(__file__).parents[2] / "integrations" / "ipa_torch"
 
 
 def hooks_of(module):
@@ -56,3 +61,12 @@ def test_all_are_removed_after_an_error():
     with pytest.raises(KeyError), hooks:
         raise KeyError
     assert not any(map(hooks_of, modules))
+
+
+def test_one_file_registers_hooks():
+    """Apart from the permanent hook that marks an adapter layer."""
+    pattern = re.compile(r"register_(?:module_)?(?:full_)?(?:forward|backward)\w*\(")
+    files = [path for path in PACKAGE.rglob("*.py") if pattern.search(path.read_text())]
+    found = {path.relative_to(PACKAGE).as_posix() for path in files}
+    assert found == {"_adapters/replace.py"}  # and hooks.py, by a name
+    assert "register_forward" in (PACKAGE / "_capture" / "hooks.py").read_text()

@@ -14,7 +14,8 @@ from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_torch._distributed.comm import Communicator, ProcessGroup
 from ipa_torch._distributed.tree_reduce import (
-    MergeableLearner,
+    L,
+    ProjectorLearner,
     merge_across_ranks,
     merge_states,
     world,
@@ -75,7 +76,7 @@ class FitProcessGroup:
         return value if self._lockstep is None else self._lockstep.all_reduce_min(value)
 
     def merge(
-        self, learners: Mapping[str, MergeableLearner], seen: int
+        self, learners: Mapping[str, ProjectorLearner], seen: int
     ) -> dict[str, Projector | None]:
         """Check the reports of all ranks, then merge the learners; see `merge_learners`.
 
@@ -90,7 +91,7 @@ class FitProcessGroup:
         return self.merge_learners(learners)
 
     def merge_learners(
-        self, learners: Mapping[str, MergeableLearner]
+        self, learners: Mapping[str, ProjectorLearner]
     ) -> dict[str, Projector | None]:
         """Merge each learner over all ranks; return its projector everywhere, None without rows.
 
@@ -104,8 +105,8 @@ class FitProcessGroup:
 
     def merge_states(
         self,
-        learners: Mapping[str, MergeableLearner],
-        state_of: Callable[[MergeableLearner], Mapping[str, Any]],
+        learners: Mapping[str, L],
+        state_of: Callable[[L], Mapping[str, Any]],
     ) -> dict[str, Any]:
         """Merge each learner over all ranks; return its state everywhere, None without rows.
 

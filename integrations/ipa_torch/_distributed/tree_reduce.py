@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import distributed
@@ -24,13 +24,18 @@ _ROOT_STEP = (5**0.5 - 1) / 2
 
 
 class MergeableLearner(Protocol):
-    """Interface of learners that merge, such as `ipa_core.Learner`.
+    """Interface of learners that merge.
 
     The state of a learner with samples has a tensor ``template``.
     """
 
-    rank: int
-    samples: int
+    @property
+    def rank(self) -> int:
+        """Rank of the projector."""
+
+    @property
+    def samples(self) -> int:
+        """Number of rows so far."""
 
     def compact(self) -> Self:
         """Return the same in its smallest form."""
@@ -38,14 +43,21 @@ class MergeableLearner(Protocol):
     def merge(self, other: Self) -> Self:
         """Return the learner of both parts."""
 
-    def finalize(self) -> Projector:
-        """Return the projector of the rows so far."""
-
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counts and tensors."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Take over a state."""
+
+
+class ProjectorLearner(MergeableLearner, Protocol):
+    """Interface of learners of a projector that merge, such as `ipa_core.Learner`."""
+
+    def finalize(self) -> Projector:
+        """Return the projector of the rows so far."""
+
+
+L = TypeVar("L", bound=MergeableLearner)
 
 
 def world() -> ProcessGroup | None:
@@ -56,7 +68,7 @@ def world() -> ProcessGroup | None:
 
 
 def merge_across_ranks(
-    learners: Mapping[str, MergeableLearner], group: ProcessGroup | None
+    learners: Mapping[str, ProjectorLearner], group: ProcessGroup | None
 ) -> dict[str, Projector | None]:
     """Return for each learner the projector of all ranks' rows; None if no rank has rows.
 
@@ -82,9 +94,9 @@ def merge_across_ranks(
 
 
 def merge_states(
-    learners: Mapping[str, MergeableLearner],
+    learners: Mapping[str, L],
     group: ProcessGroup,
-    state_of: Callable[[MergeableLearner], Mapping[str, Any]],
+    state_of: Callable[[L], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return for each learner a state of the learner merged over all ranks, as CPU tensors.
 
@@ -115,10 +127,10 @@ def _trees(samples: list[int], comm: Communicator) -> list[list[int]]:
 
 
 def _tree_reduce(
-    learner: MergeableLearner,
+    learner: L,
     tree: list[int],
     comm: Communicator,
-    state_of: Callable[[MergeableLearner], Mapping[str, Any]],
+    state_of: Callable[[L], Mapping[str, Any]],
 ) -> bytes | None:
     """Send summaries down the tree; return the packed state at its root, None elsewhere."""
     position, step = tree.index(comm.rank), 1
@@ -136,19 +148,17 @@ def _tree_reduce(
     return _FAILED + state.encode() if isinstance(state, str) else _OK + pack_state(state)
 
 
-def _merged(
-    total: MergeableLearner | str, message: bytes, learner: MergeableLearner
-) -> MergeableLearner | str:
+def _merged(total: L | str, message: bytes, learner: L) -> L | str:
     if isinstance(total, str):
         return total
     if message[:1] == _FAILED:
         return message[1:].decode()
 
-    def merge() -> MergeableLearner:
+    def merge() -> L:
         state = unpack_state(message[1:], library=torch, device=_device(learner))
         return total.merge(copy.copy(learner).load_state_dict(state))
 
-    merged: MergeableLearner | str = _attempt(merge, learner)
+    merged: L | str = _attempt(merge, learner)
     return merged
 
 
@@ -157,7 +167,7 @@ def _device(learner: MergeableLearner) -> torch.device:
     return device
 
 
-def _finalized(learner: MergeableLearner) -> Projector:
+def _finalized(learner: ProjectorLearner) -> Projector:
     with no_autocast(_device(learner)):
         return learner.finalize()
 

@@ -6,30 +6,30 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm.auto import tqdm
 
-from ipa_core import ActivationStore, Learner
+from ipa_core import ActivationStore
 from ipa_core.errors import EmptyStreamError, NonFiniteError, SettingError
 from ipa_core.io.activation_store import INDEX, Index, Shard
 from ipa_core.io.files import replace_file
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
-from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_mask
+from ipa_torch._capture.row_reader import RowReader
+from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.checkpoint import skip
 from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED
 from ipa_torch._fit.fingerprint import WeightFingerprint, code_digest
 from ipa_torch._fit.folder_lock import lock_folder
-from ipa_torch._fit.row_consumer import Deferred
-from ipa_torch._fit.shared_inputs import SharedInputTree
+from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError, check_choice
@@ -112,14 +112,11 @@ def store_activations(
     model = unwrap_model(model)
     layers = select_layers(model, targets)
     half = torch.float16 if dtype == "float16" else torch.bfloat16
-    inputs = SharedInputTree(
-        dict.fromkeys(layers, 1), lambda _: cast(Learner, _RowBuffer(half)), None
-    )
+    inputs = SharedInputTree(dict.fromkeys(layers, 1), lambda _: _RowBuffer(half), None)
     collector = ActivationCollector(
         layers,
         inputs,
-        RowWeighter(model, row_weights),
-        max_patches=max_patches,
+        RowReader(model, row_weights, max_patches),
         max_rows=None,
         drop_failed=False,
     )
@@ -150,7 +147,7 @@ def store_activations(
 
 
 class _RowBuffer:
-    """Buffer of rows in half precision on the host, with the interface of a learner."""
+    """Buffer of rows in half precision on the host."""
 
     passes = 1
 
@@ -160,13 +157,19 @@ class _RowBuffer:
         self.samples = 0
         self.bytes = 0
 
-    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Deferred:
-        """Copy the rows; `PendingRows.finish` checks and adds them."""
+    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> _PendingCopy:
+        """Copy the rows; `_PendingCopy.finish` checks and adds them."""
         # A copy also without a conversion: the model may change its input later.
-        copied = rows.to(self._dtype, copy=True).cpu()
-        return Deferred(partial(self._add, copied, weights))
+        return _PendingCopy(self, rows.to(self._dtype, copy=True).cpu(), weights)
 
-    def _add(self, rows: torch.Tensor, weights: torch.Tensor | None) -> Self:
+    def add(self, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Add rows on the host.
+
+        Raises
+        ------
+        NonFiniteError
+            If a value is not finite.
+        """
         finite = torch.isfinite(rows).all(1)
         if not bool(finite.all()):
             raise NonFiniteError(
@@ -177,7 +180,6 @@ class _RowBuffer:
         self._parts += ((rows, weights),)
         self.samples += rows.shape[0]
         self.bytes += rows.nbytes + (0 if weights is None else weights.nbytes)
-        return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all rows, and their weights unless all are 1."""
@@ -192,13 +194,25 @@ class _RowBuffer:
         return tensors
 
 
+@dataclass(frozen=True)
+class _PendingCopy:
+    """Copy of rows for a buffer."""
+
+    buffer: _RowBuffer
+    rows: torch.Tensor
+    weights: torch.Tensor | None
+
+    def finish(self) -> None:
+        self.buffer.add(self.rows, self.weights)
+
+
 class _Writer:
     """Writer of the buffered rows in shards; the index lists complete shards only."""
 
     def __init__(
         self,
         folder: Path,
-        inputs: SharedInputTree,
+        inputs: SharedInputTree[_RowBuffer],
         dtype: Half,
         settings: dict[str, Any],
         weights: WeightFingerprint,
@@ -245,9 +259,9 @@ class _Writer:
             torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
         return left
 
-    def record_batch(self, batch: Any, before: Mapping[str, Any]) -> bool:
+    def record_batch(self, batch: Any, before: Mapping[str, InputPrefix[_RowBuffer]]) -> bool:
         """Count a batch; return whether there is room for more."""
-        pending = [cast(_RowBuffer, node.learner).bytes + _HEADER for node in self._nodes()]
+        pending = [node.learner.bytes + _HEADER for node in self._nodes()]
         if self._max_bytes is not None and self._bytes_written + sum(pending) > self._max_bytes:
             self._inputs.node_of.update(before)
             self._reason = f"max_bytes of {self._max_bytes:,} reached"

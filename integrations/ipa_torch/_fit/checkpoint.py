@@ -23,6 +23,7 @@ from ipa_core.io.serialization import pack_state, unpack_state
 from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.collector import ActivationCollector, CollectorState
 from ipa_torch._fit.fingerprint import WeightFingerprint
+from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.shared_inputs import InputPrefix
 
 _INDEX = "index.safetensors"
@@ -101,7 +102,7 @@ class CheckpointWriter:
     """
 
     config: CheckpointConfig | None
-    collector: ActivationCollector
+    collector: ActivationCollector[LayerLearner]
     settings: Mapping[str, Any]
     weights: WeightFingerprint | None
     all_reduce_min: Callable[[int], int]
@@ -229,7 +230,7 @@ def _up_to(seen: int, steps: list[Path]) -> list[Path]:
     return kept
 
 
-def _save(folder: Path, state: CollectorState, index: dict[str, Any]) -> None:
+def _save(folder: Path, state: CollectorState[LayerLearner], index: dict[str, Any]) -> None:
     nodes = []
     for number, (node, names) in enumerate(state.groups()):
         parts = {"learner": node.learner.state_dict()}
@@ -258,7 +259,7 @@ def _write_file(path: Path, data: bytes) -> str:
 
 def _load(
     steps: list[Path],
-    collector: ActivationCollector,
+    collector: ActivationCollector[LayerLearner],
     settings: Mapping[str, Any],
     weights: WeightFingerprint,
 ) -> dict[str, Any]:
@@ -288,10 +289,10 @@ def _load(
 
 
 def _read_state(
-    folder: Path, index: dict[str, Any], fresh: Mapping[str, InputPrefix]
-) -> CollectorState:
+    folder: Path, index: dict[str, Any], fresh: Mapping[str, InputPrefix[LayerLearner]]
+) -> CollectorState[LayerLearner]:
     ran = {name: torch.device(device) for name, device in index["ran"].items()}
-    nodes: dict[str, InputPrefix] = {}
+    nodes: dict[str, InputPrefix[LayerLearner]] = {}
     for number, entry in enumerate(index["nodes"]):
         names = entry["layers"]
         device = next((ran[name] for name in names if name in ran), None)

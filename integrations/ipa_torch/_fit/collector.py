@@ -1,4 +1,4 @@
-"""Collector of activations: forward-pre-hooks that update learners."""
+"""Collector of activations: forward hooks that update learners."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Generic, Literal, Self, TypeAlias
 
 import torch
 from torch import nn
 
-from ipa_core import Learner
-from ipa_core.errors import IPAError, with_context
+from ipa_core.errors import IPAError
 from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.hooks import Hook, HookSet
-from ipa_torch._capture.row_weights import RowWeighter
-from ipa_torch._capture.tensor_ids import TensorIds
-from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
-from ipa_torch._layers.matmul_view import MatmulView, WeightedRows, check_rows, input_of, view_of
-from ipa_torch._layers.output_view import OutputView, output_of, output_view
-from ipa_torch.errors import LayerError
+from ipa_torch._capture.input_update import is_async_device
+from ipa_torch._capture.row_consumer import RowConsumer
+from ipa_torch._capture.row_reader import RowReader
+from ipa_torch._fit.shared_inputs import C, InputPrefix, SharedInputTree
+from ipa_torch._layers.matmul_view import RowView, check_rows, input_of, view_of
+from ipa_torch._layers.output_view import output_of, output_view
+from ipa_torch.errors import named_layer
 from ipa_torch.projectors import M, T
 
 Source: TypeAlias = Literal["inputs", "outputs"]
-View: TypeAlias = MatmulView | OutputView
 
 NEVER_RAN = "its forward never ran"
 BYPASSED = "its weight is used without calling it, which no hook and no adapter can see"
@@ -34,7 +33,7 @@ NO_ROWS = "it saw no row of positive weight"
 
 
 @dataclass(frozen=True)
-class CollectorState:
+class CollectorState(Generic[C]):
     """State of a collector between batches.
 
     Parameters
@@ -49,7 +48,7 @@ class CollectorState:
         Layers whose weight was passed to a function other than their forward.
     """
 
-    node_of: Mapping[str, InputPrefix]
+    node_of: Mapping[str, InputPrefix[C]]
     ran: Mapping[str, torch.device]
     stopped: Mapping[str, str]
     failed: Mapping[str, str]
@@ -63,24 +62,26 @@ class CollectorState:
             return BYPASSED if name in self.bypassed else NEVER_RAN
         return None if self.node_of[name].learner.samples else NO_ROWS
 
-    def groups(self) -> list[tuple[InputPrefix, list[str]]]:
+    def groups(self) -> list[tuple[InputPrefix[C], list[str]]]:
         """Return each node with its layers, in the model's order."""
-        nodes: dict[int, tuple[InputPrefix, list[str]]] = {}
+        nodes: dict[int, tuple[InputPrefix[C], list[str]]] = {}
         for name, node in self.node_of.items():
             nodes.setdefault(id(node), (node, []))[1].append(name)
         return list(nodes.values())
 
 
-class ActivationCollector:
-    """Hooks on layers, between ``__enter__`` and ``__exit__``, that update learners."""
+class ActivationCollector(Generic[C]):
+    """Hooks on layers, between ``__enter__`` and ``__exit__``, that update learners.
+
+    A layer's update begins before its forward and is finished after it, or at once on a CPU.
+    """
 
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
-        inputs: SharedInputTree,
-        row_weighter: RowWeighter,
+        inputs: SharedInputTree[C],
+        reader: RowReader,
         *,
-        max_patches: int | None,
         max_rows: int | None,
         drop_failed: bool,
         source: Source = "inputs",
@@ -88,21 +89,14 @@ class ActivationCollector:
         self._layers = layers
         self._views = {name: _view(name, module, source) for name, module in layers.items()}
         self._inputs = inputs
-        self._row_weighter = row_weighter
-        self._max_patches = max_patches
+        self._reader = reader
         self._max_rows = max_rows
         self._drop_failed = drop_failed
-        self._tensor_ids = TensorIds()
-        hook, after = (
-            (self._forward_pre_hook, False) if source == "inputs" else (self._forward_hook, True)
-        )
-        layer_hooks = [Hook(n, m, partial(hook, n), after=after) for n, m in layers.items()]
-        self._hooks = HookSet([*row_weighter.hooks, *layer_hooks])
+        self._hooks = HookSet([*reader.hooks, *self._layer_hooks(source)])
         self._weight_use = WeightUseTracer(layers)
         self._ran: dict[str, torch.device] = {}
         self._stopped: dict[str, str] = {}
         self._failed: dict[str, str] = {}
-        self._pending: _PendingUpdate | None = None
         self.rows = 0
 
     @property
@@ -135,7 +129,7 @@ class ActivationCollector:
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
         """Enclose the forward pass of a batch."""
-        weighted = self._row_weighter.start(batch)
+        weighted = self._reader.start(batch)
         self.rows = 0
         watch = nullcontext() if len(self._ran) == len(self._layers) else self._weight_use
         try:
@@ -146,12 +140,11 @@ class ActivationCollector:
                 self._finish_pending()
             finally:
                 self._inputs.end_batch()
-                self._tensor_ids.clear()
         if weighted is not None:
             self.rows = weighted
         self._stop_layers()
 
-    def finish(self, reason: str, result: Callable[[Learner], T], kind: type[M]) -> M:
+    def finish(self, reason: str, result: Callable[[C], T], kind: type[M]) -> M:
         """Return the results of the learners; layers at the same node share a result."""
         results: dict[int, T] = {}
         learned, missing = {}, {}
@@ -161,13 +154,13 @@ class ActivationCollector:
                 missing[name] = why
                 continue
             if id(node) not in results:
-                with _named(name), no_autocast(self._ran[name]):
+                with named_layer(name), no_autocast(self._ran[name]):
                     results[id(node)] = result(node.learner)
             learned[name] = results[id(node)]
         stopped = {name: self._stopped.get(name, reason) for name in learned}
         return kind(learned, missing=missing, stopped=stopped)
 
-    def snapshot(self) -> CollectorState:
+    def snapshot(self) -> CollectorState[C]:
         """Return the state; between batches only."""
         return CollectorState(
             dict(self._inputs.node_of),
@@ -177,7 +170,7 @@ class ActivationCollector:
             frozenset(self._weight_use.used),
         )
 
-    def restore(self, snapshot: CollectorState) -> None:
+    def restore(self, snapshot: CollectorState[C]) -> None:
         """Restore the state of another collector of the same layers."""
         self._inputs.node_of.update(snapshot.node_of)
         self._ran = dict(snapshot.ran)
@@ -201,63 +194,61 @@ class ActivationCollector:
         self._hooks.remove(name)
         self._stopped[name] = reason
 
-    def _forward_pre_hook(
+    def _layer_hooks(self, source: Source) -> Iterator[Hook]:
+        for name, module in self._layers.items():
+            if source == "outputs":
+                yield Hook(name, module, partial(self._observe_output, name), after=True)
+            else:
+                yield Hook(name, module, partial(self._observe_input, name))
+                yield Hook(name, module, self._after_forward, after=True)
+
+    def _observe_input(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._finish_pending()
         if name in self._failed:  # in `_finish_pending`, while the forward pass continued
             return
         with self._drop_failed_layer(name):
-            activation = input_of(module, args, kwargs)
-            check_rows(module, activation)
-            with no_autocast(activation.device):
-                finish = self._begin(name, activation)
-                if finish is None:
-                    return
-                if not _is_async_device(activation.device):
-                    return finish()
-            # The layer's product is queued on the device before the host waits for row norms.
-            handle = module.register_forward_hook(lambda *_: self._finish_pending())
-            self._pending = _PendingUpdate(name, activation, _version(activation), finish, handle)
+            self._begin(name, module, input_of(module, args, kwargs))
+        # Otherwise the layer's product is queued on the device before the host waits for norms.
+        if self._inputs.pending is not None and not is_async_device(self._ran[name]):
+            self._finish_pending()
 
-    def _forward_hook(
-        self,
-        name: str,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
+    def _after_forward(self, *_: Any) -> None:
+        self._finish_pending()
+
+    def _observe_output(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        if name in self._failed:
-            return
-        with self._drop_failed_layer(name):
-            activation = output_of(module, output)
-            check_rows(module, activation)
-            with no_autocast(activation.device):
-                finish = self._begin(name, activation)
-                if finish is not None:
-                    finish()
+        if name not in self._failed:
+            with self._drop_failed_layer(name):
+                self._begin(name, module, output_of(module, output))
+            self._finish_pending()
 
-    def _begin(self, name: str, activation: torch.Tensor) -> Callable[[], None] | None:
+    def _begin(self, name: str, module: nn.Module, activation: torch.Tensor) -> None:
+        """Move a layer by an activation; begin the update if no other layer has."""
+        check_rows(module, activation)
         view = self._views[name]
-        event = self._tensor_ids.id_of(activation), view
         self._ran[name] = activation.device
-        return self._inputs.advance(name, event, partial(self._rows, activation, view))
+        key = self._reader.key_of(activation, view)
+        if self._inputs.advance(name, key):
+            return
+        with no_autocast(activation.device):
+            rows, weights = self._reader.read(activation, view)
+            self._inputs.begin(name, key, (rows, weights))
+        self.rows = self.rows or int(rows.shape[0])
 
     def _finish_pending(self) -> None:
-        """Finish the pending update, if there is one."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        pending.handle.remove()
-        with self._drop_failed_layer(pending.name), no_autocast(pending.activation.device):
-            pending.finish()
+        """Finish the update that has begun, if there is one."""
+        if (pending := self._inputs.pending) is not None:
+            with self._drop_failed_layer(pending.name):
+                self._inputs.finish()
 
     @contextmanager
     def _drop_failed_layer(self, name: str) -> Iterator[None]:
-        """Add the layer's name to errors; with ``drop_failed``, remove its hook instead."""
+        """Add the layer's name to errors; with ``drop_failed``, remove its hooks instead."""
         try:
-            with _named(name):
+            with named_layer(name):
                 yield
         except IPAError as error:
             if not self._drop_failed:
@@ -265,57 +256,12 @@ class ActivationCollector:
             self._hooks.remove(name)
             self._failed[name] = str(error)
 
-    def _rows(self, activation: torch.Tensor, view: View) -> WeightedRows:
-        subset = self._row_weighter(activation, view.row_shape(activation))
-        rows, weights = view.im2row(activation.detach(), subset, self._max_patches)
-        if not self.rows:
-            self.rows = int(rows.shape[0])
-        return rows, weights
 
-
-@dataclass(frozen=True)
-class _PendingUpdate:
-    """Update that has begun and is finished after the layer's forward."""
-
-    name: str
-    activation: torch.Tensor
-    version: int
-    second_half: Callable[[], None]
-    handle: torch.utils.hooks.RemovableHandle
-
-    def finish(self) -> None:
-        if _version(self.activation) != self.version:
-            raise LayerError(
-                "expected a layer that does not change its input, got a change in place; "
-                "leave it out of the targets"
-            )
-        self.second_half()
-
-
-def _is_async_device(device: torch.device) -> bool:
-    """Return whether the device computes asynchronously to the host."""
-    return device.type != "cpu"
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Return torch's count of the changes in place of a tensor; 0 in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Add the layer's name to errors."""
-    try:
-        yield
-    except IPAError as error:
-        raise with_context(error, f"layer {name!r}") from error
-
-
-def _view(name: str, module: nn.Module, source: Source) -> View:
-    with _named(name):
+def _view(name: str, module: nn.Module, source: Source) -> RowView:
+    with named_layer(name):
         return view_of(module) if source == "inputs" else output_view(module)
 
 
-def _rows_of(learner: Learner) -> int:
+def _rows_of(learner: RowConsumer) -> int:
     """Return the rows of a learner; a row counts once, however many passes are made over it."""
     return -(-learner.samples // learner.passes)

@@ -12,6 +12,7 @@ import torch
 
 from ipa_core import Learner, Projector
 from ipa_core.errors import SettingError
+from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch.errors import check_choice
 
 OnError: TypeAlias = Literal["raise", "return"]
@@ -121,12 +122,13 @@ class Convergence:
         return self._batches >= MIN_BATCHES and self.estimate <= self.tolerance
 
     def observe(
-        self, learner: Learner, rows: torch.Tensor, weights: torch.Tensor | None
+        self, learner: RowConsumer, rows: torch.Tensor, weights: torch.Tensor | None
     ) -> Convergence:
         """Return the estimate after rows that the learner is about to absorb."""
         after = copy.copy(self)
         after._batches += 1
         if learner.samples:
+            assert isinstance(learner, Learner)  # the only consumers with a tolerance
             after._advance(learner)
         if after._now is not None:
             after._score(rows, weights)

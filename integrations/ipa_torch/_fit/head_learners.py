@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, Self, overload
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias, overload
 
 import torch
 
 from ipa_core import Learner
 from ipa_core.errors import FileFormatError, SettingError, ShapeError
-from ipa_torch._fit.row_consumer import Deferred, PendingRows
+from ipa_torch._capture.row_consumer import PendingRows
 
 
 class HeadLearners(Sequence[Learner]):
@@ -64,7 +64,7 @@ class HeadLearners(Sequence[Learner]):
         """Rank of each learner."""
         return self._learners[0].rank
 
-    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Deferred:
+    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> PendingHeads:
         """Begin to learn from rows of all heads, as `Learner.begin_update`.
 
         Raises
@@ -83,12 +83,7 @@ class HeadLearners(Sequence[Learner]):
             learner.begin_update(block, weights)
             for learner, block in zip(self._learners, blocks, strict=True)
         ]
-        return Deferred(partial(self._finish, pending))
-
-    def _finish(self, pending: Iterable[PendingRows]) -> Self:
-        for update in pending:
-            update.finish()
-        return self
+        return PendingHeads(pending)
 
     def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Self:
         """Learn from rows of all heads."""
@@ -141,6 +136,22 @@ class HeadLearners(Sequence[Learner]):
             for head, learner in enumerate(self._learners)
         )
         return self
+
+
+@dataclass(frozen=True)
+class PendingHeads:
+    """Updates of all heads."""
+
+    heads: Sequence[PendingRows]
+
+    def finish(self) -> None:
+        """Complete the updates."""
+        for head in self.heads:
+            head.finish()
+
+
+#: Learner of a layer, as `fit_learners` returns it.
+LayerLearner: TypeAlias = Learner | HeadLearners
 
 
 def _of_head(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -123,7 +123,7 @@ def fit_learners(
 
 def _by_head(
     make_learner: Callable[[int], Learner], heads: int, stop: StoppingCriteria | None
-) -> Callable[[int], Learner]:
+) -> Callable[[int], HeadLearners]:
     """Return a factory of learners of all heads."""
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise SettingError(f"expected heads to be an integer of at least 1 or None, got {heads!r}")
@@ -132,4 +132,4 @@ def _by_head(
             "expected no tolerance with heads, whose excess error is not estimated, got "
             f"{stop.tolerance!r}; use max_rows or max_batches"
         )
-    return lambda rank: cast(Learner, HeadLearners(make_learner(rank) for _ in range(heads)))
+    return lambda rank: HeadLearners(make_learner(rank) for _ in range(heads))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -14,10 +14,10 @@ from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import IPAError, SettingError, with_context
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
-from ipa_torch._capture.row_weights import RowWeighter
+from ipa_torch._capture.row_reader import RowReader
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
-from ipa_torch._fit.row_consumer import Deferred
+from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
@@ -38,15 +38,18 @@ class MemoryPass:
 
 
 class _ShapeProbe:
-    """Learner that only records the features, for a pass that finds shared inputs."""
+    """Consumer that only records the features, for a pass that finds shared inputs."""
 
     passes = 1
     features: int | None = None
     samples = 0
 
-    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Deferred:
+    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Self:
         self.features = int(rows.shape[-1])
-        return Deferred(lambda: self)
+        return self
+
+    def finish(self) -> Self:
+        return self
 
 
 def learner_bytes(
@@ -111,7 +114,7 @@ def split_by_memory(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
-    make_learner: Callable[[int], Learner],
+    make_learner: Callable[[int], LayerLearner],
     batch: Any,
     run: Forward,
     *,
@@ -154,7 +157,7 @@ def bytes_by_input(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
-    make_learner: Callable[[int], Learner],
+    make_learner: Callable[[int], LayerLearner],
     batch: Any,
     run: Forward,
     *,
@@ -175,7 +178,7 @@ def bytes_by_input(
 
 
 def measure_learner_bytes(
-    make_learner: Callable[[int], Learner], rank: int, features: int, converging: bool
+    make_learner: Callable[[int], LayerLearner], rank: int, features: int, converging: bool
 ) -> int:
     """Return the bytes that a learner of float32 rows holds while a batch is read: two states.
 
@@ -206,12 +209,11 @@ def _groups_by_input(
     source: Source,
 ) -> list[tuple[list[str], int]]:
     """Return groups of layers that share their inputs, with the number of features."""
-    inputs = SharedInputTree(ranks, lambda rank: cast(Learner, _ShapeProbe()), None)
+    inputs = SharedInputTree(ranks, lambda rank: _ShapeProbe(), None)
     collector = ActivationCollector(
         layers,
         inputs,
-        RowWeighter(model, None),
-        max_patches=1,
+        RowReader(model, None, max_patches=1),
         max_rows=None,
         drop_failed=True,
         source=source,

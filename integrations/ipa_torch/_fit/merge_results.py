@@ -14,6 +14,7 @@ from ipa_core import Learner, Projector
 from ipa_torch._capture.forward import device_of
 from ipa_torch._distributed.process_group import FitProcessGroup
 from ipa_torch._fit.collector import NEVER_RAN, ActivationCollector, CollectorState
+from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch.projectors import LayerLearners, LayerProjectors, M
 
 
@@ -22,15 +23,20 @@ class ResultKind(Generic[M]):
     """Results of a fit: their class, and their form as a state that ranks send."""
 
     kind: type[M]
-    of_learner: Callable[[Learner], Any]
-    state_of: Callable[[Any], Mapping[str, Any]]
-    of_state: Callable[[Mapping[str, Any], Learner], Any]
+    of_learner: Callable[[LayerLearner], Any]
+    state_of: Callable[[LayerLearner], Mapping[str, Any]]
+    of_state: Callable[[Mapping[str, Any], LayerLearner], Any]
+
+
+def _finalize(learner: LayerLearner) -> Projector:
+    assert isinstance(learner, Learner)
+    return learner.finalize()
 
 
 PROJECTORS = ResultKind(
     LayerProjectors,
-    lambda learner: learner.finalize(),
-    lambda learner: vars(learner.finalize()),
+    _finalize,
+    lambda learner: vars(_finalize(learner)),
     lambda state, _: Projector(**state),
 )
 LEARNERS = ResultKind(
@@ -43,7 +49,7 @@ LEARNERS = ResultKind(
 
 def merge_results(
     fit_group: FitProcessGroup,
-    collector: ActivationCollector,
+    collector: ActivationCollector[LayerLearner],
     layers: Mapping[str, nn.Module],
     reason: str,
     seen: int,
@@ -91,7 +97,7 @@ def _moved(value: Any, device: torch.device | None) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _report(state: CollectorState, reason: str, seen: int) -> dict[str, Any]:
+def _report(state: CollectorState[LayerLearner], reason: str, seen: int) -> dict[str, Any]:
     missing = {name: why for name in state.node_of if (why := state.missing(name)) is not None}
     groups = [names for _, names in state.groups()]
     stops = {name: state.stopped.get(name, reason) for name in state.node_of}
@@ -107,7 +113,7 @@ def _report(state: CollectorState, reason: str, seen: int) -> dict[str, Any]:
 
 
 def _common_groups(
-    state: CollectorState, reports: list[dict[str, Any]], failed: Mapping[str, str]
+    state: CollectorState[LayerLearner], reports: list[dict[str, Any]], failed: Mapping[str, str]
 ) -> list[list[str]]:
     """Return groups of layers that shared their inputs on every rank."""
     keys: dict[str, list[int]] = {name: [] for name in state.node_of if name not in failed}

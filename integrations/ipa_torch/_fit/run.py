@@ -14,18 +14,19 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ipa_core import Learner
 from ipa_core.errors import EmptyStreamError, StreamError
 from ipa_core.io.streams import is_one_shot
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
-from ipa_torch._capture.row_weights import RowWeighter, RowWeights
+from ipa_torch._capture.row_reader import RowReader
+from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
 from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, CheckpointWriter
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, Convergence, StoppingCriteria
 from ipa_torch._fit.fingerprint import WeightFingerprint, code_digest
 from ipa_torch._fit.folder_lock import lock_folder
+from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.memory import MemoryPass, split_by_memory
 from ipa_torch._fit.merge_results import PROJECTORS, ResultKind, merge_results
 from ipa_torch._fit.shared_inputs import SharedInputTree
@@ -46,7 +47,7 @@ def run_fit(
     result: ResultKind[M],
     *,
     targets: Targets,
-    learner: Callable[[int], Learner],
+    learner: Callable[[int], LayerLearner],
     row_weights: RowWeights | None,
     forward: Forward | None,
     max_patches: int | None,
@@ -101,8 +102,7 @@ def run_fit(
             collector = ActivationCollector(
                 memory_pass.layers,
                 SharedInputTree(pass_ranks, learner, convergence),
-                RowWeighter(model, row_weights),
-                max_patches=max_patches,
+                RowReader(model, row_weights, max_patches),
                 max_rows=stop.max_rows,
                 drop_failed=stop.on_error == "return",
                 source=source,
@@ -146,7 +146,7 @@ def _run_pass(
     model: nn.Module,
     batches: Iterable[Any],
     run: Forward,
-    collector: ActivationCollector,
+    collector: ActivationCollector[LayerLearner],
     stop: StoppingCriteria,
     bar: tqdm[Any],
     checkpoints: CheckpointWriter,
@@ -171,7 +171,7 @@ def _run_pass(
 
 
 def _stop_reason(
-    collector: ActivationCollector, stop: StoppingCriteria, seen: int, start: float
+    collector: ActivationCollector[LayerLearner], stop: StoppingCriteria, seen: int, start: float
 ) -> str | None:
     """Return the reason to stop after so many batches, or None."""
     if collector.done:

@@ -10,14 +10,14 @@ import torch
 
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
-from ipa_torch._distributed.tree_reduce import MergeableLearner
+from ipa_torch._distributed.tree_reduce import ProjectorLearner
 from ipa_torch._layers.row_samples import strided_sample
 
 #: Rows of each batch in the sample of the energies that P captures of the inputs.
 _SAMPLED_ROWS = 128
 
 
-class GradientLearner(MergeableLearner, Protocol):
+class GradientLearner(ProjectorLearner, Protocol):
     """A learner of a layer's input rows x and the gradients g of its output rows."""
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:

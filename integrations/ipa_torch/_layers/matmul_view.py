@@ -25,11 +25,8 @@ _STOCK = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class MatmulView(Protocol):
-    """View of a layer as y = M x for each row x of its input, with M of (outputs, features).
-
-    Views are hashable. Equal views of the same tensor give equal rows.
-    """
+class RowView(Protocol):
+    """View of an activation as rows. Equal views, by hash, of the same tensor give equal rows."""
 
     def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
         """Return the shape (batch, *positions) over which an activation has rows."""
@@ -41,6 +38,10 @@ class MatmulView(Protocol):
 
         At most ``limit`` patches are taken.
         """
+
+
+class MatmulView(RowView, Protocol):
+    """View of a layer as y = M x for each row x of its input, with M of (outputs, features)."""
 
     def rows_and_grads(
         self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
