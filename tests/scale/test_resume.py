@@ -131,7 +131,7 @@ def test_checkpoints_of_another_format_version_are_refused(tmp_path):
         state = load_state(index)
         del state["format_version"]  # the first version had none
         save_state(state, index)
-    with pytest.raises(FileFormatError, match="expected format version 3, got 1"):
+    with pytest.raises(FileFormatError, match="expected format version 4, got 1"):
         learn(batches, tmp_path)
 
 

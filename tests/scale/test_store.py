@@ -106,6 +106,22 @@ def test_what_the_model_changes_later_is_stored_as_it_was(tmp_path):
     assert np.array_equal(np.concatenate(list(store["layer"])), 2 * rows.numpy())
 
 
+def test_resuming_and_reading_leave_the_random_state(tmp_path):
+    batches = runs.batches(10)
+
+    def interrupted():
+        yield from batches[:6]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path, interrupted())
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    for _ in range(2):  # it resumes, and then is finished
+        assert store(tmp_path, batches).index.ended is not None
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_budget_is_kept(tmp_path):
     whole = store(tmp_path / "whole", runs.batches(10)).bytes
     for share in (0.3, 0.9):

@@ -23,12 +23,11 @@ from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_reader import RowReader
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
-from ipa_torch._fit.batch_digest import chained
-from ipa_torch._fit.checkpoint import skip
 from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED
 from ipa_torch._fit.fingerprint import WeightFingerprint, code_digest
 from ipa_torch._fit.folder_lock import lock_folder
+from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
@@ -121,26 +120,25 @@ def store_activations(
         drop_failed=False,
     )
     settings = {
+        "dtype": dtype,
         "layers": [*layers],
         "max_patches": max_patches,
         "row_weights": code_digest(row_weights),
         "forward": code_digest(forward),
     }
-    weights = WeightFingerprint(model, layers.values())
+    position = ResumablePass(settings, WeightFingerprint(model, layers.values()))
     run = default_forward if forward is None else forward
     bar = tqdm(desc="storing", unit=" rows", unit_scale=True, disable=None if progress else True)
     with lock_folder(Path(folder)):
-        writer = _Writer(Path(folder), inputs, dtype, settings, weights, max_bytes, shard_bytes)
-        remaining = writer.skip_seen(batches)
-        if writer.index.ended is None:
-            with eval_mode(model), collector, bar:
-                for batch in remaining:
-                    before = dict(inputs.node_of)
-                    with weights.first_batch(), collector.batch(batch):
-                        run(model, batch)
-                    bar.update(collector.rows)
-                    if not writer.record_batch(batch, before):
-                        break
+        writer = _Writer(Path(folder), inputs, dtype, position, max_bytes, shard_bytes)
+        with eval_mode(model), collector, bar:
+            for batch in writer.skip_seen(batches):
+                before = dict(inputs.node_of)
+                with position.first_batch(), collector.batch(batch):
+                    run(model, batch)
+                bar.update(collector.rows)
+                if not writer.record_batch(batch, before):
+                    break
             writer.end()
     _report_missing(layers, writer.index)
     return ActivationStore(folder)
@@ -214,50 +212,36 @@ class _Writer:
         folder: Path,
         inputs: SharedInputTree[_RowBuffer],
         dtype: Half,
-        settings: dict[str, Any],
-        weights: WeightFingerprint,
+        position: ResumablePass,
         max_bytes: int | None,
         shard_bytes: int,
     ) -> None:
         self._folder = folder
         self._inputs = inputs
         self._fresh = dict(inputs.node_of)
-        self._settings = settings
-        self._weights = weights
+        self._position = position
         self._max_bytes = max_bytes
         self._shard_bytes = shard_bytes
         self._reason = DATA_EXHAUSTED
         if (folder / INDEX).exists():
             self.index = Index.read(folder)
-            expected = {"dtype": dtype, **settings}
-            got = {"dtype": self.index.dtype, **self.index.writer_state["settings"]}
-            if expected != got:
-                raise SettingError(
-                    f"expected a store of settings {expected} in {folder}, got {got}; "
-                    "take another folder"
-                )
-            weights.check(self.index.writer_state["weights"], folder)
+            position.check(self.index.writer_state, folder)
         else:
-            self.index = Index({}, dtype, 0, None, {"settings": settings, "digest": "", "files": 0})
-        self._batches = self.index.batches
-        self._digest: str = self.index.writer_state["digest"]
+            self.index = Index({}, dtype, 0, None, {**position.state(), "files": 0})
         sizes = {
             shard.file: shard.bytes for shards in self.index.layers.values() for shard in shards
         }
         self._bytes_written = sum(sizes.values())
 
     def skip_seen(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Return the batches that the store does not have yet."""
-        left = iter(batches)
+        """Return the batches that the store does not have yet; none if it is finished."""
+        remaining = iter(batches)
         for kind in (".index.json.*", ".*.safetensors.*"):
             for unfinished in self._folder.glob(kind):
                 unfinished.unlink()
-        if self._batches:
-            skip(left, self._batches, self._digest, self._folder)
-        if self._batches and self.index.ended is None:
-            state = bytearray.fromhex(self.index.writer_state["random"])
-            torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
-        return left
+        if self.index.batches:
+            self._position.skip(remaining, self.index.writer_state, self._folder)
+        return remaining if self.index.ended is None else iter(())
 
     def record_batch(self, batch: Any, before: Mapping[str, InputPrefix[_RowBuffer]]) -> bool:
         """Count a batch; return whether there is room for more."""
@@ -265,25 +249,25 @@ class _Writer:
         if self._max_bytes is not None and self._bytes_written + sum(pending) > self._max_bytes:
             self._inputs.node_of.update(before)
             self._reason = f"max_bytes of {self._max_bytes:,} reached"
-            if not self._batches:
+            if not self._position.seen:
                 raise SettingError(
                     f"expected max_bytes of at least {sum(pending):,}, which the first batch "
                     f"takes, got {self._max_bytes:,}; allow more, or store fewer layers"
                 )
             return False
-        self._batches += 1
-        self._digest = chained(self._digest, batch)
+        self._position.record_batch(batch)
         if sum(pending) >= self._shard_bytes:
             self._flush(None)
         return True
 
     def end(self) -> None:
-        """Write the remaining rows, and the reason of the end."""
-        if not self._batches:
+        """Write the remaining rows, and the reason of the end, unless the store is finished."""
+        if not self._position.seen:
             raise EmptyStreamError("expected at least one batch, got none")
-        self._flush(self._reason)
+        if self.index.ended is None:
+            self._flush(self._reason)
 
-    def _nodes(self) -> list[Any]:
+    def _nodes(self) -> list[InputPrefix[_RowBuffer]]:
         nodes = {id(node): node for node in self._inputs.node_of.values() if node.learner.samples}
         return list(nodes.values())
 
@@ -303,19 +287,12 @@ class _Writer:
             if id(node) in written:
                 layers.setdefault(name, []).append(written[id(node)])
         order = [name for name in self._fresh if name in layers]
-        random = torch.get_rng_state().numpy().tobytes().hex()
         self.index = Index(
             {name: tuple(layers[name]) for name in order},
             self.index.dtype,
-            self._batches,
+            self._position.seen,
             ended,
-            {
-                "settings": self._settings,
-                "weights": self._weights.digests,
-                "digest": self._digest,
-                "files": number,
-                "random": random,
-            },
+            {**self._position.state(), "files": number},
         )
         self.index.write(self._folder)
         self._inputs.node_of.update(self._fresh)

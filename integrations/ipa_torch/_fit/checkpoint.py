@@ -9,7 +9,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -17,17 +16,16 @@ from typing import Any, Self, TypeAlias
 import torch
 
 from ipa_core import load_state
-from ipa_core.errors import FileFormatError, SettingError, StreamError, with_context
+from ipa_core.errors import FileFormatError, SettingError, with_context
 from ipa_core.io.files import replace_file
 from ipa_core.io.serialization import pack_state, unpack_state
-from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.collector import ActivationCollector, CollectorState
-from ipa_torch._fit.fingerprint import WeightFingerprint
 from ipa_torch._fit.head_learners import LayerLearner
+from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import InputPrefix
 
 _INDEX = "index.safetensors"
-_VERSION = 3
+_VERSION = 4
 _CHECKPOINTS_KEPT = 2
 
 
@@ -95,19 +93,15 @@ CheckpointLike: TypeAlias = "CheckpointConfig | str | os.PathLike[str]"
 
 @dataclass
 class CheckpointWriter:
-    """Count of the batches of a run, and writer of its checkpoints.
+    """Writer of the checkpoints of a pass; without ``config`` it only counts the batches.
 
-    Without ``config`` and ``weights`` it only counts. `all_reduce_min` keeps the ranks of a sharded
-    model on the same checkpoint.
+    `all_reduce_min` keeps the ranks of a sharded model on the same checkpoint.
     """
 
     config: CheckpointConfig | None
     collector: ActivationCollector[LayerLearner]
-    settings: Mapping[str, Any]
-    weights: WeightFingerprint | None
+    position: ResumablePass
     all_reduce_min: Callable[[int], int]
-    seen: int = 0
-    _digest: str = ""
     _written: int = 0
     _last: float = field(default_factory=time.monotonic)
 
@@ -124,7 +118,7 @@ class CheckpointWriter:
             If the batches differ from those of the checkpoint.
         """
         remaining = iter(batches)
-        if self.config is None or self.weights is None:
+        if self.config is None:
             return remaining
         folder = Path(self.config.folder)
         for unfinished in folder.glob(".writing-*"):
@@ -135,24 +129,18 @@ class CheckpointWriter:
             return iter(())
         steps = _up_to(common - 1, steps)
         if steps:
-            index = _load(steps, self.collector, self.settings, self.weights)
-            self.seen = self._written = index["seen"]
-            self._digest = skip(remaining, self.seen, index["digest"], steps[-1])
-            torch.set_rng_state(index["random"])
+            index = _load(steps, self.collector, self.position)
+            self.position.skip(remaining, index, steps[-1])
+            self._written = self.position.seen
         return remaining
-
-    def first_batch(self) -> AbstractContextManager[None]:
-        """Enclose a batch; of the first one the weights before the target layers are recorded."""
-        return nullcontext() if self.weights is None else self.weights.first_batch()
 
     def record_batch(self, batch: Any) -> None:
         """Count a batch; write a checkpoint if it is due."""
-        self.seen += 1
+        self.position.record_batch(batch)
         if self.config is None:
             return
-        self._digest = chained(self._digest, batch)
         every, seconds = self.config.batches, self.config.seconds
-        due = (every is not None and self.seen - self._written >= every) or (
+        due = (every is not None and self.position.seen - self._written >= every) or (
             seconds is not None and time.monotonic() - self._last >= seconds
         )
         if self.all_reduce_min(1 if due else 2) == 1:
@@ -160,28 +148,22 @@ class CheckpointWriter:
 
     def write(self) -> None:
         """Write a checkpoint, unless there is one of this batch."""
-        if self.config is None or self.weights is None or self.seen == self._written:
+        seen = self.position.seen
+        if self.config is None or seen == self._written:
             return
         folder = Path(self.config.folder)
         scratch = folder / f".writing-{os.getpid()}"
-        index = {
-            "format_version": _VERSION,
-            "seen": self.seen,
-            "digest": self._digest,
-            "settings": dict(self.settings),
-            "weights": self.weights.digests,
-            "random": torch.get_rng_state(),
-        }
+        index = {"format_version": _VERSION, **self.position.state()}
         try:
             scratch.mkdir()
             _save(scratch, self.collector.snapshot(), index)
-            os.replace(scratch, folder / f"step-{self.seen:010d}")
+            os.replace(scratch, folder / f"step-{seen:010d}")
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         for old in steps_in(folder)[:-_CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
-        self._written, self._last = self.seen, time.monotonic()
+        self._written, self._last = seen, time.monotonic()
 
     def write_last(self) -> None:
         """Write a checkpoint at the end of a run, which is no reason to lose its result.
@@ -258,10 +240,7 @@ def _write_file(path: Path, data: bytes) -> str:
 
 
 def _load(
-    steps: list[Path],
-    collector: ActivationCollector[LayerLearner],
-    settings: Mapping[str, Any],
-    weights: WeightFingerprint,
+    steps: list[Path], collector: ActivationCollector[LayerLearner], position: ResumablePass
 ) -> dict[str, Any]:
     """Restore a collector from the latest checkpoint; return the index."""
     folder = steps[-1]
@@ -271,12 +250,7 @@ def _load(
             raise FileFormatError(f"{folder}: expected format version {_VERSION}, got {version}")
         if index["seen"] != _seen([folder]):
             raise FileFormatError(f"{folder}: got the checkpoint of {index['seen']} batches")
-        if index["settings"] != settings:
-            raise SettingError(
-                f"{folder}: expected the checkpoint of a run with settings {dict(settings)}, got "
-                f"{index['settings']}; use another folder, or delete this folder to start over"
-            )
-        weights.check(index["weights"], folder)
+        position.check(index, folder)
         state = _read_state(folder, index, collector.snapshot().node_of)
     except (FileFormatError, OSError) as error:
         cure = f"resume from {steps[-2].name}" if len(steps) > 1 else "start over"
@@ -324,27 +298,3 @@ def _read_bound(path: Path, sha256: str, device: torch.device | None) -> dict[st
     if hashlib.sha256(data).hexdigest() != sha256:
         raise FileFormatError(f"{path}: expected the file of the index's digest, got another")
     return unpack_state(data, library=torch, device=device)
-
-
-def skip(batches: Iterator[Any], count: int, expected: str, folder: Path) -> str:
-    """Read the first batches and return their digest.
-
-    Raises
-    ------
-    StreamError
-        If they differ from those of the digest ``expected``.
-    """
-    digest = ""
-    for number in range(count):
-        try:
-            digest = chained(digest, next(batches))
-        except StopIteration:
-            raise StreamError(
-                f"expected at least the {count} batches of {folder}, got {number}"
-            ) from None
-    if digest != expected:
-        raise StreamError(
-            f"expected the first {count} batches to be those of {folder}, got others; "
-            "read them in the same order (seed the loader), or delete the folder to start over"
-        )
-    return digest

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ipa_core.errors import SettingError
+from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._fit.batch_digest import tensor_digest
 
 #: Entries of each weight that are compared, and letters of a digest that are kept.
@@ -66,21 +67,17 @@ class WeightFingerprint:
         before: set[nn.Module] = set()
         targets = {id(layer) for layer in self._layers}
 
-        def record(module: nn.Module, _: Any) -> None:
+        def record(module: nn.Module, *_: Any) -> None:
             if id(module) in targets:
                 before.update(started)
             started[module] = None
 
-        handles = [
-            module.register_forward_pre_hook(record)
+        with HookSet(
+            Hook(None, module, record)
             for module in self._model.modules()
             if not isinstance(module, torch.jit.ScriptModule)
-        ]
-        try:
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         self._names = [
             name for name in _names_in(self._model, "", before, started) if name in self._all
         ]

@@ -29,6 +29,7 @@ from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.memory import MemoryPass, split_by_memory
 from ipa_torch._fit.merge_results import PROJECTORS, ResultKind, merge_results
+from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.linearity import check_supported
 from ipa_torch._layers.targets import Targets, select_layers
@@ -111,9 +112,8 @@ def run_fit(
             config = _checkpoint_of_pass(checkpoint, fit_group, number, len(memory_passes))
             weights = None if config is None else WeightFingerprint(model, layers.values())
             lock = nullcontext() if config is None else lock_folder(Path(config.folder))
-            checkpoints = CheckpointWriter(
-                config, collector, checked, weights, fit_group.all_reduce_min
-            )
+            position = ResumablePass(checked, weights)
+            checkpoints = CheckpointWriter(config, collector, position, fit_group.all_reduce_min)
             interrupted = False
             with lock, eval_mode(model), collector, _bar(progress, memory_passes, number) as bar:
                 try:
@@ -132,7 +132,7 @@ def run_fit(
                     collector,
                     memory_pass.layers,
                     reason,
-                    checkpoints.seen,
+                    position.seen,
                     interrupted,
                     result,
                 )
@@ -153,19 +153,19 @@ def _run_pass(
     fit_group: FitProcessGroup,
 ) -> str:
     """Run until a stopping criterion holds; return which."""
-    start = time.monotonic()
+    start, position = time.monotonic(), checkpoints.position
     remaining = fit_group.lockstep(checkpoints.skip_seen(_repeated(batches, collector.passes)))
-    while (reason := _stop_reason(collector, stop, checkpoints.seen, start)) is None:
+    while (reason := _stop_reason(collector, stop, position.seen, start)) is None:
         try:
             batch = next(remaining)
         except StopIteration:
             break
-        with checkpoints.first_batch(), collector.batch(batch):
+        with position.first_batch(), collector.batch(batch):
             run(model, batch)
         bar.update(collector.rows)
         checkpoints.record_batch(batch)
     checkpoints.write_last()
-    if not checkpoints.seen and fit_group.group is None:
+    if not position.seen and fit_group.group is None:
         raise EmptyStreamError(_NO_BATCH)
     return reason or DATA_EXHAUSTED
 
