@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from ipa_core.errors import StreamError
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Text of a sample; a rendered one comes from the chat template, special tokens included."""
+
+    content: str
+    rendered: bool = False
 
 
 class CalibrationData:
@@ -63,7 +72,7 @@ class CalibrationData:
         self._encode = self._tokens
         texts = _draw(list(_lines(source)), count, seed)
         # Sorted by length, so that batches contain little padding.
-        self._samples = sorted((self._text(source, *line) for line in texts), key=len)
+        self._samples = sorted((self._text(source, *line) for line in texts), key=_length)
 
     def __len__(self) -> int:
         return -(-len(self._samples) // self._batch_size)
@@ -72,9 +81,16 @@ class CalibrationData:
         for start in range(0, len(self._samples), self._batch_size):
             yield self._encode(self._samples[start : start + self._batch_size])
 
-    def _tokens(self, texts: Sequence[str]) -> dict[str, Any]:
-        options = {"padding": True, "truncation": True, "max_length": self._max_length}
-        return dict(self._processor(list(texts), return_tensors="pt", **options))
+    def _tokens(self, texts: Sequence[_Text]) -> dict[str, Any]:
+        """Return texts as tokens; a rendered conversation has its special tokens already."""
+        options = {"truncation": True, "max_length": self._max_length}
+        rows = [
+            self._processor(text.content, add_special_tokens=not text.rendered, **options)
+            for text in texts
+        ]
+        names = self._processor.model_input_names
+        columns = {name: [row[name] for row in rows] for name in names if name in rows[0]}
+        return dict(self._processor.pad(columns, return_tensors="pt"))
 
     def _images(self, files: Sequence[Path]) -> dict[str, Any]:
         from PIL import Image
@@ -82,19 +98,24 @@ class CalibrationData:
         images = [Image.open(file).convert("RGB") for file in files]
         return dict(self._processor(images, return_tensors="pt"))
 
-    def _text(self, source: Path, number: int, line: str) -> str:
+    def _text(self, source: Path, number: int, line: str) -> _Text:
         if source.suffix != ".jsonl":
-            return line
+            return _Text(line)
         try:
             row = json.loads(line)
             if "messages" in row:
-                return str(self._processor.apply_chat_template(row["messages"], tokenize=False))
-            return str(row["text"])
+                rendered = self._processor.apply_chat_template(row["messages"], tokenize=False)
+                return _Text(str(rendered), rendered=True)
+            return _Text(str(row["text"]))
         except (ValueError, KeyError, TypeError) as error:
             raise StreamError(
                 f"{source}, line {number}: expected a JSON object with 'text' or 'messages', "
                 f"got {line[:60]!r}"
             ) from error
+
+
+def _length(text: _Text) -> int:
+    return len(text.content)
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str]]:

@@ -5,11 +5,12 @@ import sys
 import pytest
 import transformers
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ipa_hf import __main__
 from ipa_hf.__main__ import main
 from ipa_hf.adapter_metadata import AdapterMetadata, LayerMetadata
+from ipa_hf.calibration_data import CalibrationData
 
 from .models import make, outputs, text_batches
 
@@ -75,6 +76,34 @@ def test_json_lines(model, tmp_path, rows):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
     assert fit(model, data, tmp_path / "adapter") == 0
+
+
+def test_a_rendered_chat_has_its_special_tokens_once(model, tmp_path):
+    # The tokenizer and the template both write BOS, as in Llama 3.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.bos_token = "<s>"
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    data = tmp_path / "rows.jsonl"
+    rows = [
+        {"text": "a b"},
+        {"messages": [{"role": "user", "content": "a b c d"}]},
+        {"text": "a b c d e f g h"},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = CalibrationData(data, str(model), count=3, batch_size=3, max_length=8)
+    (batch,) = samples
+    begin = tokenizer.bos_token_id
+    assert (batch["input_ids"][:, 0] == begin).all()
+    # pad_token is the same token here: only real positions count.
+    counts = ((batch["input_ids"] == begin) & batch["attention_mask"].bool()).sum(1)
+    assert counts.tolist() == [1, 1, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 5, 8]  # the last one is truncated
+    expected = tokenizer.apply_chat_template(rows[1]["messages"], tokenize=True, return_dict=False)
+    assert batch["input_ids"][1, :5].tolist() == expected
 
 
 def test_images(tmp_path):
