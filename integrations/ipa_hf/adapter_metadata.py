@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from peft import LoraConfig, PeftModel
 
 from ipa_core.errors import FileFormatError
 from ipa_core.io.files import replace_file
@@ -95,26 +92,3 @@ def _check_version(path: Path, name: Any, version: Any) -> None:
         f"{path}: expected format {_FORMAT!r} version {_VERSION}, got {name!r} version "
         f"{version!r}; {cure}"
     )
-
-
-class MetadataLoraConfig(LoraConfig):
-    """A `LoraConfig` that writes the adapter's metadata into each directory that PEFT saves to.
-
-    The metadata is no dataclass field, so ``adapter_config.json`` stays a plain LoRA configuration.
-    """
-
-    ipa_metadata: Any = None
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration as PEFT does, and the metadata into the same directory."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.ipa_metadata.write(save_directory)
-
-
-def attach_metadata(peft_model: PeftModel, adapter_name: str, metadata: AdapterMetadata) -> None:
-    """Make the model's `save_pretrained` write the adapter's metadata too."""
-    config = MetadataLoraConfig.__new__(MetadataLoraConfig)
-    # Copied, not rebuilt from the fields: PEFT stores attributes beside the dataclass fields.
-    config.__dict__ = copy.copy(peft_model.peft_config[adapter_name].__dict__)
-    config.ipa_metadata = metadata
-    peft_model.peft_config[adapter_name] = config

@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save as to_bytes
 from transformers import AutoConfig
 
 from ipa_core.errors import SettingError
-from ipa_core.io.serialization import replace_file
+from ipa_core.io.files import replace_file
+from ipa_hf.adapter_holder import base_model
 from ipa_hf.export_experts import export_experts
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 from ipa_hf.lora_options import KEEPING_BASE_WEIGHTS, PLAIN_LORA, unsupported_fields
+from ipa_hf.model_metadata import write_metadata
 from ipa_hf.uniform_size import LoraPair, UniformSize
 from ipa_torch.extension import features_of, is_conv1d, outputs_of, unwrap_model
 
@@ -26,7 +28,7 @@ _STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def export_lora(
-    peft_model: PeftModel,
+    peft_model: torch.nn.Module,
     directory: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
@@ -43,8 +45,8 @@ def export_lora(
 
     Parameters
     ----------
-    peft_model : PeftModel
-        Left unchanged.
+    peft_model : torch.nn.Module
+        A `PeftModel`, or a model that holds PEFT's adapters; left unchanged.
     directory : path-like
         Created if missing. Receives ``adapter_model.safetensors``, ``adapter_config.json`` and, if
         the adapter has metadata, ``ipa_adapter.json``.
@@ -86,7 +88,7 @@ def export_lora(
     size = UniformSize.of(layers.values(), adapter_name)
     fused = {name: x for name, x in layers.items() if isinstance(x, ParamWrapper)}
     linear = {name: x for name, x in layers.items() if name not in fused}
-    experts = export_experts(unwrap_model(peft_model.get_base_model()), fused, size, adapter_name)
+    experts = export_experts(unwrap_model(base_model(peft_model)), fused, size, adapter_name)
     pairs = _linear_weights(peft_model, linear, size, adapter_name) | experts.pairs
     tensors = {
         f"base_model.model.{name}.lora_{part}.weight": tensor
@@ -100,8 +102,7 @@ def export_lora(
     _export_config(
         peft_model, config, size, sorted(targets), sorted(experts.target_parameters)
     ).save_pretrained(str(folder))
-    if metadata := getattr(config, "ipa_metadata", None):
-        metadata.write(folder)
+    write_metadata(peft_model, adapter_name, folder)
 
 
 def _check_servable(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
@@ -122,9 +123,9 @@ def _check_servable(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter
             )
 
 
-def _check_vocabulary(peft_model: PeftModel) -> None:
+def _check_vocabulary(peft_model: torch.nn.Module) -> None:
     """Check that the embeddings have the size of the saved base model, which a server loads."""
-    base = unwrap_model(peft_model.get_base_model())
+    base = unwrap_model(base_model(peft_model))
     try:
         embedding = getattr(base, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
@@ -146,12 +147,15 @@ def _check_vocabulary(peft_model: PeftModel) -> None:
 
 
 def _linear_weights(
-    peft_model: PeftModel, layers: Mapping[str, LoraLayer], size: UniformSize, adapter_name: str
+    peft_model: torch.nn.Module,
+    layers: Mapping[str, LoraLayer],
+    size: UniformSize,
+    adapter_name: str,
 ) -> dict[str, LoraPair]:
     """Return A and B of all layers whose last name component is a target."""
     pairs = {}
     targets = _exported_targets(peft_model, layers)
-    for name, module in unwrap_model(peft_model.get_base_model()).named_modules():
+    for name, module in unwrap_model(base_model(peft_model)).named_modules():
         if name in layers:
             a, b = lora_A_and_B(layers[name], adapter_name)
             pairs[name] = size.pad(a, b, layers[name].scaling[adapter_name])
@@ -171,13 +175,13 @@ def _zeros(name: str, module: torch.nn.Module, size: UniformSize) -> LoraPair:
 
 
 def _export_config(
-    peft_model: PeftModel,
+    peft_model: torch.nn.Module,
     config: LoraConfig,
     size: UniformSize,
     modules: list[str],
     parameters: list[str],
 ) -> LoraConfig:
-    base = peft_model.get_base_model()
+    base = base_model(peft_model)
     return LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path
@@ -192,10 +196,10 @@ def _export_config(
     )
 
 
-def _exported_targets(peft_model: PeftModel, layers: Mapping[str, LoraLayer]) -> set[str]:
+def _exported_targets(peft_model: torch.nn.Module, layers: Mapping[str, LoraLayer]) -> set[str]:
     """Return the last name components of the layers, and of those that servers stack with them."""
     targets = {_last_component(name) for name in layers}
-    modules = dict(unwrap_model(peft_model.get_base_model()).named_modules())
+    modules = dict(unwrap_model(base_model(peft_model)).named_modules())
     for name in layers:
         parent, _, target = name.rpartition(".")
         for stack in _STACKS:

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
 
+from ipa_hf.adapter_holder import base_model
 from ipa_hf.expert_linear import expert_layers
 from ipa_hf.fused_experts import ExpertSharing
 from ipa_hf.lora_experts import layer_name
@@ -49,7 +49,7 @@ def _without_repacking(model: torch.nn.Module) -> Iterator[None]:
 
 
 def fit_lora_projectors(
-    peft_model: PeftModel,
+    peft_model: torch.nn.Module,
     ranks: Mapping[str, int],
     batches: Iterable[Any],
     options: FitOptions,
@@ -62,7 +62,7 @@ def fit_lora_projectors(
 
     Names in ``fused`` are those of parameters, which get the layers of `expert_layers`.
     """
-    base = peft_model.get_base_model()
+    base = base_model(peft_model)
     experts: AbstractContextManager[list[str]] = nullcontext([])
     if fused:
         experts = expert_layers(base, fused, sharing=sharing, routing_weights=routing_weights)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TypeVar
 
-from peft import PeftModel
+import torch
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
 from ipa_hf.lora_experts import layer_name
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+
 
 def freeze_projections(
-    peft_model: PeftModel,
+    peft_model: Model,
     adapter_name: str = "default",
     *,
     layers: Collection[str] | None = None,
-) -> PeftModel:
+) -> Model:
     """Freeze the A of a LoRA adapter, so that only B is trained.
 
     A stays frozen through ``set_adapter``, ``disable_adapter``, ``load_adapter`` and
@@ -27,8 +30,10 @@ def freeze_projections(
 
     Parameters
     ----------
-    peft_model : PeftModel
-        Modified in place.
+    peft_model : torch.nn.Module
+        A `PeftModel`, also with ``mixed=True``, or a model that holds PEFT's adapters: a
+        transformers model after ``add_adapter`` or ``load_adapter``, also within
+        sentence-transformers. Modified in place.
     adapter_name : str, default "default"
         The adapter.
     layers : collection of str, optional
@@ -37,7 +42,7 @@ def freeze_projections(
 
     Returns
     -------
-    PeftModel
+    torch.nn.Module
         The same model.
 
     Raises

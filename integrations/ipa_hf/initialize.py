@@ -13,9 +13,9 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_hf.adapter_metadata import AdapterMetadata, attach_metadata
+from ipa_hf.adapter_metadata import AdapterMetadata
 from ipa_hf.fit import fit_lora_projectors
-from ipa_hf.freezing import set_lora_A_frozen
+from ipa_hf.freezing import Model, set_lora_A_frozen
 from ipa_hf.fused_experts import ExpertSharing
 from ipa_hf.lora_experts import compact_names, layer_name, lost_on_loading
 from ipa_hf.lora_init import (
@@ -33,6 +33,7 @@ from ipa_hf.lora_layers import (
     takes_projection,
 )
 from ipa_hf.lora_options import check_initializable
+from ipa_hf.model_methods import keep_metadata
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError, attention_mask
 from ipa_torch.extension import NEVER_RAN, OnMissing, Scaling, check_choice, check_scaling
@@ -120,7 +121,7 @@ def get_ipa_model(
 
 
 def initialize_lora_ipa_weights(
-    peft_model: PeftModel,
+    peft_model: Model,
     data: Iterable[Any] | Mapping[str, Projector],
     *,
     adapter_name: str = "default",
@@ -130,14 +131,15 @@ def initialize_lora_ipa_weights(
     routing_weights: bool = False,
     on_missing: OnMissing = "warn",
     **options: Unpack[FitOptions],
-) -> PeftModel:
+) -> Model:
     r"""Set ``lora_A`` of a fresh LoRA adapter to a scaled P; ``lora_B`` stays zero.
 
     Parameters
     ----------
-    peft_model : PeftModel
-        With an untrained LoRA adapter of this name; other adapters may be trained. Modified in
-        place.
+    peft_model : torch.nn.Module
+        With an untrained LoRA adapter of this name; other adapters may be trained. A `PeftModel`,
+        also with ``mixed=True``, or a model that holds PEFT's adapters (see `freeze_projections`).
+        Modified in place.
     data : iterable of batches, or mapping of str to Projector
         Calibration batches, on which the base model is run without adapters; or fitted projectors
         by the layers' names in the base model. A projector of larger rank than its layer is
@@ -166,7 +168,7 @@ def initialize_lora_ipa_weights(
 
     Returns
     -------
-    PeftModel
+    torch.nn.Module
         The same model; its outputs are those of the base model until B is trained.
 
     Raises
@@ -261,7 +263,7 @@ def initialize_lora_ipa_weights(
         for name, projector in truncated.items()
     }
     metadata = AdapterMetadata(not trainable, scaling, initialized, row_weights)
-    attach_metadata(peft_model, adapter_name, metadata)
+    keep_metadata(peft_model, adapter_name, metadata)
     for name in {layer_name(name) for name in initialized}:
         set_lora_A_frozen(supported[name], adapter_name, not trainable)
     return peft_model

@@ -7,8 +7,9 @@ import os
 import torch
 from peft import PeftModel
 
-from ipa_hf.adapter_metadata import AdapterMetadata, attach_metadata
+from ipa_hf.adapter_metadata import AdapterMetadata
 from ipa_hf.freezing import freeze_projections
+from ipa_hf.model_methods import keep_metadata
 
 
 def load_adapter(
@@ -67,7 +68,7 @@ def load_adapter(
         model = PeftModel.from_pretrained(
             model, str(directory), adapter_name=adapter_name, is_trainable=is_trainable
         )
-    attach_metadata(model, adapter_name, metadata)
+    keep_metadata(model, adapter_name, metadata)
     if metadata.frozen:
         freeze_projections(model, adapter_name, layers=metadata.layers)
     return model

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
 )
 
+from ipa_hf.adapter_holder import adapter_holder, base_model
 from ipa_hf.fused_experts import FusedParameter, base_name, refusal
 
 
@@ -35,17 +36,18 @@ def unsupported_reason(layer: ParamWrapper) -> str | None:
     return None
 
 
-def lost_on_loading(peft_model: PeftModel, adapter_name: str) -> set[str]:
+def lost_on_loading(peft_model: torch.nn.Module, adapter_name: str) -> set[str]:
     """Return the modules whose LoRA PEFT saves under keys that it renames on loading.
 
     On loading, PEFT applies transformers' renamings of checkpoint keys. In some models they match
     the current names of the experts too, and the LoRA is lost with a warning.
     """
+    holder = adapter_holder(peft_model)
     saved = get_peft_model_state_dict(
-        peft_model, adapter_name=adapter_name, save_embedding_layers=False
+        holder, adapter_name=adapter_name, save_embedding_layers=False
     )
     loaded = convert_peft_adapter_state_dict_for_transformers(
-        peft_model.get_base_model(), peft_model.peft_config[adapter_name], saved, adapter_name
+        base_model(holder), holder.peft_config[adapter_name], saved, adapter_name
     )
     lost = (key.removeprefix("base_model.model.") for key in saved.keys() - loaded.keys())
     return {base_name(key.partition(".lora_")[0]) for key in lost}

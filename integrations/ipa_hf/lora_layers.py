@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from warnings import catch_warnings, filterwarnings
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ipa_core.errors import SettingError, with_context
+from ipa_hf.adapter_holder import adapter_holder, base_model
 from ipa_hf.lora_experts import parameter_name, unsupported_reason
 from ipa_torch import LayerError
 from ipa_torch.extension import execution_device, unwrap_model
 
 
-def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
+def lora_config(peft_model: torch.nn.Module, adapter_name: str) -> LoraConfig:
     """Return the configuration of a LoRA adapter.
 
     Raises
@@ -25,7 +27,7 @@ def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
     SettingError
         If the model has no adapter of this name, or the adapter is not LoRA.
     """
-    known = peft_model.peft_config
+    known = adapter_holder(peft_model).peft_config
     if adapter_name not in known:
         raise SettingError(f"expected one of the adapters {sorted(known)}, got {adapter_name!r}")
     config = known[adapter_name]
@@ -34,16 +36,25 @@ def lora_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
     return config
 
 
-def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+def lora_layers(peft_model: torch.nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Return the layers with the adapter by their names in the base model.
 
-    A wrapped parameter has the parameter's name.
+    A wrapped parameter has the parameter's name, and a layer within adapters of another kind
+    (``mixed=True``) the name of the whole.
     """
     return {
-        parameter_name(name, module) if isinstance(module, ParamWrapper) else name: module
-        for name, module in unwrap_model(peft_model.get_base_model()).named_modules()
+        _name_in_base_model(name, module): module
+        for name, module in unwrap_model(base_model(peft_model)).named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
+
+
+def _name_in_base_model(name: str, layer: LoraLayer) -> str:
+    if isinstance(layer, ParamWrapper):
+        return parameter_name(name, layer)
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
 
 
 def takes_projection(layer: LoraLayer, adapter_name: str) -> bool:
@@ -98,19 +109,26 @@ def materialize(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
 
 @contextmanager
-def base_model_only(peft_model: PeftModel) -> Iterator[None]:
+def base_model_only(model: torch.nn.Module) -> Iterator[None]:
     """Disable all adapters temporarily and restore every ``requires_grad`` afterwards.
 
-    PEFT's ``disable_adapter`` makes the active adapters trainable on exit, even in a model that was
-    loaded for inference.
+    Adapters of any kind and whole modules (``modules_to_save``) are disabled, whatever holds them.
+    Biases that were changed by earlier training stay changed.
     """
-    trainable = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    enabled = [
+        module
+        for module in model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        and not module.disable_adapters
+    ]
     try:
-        with catch_warnings():
-            # Biases changed by earlier training stay changed: the warning does not apply here.
-            filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
-            with peft_model.disable_adapter():
-                yield
+        for module in enabled:
+            module.enable_adapters(False)
+        yield
     finally:
+        for module in enabled:
+            module.enable_adapters(True)
+        # PEFT makes the active adapters trainable, even in a model that was loaded for inference.
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)

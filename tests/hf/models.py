@@ -59,7 +59,7 @@ def base_state(model):
     """Return copies of the base weights by their names in the model without adapters."""
     plain = getattr(model, "get_base_model", lambda: model)()
     return {
-        name.replace(".base_layer.", "."): copy.deepcopy(value)
+        name.replace(".base_layer", ""): copy.deepcopy(value)
         for name, value in plain.state_dict().items()
         if "lora_" not in name
     }

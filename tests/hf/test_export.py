@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import ipa_hf
 from ipa_core import SettingError
+from ipa_hf.model_metadata import find_metadata
 
 from .models import config, make, outputs, text_batches, train
 
@@ -136,9 +137,7 @@ def test_training_continues_from_an_export(exported):
     _, folder, family = exported
     loaded = ipa_hf.load_adapter(make(family), folder, is_trainable=True)
     trainable = {name for name, p in loaded.named_parameters() if p.requires_grad}
-    adapted = {
-        f"base_model.model.{name}" for name in loaded.peft_config["default"].ipa_metadata.layers
-    }
+    adapted = {f"base_model.model.{name}" for name in find_metadata(loaded).layers}
     assert adapted <= {name.partition(".lora_B.")[0] for name in trainable}
     assert not any(name.partition(".lora_A.")[0] in adapted for name in trainable if "_A" in name)
 

@@ -18,6 +18,7 @@ from ipa_core import ExactCovariance
 from ipa_core.errors import RankError, SettingError
 from ipa_hf.lora_experts import expert_A_and_B
 from ipa_hf.lora_layers import lora_layers
+from ipa_hf.model_metadata import find_metadata
 from ipa_torch import LayerError, fit_projectors
 
 from .models import outputs, train
@@ -83,7 +84,7 @@ def close(actual, expected):
 def test_each_experts_A_is_its_scaled_projection(family):
     model = adapted(family)
     rows = captured_rows(make(family), batches())
-    metadata = model.peft_config["default"].ipa_metadata
+    metadata = find_metadata(model)
     assert wrappers(model)
     for name, layer in wrappers(model).items():
         a, b = expert_A_and_B(layer, "default")
@@ -101,7 +102,7 @@ def test_each_experts_A_is_its_scaled_projection(family):
 def test_begins_as_the_base_model(family):
     model, batch = adapted(family), batches(1)[0]
     close(outputs(model, batch), outputs(make(family), batch))
-    assert ".base_layer" not in str(list(model.peft_config["default"].ipa_metadata.layers))
+    assert ".base_layer" not in str(list(find_metadata(model).layers))
 
 
 def test_adapter_computes_what_its_matrices_say(family):
@@ -204,7 +205,7 @@ def test_experts_without_tokens_keep_a_random_A_and_are_named():
 def test_experts_without_tokens_take_the_layers_projection_if_asked():
     with pytest.warns(UserWarning, match=r"projector shared by their layer, as no token"):
         model = adapted("Qwen3Moe", ONE_TOKEN, expert_sharing="unreached", progress=False)
-    metadata = model.peft_config["default"].ipa_metadata
+    metadata = find_metadata(model)
     for name in wrappers(model):
         assert all(f"{name}[{expert}]" in metadata.layers for expert in range(8))
 
@@ -218,7 +219,7 @@ def test_fitted_projectors_are_placed():
     for name, layer in wrappers(placed).items():
         a, _ = expert_A_and_B(layer, "default")
         projector = shared[f"{name}[:]"].truncate(4)
-        scale = placed.peft_config["default"].ipa_metadata.layers[f"{name}[0]"].scale
+        scale = find_metadata(placed).layers[f"{name}[0]"].scale
         torch.testing.assert_close(a[0], scale * projector.components)
     with pytest.raises(SettingError, match="no options of a fit"):
         adapted("Mixtral", shared, expert_sharing="always")
@@ -340,7 +341,7 @@ def test_experts_whose_lora_peft_loses_are_refused_by_name(monkeypatch):
         adapted("Mixtral", batches(), on_missing="raise", progress=False)
     with pytest.warns(UserWarning, match="experts.gate_up_proj': PEFT renames its saved LoRA"):
         model = adapted("Mixtral", batches(), progress=False)
-    layers = model.peft_config["default"].ipa_metadata.layers
+    layers = find_metadata(model).layers
     assert layers and all("experts" not in name for name in layers)
 
 

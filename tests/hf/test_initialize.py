@@ -7,6 +7,7 @@ from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 
 import ipa_hf
 from ipa_core import ExactCovariance, RankError, SettingError, ShapeError
+from ipa_hf.model_metadata import find_metadata
 from ipa_torch import LayerError, fit_projectors
 
 from .models import (
@@ -268,7 +269,7 @@ class TestFreshAdaptersOnly:
         model = ipa_hf.get_ipa_model(
             torch.compile(make("llama"), backend="eager"), config(), batches, progress=False
         )
-        metadata = model.peft_config["default"].ipa_metadata
+        metadata = find_metadata(model)
         assert "model.layers.0.self_attn.q_proj" in metadata.layers
 
     def test_trained(self, llama, batches):

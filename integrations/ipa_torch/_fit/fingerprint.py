@@ -161,11 +161,13 @@ def _names_in(
     included: bool = False,
 ) -> Iterator[str]:  # fmt: skip
     """Yield the names of the weights of modules that ran before, and of their parts."""
-    # A part that is never called is read by the module around it.
+    # A part that is never called is read by the module around it; entries of a ModuleDict are
+    # alternatives, as PEFT's adapters are, of which those that never ran are not in use.
     included = module in before if module in ran else included
     if included:
         for key in (*module._parameters, *module._buffers):
             yield f"{prefix}{key}"
     for name, child in module._modules.items():
         if child is not None:
-            yield from _names_in(child, f"{prefix}{name}.", before, ran, included)
+            used = included and not isinstance(module, nn.ModuleDict)
+            yield from _names_in(child, f"{prefix}{name}.", before, ran, used)
