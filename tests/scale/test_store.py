@@ -115,7 +115,7 @@ def test_resuming_and_reading_leave_the_random_state(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         store(tmp_path, interrupted())
-    torch.manual_seed(7)
+    runs.model()  # sets the random state, as `store` does
     before = torch.get_rng_state()
     for _ in range(2):  # it resumes, and then is finished
         assert store(tmp_path, batches).index.ended is not None
