@@ -3,9 +3,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ipa_core import ExactCovariance, HebbianRule, IncrementalPCA
-from ipa_core.errors import SettingError
+from ipa_core import ExactCovariance, HebbianRule, IncrementalPCA, RandomizedSVD
+from ipa_core.errors import ArrayTypeError, NonFiniteError, SettingError
 from ipa_torch import OnlineLearning, attach, disable_adapter, fit_projectors
+from ipa_torch._adapters import online as online_module
 
 from .models import Transformer, decaying, mlp
 
@@ -164,6 +165,67 @@ def test_trained_p_or_no_adapter_is_refused():
         OnlineLearning(model)
     with pytest.raises(SettingError, match="got a trained P"):
         OnlineLearning(adapted(model, [decaying(50, 12)], trainable=True))
+
+
+@pytest.mark.parametrize("learner", [IncrementalPCA, RandomizedSVD])
+def test_asynchronous_devices_give_the_same_to_the_bit(monkeypatch, learner):
+    def learned():
+        torch.manual_seed(0)
+        batch = torch.randint(0, 20, (16, 40))
+        model = adapted(Transformer(width=48), [batch])
+        with OnlineLearning(model, learner=learner) as online:
+            for _ in range(3):
+                model(batch).square().mean().backward()
+                online.step()
+        return model.state_dict()
+
+    synchronous = learned()
+    monkeypatch.setattr(online_module, "is_async_device", lambda device: True)
+    for name, value in learned().items():
+        assert torch.equal(value, synchronous[name]), name
+
+
+def test_an_asynchronous_update_begins_before_the_layer_and_ends_after_it(monkeypatch):
+    events = []
+
+    class Recorded(ExactCovariance):
+        def begin_update(self, batch, weights=None):
+            events.append("begun")
+            return super().begin_update(batch, weights)
+
+        def _finish_update(self, update):
+            events.append("finished")
+            return super()._finish_update(update)
+
+    monkeypatch.setattr(online_module, "is_async_device", lambda device: True)
+    rows = decaying(50, 12)
+    model = adapted(mlp(12, 4), [rows])
+    model[0].base_layer.register_forward_hook(lambda *_: events.append("computed"))
+    with OnlineLearning(model, learner=Recorded):
+        model(rows)
+    assert events == ["begun", "computed", "finished"]
+
+
+def test_an_update_of_a_forward_that_failed_is_finished_in_step(monkeypatch):
+    monkeypatch.setattr(online_module, "is_async_device", lambda device: True)
+    rows = decaying(50, 12)
+    model = adapted(mlp(12, 4), [rows])
+    handle = model[0].base_layer.register_forward_hook(lambda *_: 1 / 0)
+    with OnlineLearning(model, learner=ExactCovariance) as online:
+        with pytest.raises(ZeroDivisionError):
+            model(rows)
+        handle.remove()
+        online.step()
+    assert [learner.samples for learner in online._learners.values()] == [50]
+
+
+def test_an_invalid_input_is_named():
+    model = adapted(mlp(12, 4), [decaying(50, 12)])
+    with OnlineLearning(model), pytest.raises(NonFiniteError, match="layer '0'"):
+        model(torch.full((4, 12), torch.nan))
+    nested = torch.nested.nested_tensor([torch.ones(2, 12), torch.ones(3, 12)], layout=torch.jagged)
+    with OnlineLearning(model), pytest.raises(ArrayTypeError, match="layer '0': .*a nested tensor"):
+        model(nested)
 
 
 def _worker(rank, folder, results):

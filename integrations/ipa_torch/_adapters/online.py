@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from ipa_core import IncrementalPCA, Learner
-from ipa_core.errors import IPAError, SettingError, with_context
+from ipa_core.errors import SettingError
 from ipa_torch._adapters.basis_change import change_basis
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.projection import SharedProjection
@@ -19,10 +18,12 @@ from ipa_torch._adapters.replace import adapter_layers
 from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.hooks import Hook, HookSet
-from ipa_torch._capture.row_weights import RowWeighter, RowWeights, attention_mask
-from ipa_torch._capture.tensor_ids import TensorIds
+from ipa_torch._capture.input_update import InputUpdate, is_async_device
+from ipa_torch._capture.row_reader import RowReader
+from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._distributed.tree_reduce import merge_across_ranks, world
-from ipa_torch._layers.matmul_view import input_of
+from ipa_torch._layers.matmul_view import check_rows, input_of
+from ipa_torch.errors import named_layer
 
 
 class OnlineLearning:
@@ -96,9 +97,7 @@ class OnlineLearning:
     ) -> None:
         self._adapter = adapter_name
         self._scaling = scaling
-        self._max_patches = max_patches
-        self._row_weighter = RowWeighter(model, row_weights)
-        self._tensor_ids = TensorIds()
+        self._reader = RowReader(model, row_weights, max_patches)
         self._groups: dict[SharedProjection, dict[str, AdapterLayer]] = {}
         for name, layer in adapter_layers(model):
             if adapter_name in layer.lora_B:
@@ -109,20 +108,12 @@ class OnlineLearning:
                 f"{'a trained P' if self._groups else 'none'}; attach it with trainable=False"
             )
         self._learners = {projection: learner(projection.rank) for projection in self._groups}
-        self._recorded: set[tuple[SharedProjection, int]] = set()
+        self._recorded: set[Hashable] = set()  # inputs of this batch
         self._forward: set[SharedProjection] = set()  # recorded outside of backward passes
-        self._fresh: set[SharedProjection] = set()  # recorded since the last step
-        self._hooks = HookSet(
-            [
-                Hook(None, model, self._begin, first=True),
-                *self._row_weighter.hooks,
-                *(
-                    Hook(name, layer, partial(self._record, name, projection))
-                    for projection, layers in self._groups.items()
-                    for name, layer in layers.items()
-                ),
-            ]
-        )
+        self._fresh = False  # whether anything was recorded since the last step
+        self._pending: tuple[str, InputUpdate] | None = None
+        start = Hook(None, model, self._start_batch, first=True)
+        self._hooks = HookSet([start, *self._reader.hooks, *self._layer_hooks()])
 
     def __repr__(self) -> str:
         layers = sum(map(len, self._groups.values()))
@@ -133,13 +124,8 @@ class OnlineLearning:
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._hooks.__exit__()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float]:
         """Update P from the learners, and change the basis of B.
@@ -160,6 +146,7 @@ class OnlineLearning:
         SettingError
             If nothing was recorded since the last step.
         """
+        self._finish_pending()
         # In a process group no rank may raise: the others would wait for it.
         if not self._fresh and world() is None:
             raise SettingError(
@@ -179,7 +166,7 @@ class OnlineLearning:
             lost_share |= change_basis(
                 projection, lora_B, projector, resolve_scale(projector, self._scaling), optimizer
             )
-        self._fresh.clear()
+        self._fresh = False
         self._forward.clear()
         return lost_share
 
@@ -208,18 +195,22 @@ class OnlineLearning:
         if state.keys() != first.keys():
             raise SettingError(f"expected the state of {[*first]}, got that of {[*state]}")
         for name, projection in first.items():
-            try:
+            with named_layer(name):
                 self._learners[projection].load_state_dict(state[name])
-            except IPAError as error:
-                raise with_context(error, f"layer {name!r}") from error
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The same tensor in another batch counts again.
-        self._recorded.clear()
-        self._tensor_ids.clear()
-        self._row_weighter.start(kwargs or (args[0] if len(args) == 1 else args))
+    def _layer_hooks(self) -> Iterator[Hook]:
+        for projection, layers in self._groups.items():
+            for name, layer in layers.items():
+                yield Hook(name, layer, partial(self._observe_input, name, projection))
+                yield Hook(name, layer, self._finish_pending, after=True)
 
-    def _record(
+    def _start_batch(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._recorded.clear()  # the same tensor in another batch counts again
+        self._reader.start(kwargs or (args[0] if len(args) == 1 else args))
+
+    def _observe_input(
         self,
         name: str,
         projection: SharedProjection,
@@ -228,14 +219,23 @@ class OnlineLearning:
         kwargs: dict[str, Any],
     ) -> None:
         assert isinstance(layer, AdapterLayer)
+        self._finish_pending()
         if not (layer.training and torch.is_grad_enabled() and layer.active == self._adapter):
             return
         if not self._is_first_run(projection):
             return
-        try:
-            self._learn(projection, input_of(layer.base_layer, args, kwargs))
-        except IPAError as error:
-            raise with_context(error, f"layer {name!r}") from error
+        with named_layer(name):
+            x = input_of(layer.base_layer, args, kwargs)
+            check_rows(layer.base_layer, x)
+            key = projection, self._reader.key_of(x, projection.view)
+            if key in self._recorded:
+                return
+            self._recorded.add(key)
+            with no_autocast(x.device):
+                rows = self._reader.read(x, projection.view)
+                self._pending = name, InputUpdate.begin(self._learners[projection], rows)
+        if not is_async_device(x.device):
+            self._finish_pending()
 
     def _is_first_run(self, projection: SharedProjection) -> bool:
         """Return False for the recomputation of a recorded forward pass in a backward pass.
@@ -248,14 +248,10 @@ class OnlineLearning:
             return True
         return projection not in self._forward
 
-    def _learn(self, projection: SharedProjection, x: torch.Tensor) -> None:
-        event = projection, self._tensor_ids.id_of(x)
-        if event in self._recorded:
-            return
-        self._recorded.add(event)
-        self._fresh.add(projection)
-        with no_autocast(x.device):
-            view = projection.view
-            subset = self._row_weighter(x, view.row_shape(x))
-            rows, weights = view.im2row(x.detach(), subset, self._max_patches)
-            self._learners[projection].update(rows, weights)
+    def _finish_pending(self, *_: Any) -> None:
+        """Finish the update that has begun, if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with named_layer(pending[0]):
+                pending[1].finish()
+            self._fresh = True

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeAlias
 
 import torch
@@ -118,13 +117,8 @@ class ActivationCollector(Generic[C]):
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._hooks.__exit__()
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:

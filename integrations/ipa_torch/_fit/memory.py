@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ipa_core import Learner, RandomizedSVD
-from ipa_core.errors import IPAError, SettingError, with_context
+from ipa_core.errors import SettingError, with_context
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_reader import RowReader
@@ -22,7 +22,7 @@ from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.errors import LayerError
+from ipa_torch.errors import LayerError, named_layer
 from ipa_torch.projectors import resolve_rank
 
 #: Rows of an update in a measurement: no divisor of a block, so that some rows are always pending.
@@ -170,10 +170,8 @@ def bytes_by_input(
     )
     sizes = {}
     for names, features in _groups_by_input(model, layers, ranks, batch, run, source):
-        try:
+        with named_layer(names[0]):
             sizes[tuple(names)] = measured(ranks[names[0]], features)
-        except IPAError as error:
-            raise with_context(error, f"layer {names[0]!r}") from error
     return sizes
 
 

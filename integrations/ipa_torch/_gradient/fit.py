@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ipa_core.errors import EmptyStreamError, IPAError, with_context
+from ipa_core.errors import EmptyStreamError
 from ipa_torch._capture.eval_mode import eval_mode, no_autocast
 from ipa_torch._capture.forward import device_of, on_device
 from ipa_torch._capture.hooks import Hook, HookSet
@@ -19,7 +19,7 @@ from ipa_torch._gradient.sketch import GradientLearner, GradientSketch
 from ipa_torch._layers.matmul_view import input_of, view_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.errors import LayerError
+from ipa_torch.errors import LayerError, named_layer
 from ipa_torch.projectors import LayerProjectors, resolve_rank
 
 Loss: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
@@ -164,11 +164,8 @@ def _forward_hook(
     x = input_of(module, args, kwargs).detach()
 
     def update(g: torch.Tensor) -> None:
-        try:
-            with no_autocast(x.device):
-                learner.update(*view_of(module).rows_and_grads(x, g, limit))
-        except IPAError as error:
-            raise with_context(error, f"layer {name!r}") from error
+        with named_layer(name), no_autocast(x.device):
+            learner.update(*view_of(module).rows_and_grads(x, g, limit))
 
     output.register_hook(update)
     return output
