@@ -6,13 +6,16 @@ INSTALL := $(PIP) --build-constraint constraints.txt
 # Threads that wait by spinning make a busy machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# Servers and trainers need environments of their own, and minutes.
+IGNORED := --ignore=tests/serving --ignore=tests/trainers
+SERVING := .venv/serving
 # timm and torchvision stay out of the environment: transformers would import torchvision, too.
 VISION := PYTHONPATH=.venv/vision
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantized test-timm \
-	test-families test-moe-families clean
+	test-families test-moe-families test-serving clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -21,7 +24,7 @@ demo: .venv/.installed-demo  ## fine-tune a real model with a learned projection
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/.installed-test  ## everything that must pass before a commit
-	$(PYTEST) --ignore=tests/timm
+	$(PYTEST) --ignore=tests/timm $(IGNORED)
 	$(MAKE) test-timm check
 
 check: .venv/.installed-test docs  ## style, language, types, doctests, documentation
@@ -59,6 +62,9 @@ test-families: .venv/.installed-vision  ## one small model of each family that t
 test-moe-families: .venv/.installed-test  ## one tiny model of each family with fused experts
 	$(SINGLE) $(BIN)/python -m benchmarks.hf_moe_families
 
+test-serving: $(addprefix $(SERVING)/.installed-,vllm sglang)  ## adapters in inference servers
+	$(SINGLE) IPA_RESULTS=benchmarks/results timeout 20m $(BIN)/python -m pytest tests/serving
+
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -89,4 +95,14 @@ clean:  ## remove what the other targets made
 
 .venv/.installed-vision: .venv/.installed-test
 	$(PIP) --no-deps --upgrade --target .venv/vision timm torchvision ml-dtypes onnx protobuf
+	touch $@
+
+# Lists of all packages with their versions: nothing is left to be solved.
+$(SERVING)/.installed-vllm: .venv/.installed-test tests/serving/vllm.txt
+	$(PYTHON) -m venv $(SERVING)/vllm
+	$(SERVING)/vllm/bin/python -m pip install --quiet --no-deps --requirement tests/serving/vllm.txt
+	touch $@
+
+$(SERVING)/.installed-sglang: .venv/.installed-test
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(SERVING) sglang==0.5.23
 	touch $@

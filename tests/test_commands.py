@@ -44,6 +44,7 @@ EXCEPTIONS = {
     "make test-families": "all families of timm, half an hour",
     "make test-moe-families": "all families of transformers with fused experts, ten minutes",
     "make test-jax": "JAX compiles every operation for every shape; not run to its end",
+    "make test-serving": "installs servers, and takes minutes",
     "make test-quantized": "needs packages that PEFT would import in every other test",
     "make test-search": "searches for minutes, from a fresh seed",
     "make .venv/.installed-bench": INSTALL,
