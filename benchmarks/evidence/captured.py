@@ -46,7 +46,7 @@ Rule = Callable[[Captured, int], tuple[torch.Tensor, torch.Tensor]]
 
 def every(rows: Captured) -> torch.Tensor:
     """Return ones."""
-    return torch.ones(len(rows.x), dtype=rows.x.dtype)
+    return torch.ones_like(rows.x[:, 0])
 
 
 def without_first(rows: Captured) -> torch.Tensor:
@@ -176,7 +176,8 @@ def capture(sample: Sample, *, gradients: bool) -> Mapping[str, Captured]:
 
     for batch in sample.batches:
         mask = batch["attention_mask"].bool()
-        firsts.append((torch.arange(mask.shape[1]) == 0).expand_as(mask)[mask])
+        place = torch.arange(mask.shape[1], device=mask.device)
+        firsts.append((place == 0).expand_as(mask)[mask])
         hooks = [
             layer.register_forward_hook(partial(forward, name, mask))
             for name, layer in sample.layers.items()

@@ -1,10 +1,12 @@
 """Kinds of text whose likelihood is measured: an instruction, and a text that follows it."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.assets import bigbench, movie_reviews, sarcastic_headlines
+from benchmarks.assets import bigbench, cache_folder, movie_reviews, sarcastic_headlines
+from ipa_core.io.files import replace_file
 
 Pair = tuple[str, str]
 
@@ -66,9 +68,18 @@ SOURCES: dict[str, Callable[[], list[Pair]]] = {
 }
 
 
+def _texts(name: str) -> list[Pair]:
+    """Return the texts of a kind, out of the cache if they were read before."""
+    path = cache_folder() / "texts" / f"{name}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(SOURCES[name]()).encode())
+    return [(instruction, text) for instruction, text in json.loads(path.read_text("utf-8"))]
+
+
 def corpus(name: str) -> Corpus:
     """Return a kind of text by its name, of `SOURCES`."""
-    once = {text: instruction for instruction, text in SOURCES[name]()}
+    once = {text: instruction for instruction, text in _texts(name)}
     pairs = [(instruction, text) for text, instruction in once.items()]
     random.Random(0).shuffle(pairs)
     return Corpus(name, tuple(pairs))

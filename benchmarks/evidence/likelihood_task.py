@@ -45,6 +45,8 @@ class LikelihoodTask:
         Of the model; adapters are float32.
     cache : Path, optional
         A folder for what enters the adapted blocks.
+    device : str
+        Of the adapted blocks and of what enters them.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LikelihoodTask:
         full_vocabulary: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         cache: Path | None = None,
+        device: str = "cpu",
     ) -> None:
         self.name = ", ".join(
             [
@@ -80,7 +83,7 @@ class LikelihoodTask:
             known = torch.arange(model.config.vocab_size)
         self.vocabulary = known
         self._parts = {
-            part: _examples(_entering(model, rows, self._first, cache), rows, known, dtype)
+            part: _examples(_entering(model, rows, self._first, cache), rows, known, dtype, device)
             for part, rows in tokens.items()
         }
         some = _batch(tokens["test"][:4])
@@ -89,7 +92,7 @@ class LikelihoodTask:
         self._output = nn.Linear(head.shape[1], len(known), bias=False)
         self._output.weight = nn.Parameter(head, requires_grad=False)
         for module in (self._body, self._output):
-            module.to(dtype)
+            module.to(device, dtype)
 
     def fresh(self, seed: int) -> nn.Module:
         return Speaker(copy.deepcopy(self._body), self._output, TARGETS)
@@ -185,12 +188,16 @@ def _entering(
 
 
 def _examples(
-    hidden: Sequence[torch.Tensor], rows: Sequence[Tokens], known: torch.Tensor, dtype: torch.dtype
+    hidden: Sequence[torch.Tensor],
+    rows: Sequence[Tokens],
+    known: torch.Tensor,
+    dtype: torch.dtype,
+    device: str,
 ) -> list[Example]:
     """Return examples whose labels are places in the vocabulary, the instruction's left out."""
     examples = []
     for states, (ids, start) in zip(hidden, rows, strict=True):
         labels = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
         labels[:start] = -100
-        examples.append(Example(states.to(dtype), labels))
+        examples.append(Example(states.to(device, dtype), labels.to(device)))
     return examples

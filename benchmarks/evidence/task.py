@@ -66,13 +66,14 @@ def run(body: nn.Module, batch: Batch) -> torch.Tensor:
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Return a padded batch."""
-    lengths = torch.tensor([len(example.hidden) for example in examples])
     hidden = pad_sequence([example.hidden for example in examples], batch_first=True)
+    lengths = torch.tensor([len(example.hidden) for example in examples], device=hidden.device)
+    places = torch.arange(hidden.shape[1], device=hidden.device)
     labels = [example.label for example in examples]
     of_tokens = labels[0].ndim > 0
     return {
         "inputs_embeds": hidden,
-        "attention_mask": (torch.arange(hidden.shape[1]) < lengths[:, None]).long(),
+        "attention_mask": (places < lengths[:, None]).long(),
         "labels": (
             pad_sequence(labels, batch_first=True, padding_value=-100)
             if of_tokens

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from benchmarks import gpu, gpu_check, growth, record, summary
+from benchmarks import gpu, gpu_check, gpu_study, growth, record, summary
 from benchmarks.floor import Machine, entries, two_products
 from benchmarks.timing import interleaved, ratio
 from ipa_torch import fit_projectors
@@ -102,6 +102,27 @@ def test_a_cut_run_for_the_gpu_goes_on_after_its_last_result(tmp_path, monkeypat
     written = json.loads((tmp_path / "gpu_quick.json").read_text())
     assert (written["first"], written["second"]) == (1, 2)
     assert set(written["ended"]) == {"first", "second"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would study on the device")
+def test_rehearsal_for_the_gpu_studies(monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(sys, "argv", ["gpu", "study", "--rehearse"])
+    assert gpu.main() == 0
+    shown = capsys.readouterr().out
+    assert "'cells left': 0" in shown and "'edge': True" in shown
+    assert gpu_study.Plan().limit <= 480
+
+
+def test_a_study_for_the_gpu_goes_on_until_no_cell_is_left(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    late = gpu_study.steps(True, tmp_path / "cells.jsonl", limit=0.0)["study"]
+    gpu.Results(quick=True, written=True).add("study", late)
+    results = gpu.Results(quick=True, written=True)
+    assert results.values["study"]["cells left"] == 6
+    results.add("study", lambda before: {"cells left": 0})
+    results.add("study", lambda before: pytest.fail("ran twice"))
 
 
 def test_checks_for_the_gpu_keep_the_first_failure_of_each_kind():
