@@ -15,7 +15,8 @@ PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantized test-timm \
-	test-families test-moe-families test-serving clean
+	test-families test-moe-families test-serving test-trainers \
+	clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -65,6 +66,10 @@ test-moe-families: .venv/.installed-test  ## one tiny model of each family with 
 test-serving: $(addprefix $(SERVING)/.installed-,vllm sglang)  ## adapters in inference servers
 	$(SINGLE) IPA_RESULTS=benchmarks/results timeout 20m $(BIN)/python -m pytest tests/serving
 
+test-trainers: $(addprefix .venv/.installed-,trainers llamafactory)  ## programs that train adapters
+	$(SINGLE) IPA_RESULTS=benchmarks/results PYTHONPATH=.:integrations timeout 20m \
+		.venv/trainers/bin/python -m pytest tests/trainers
+
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -101,6 +106,11 @@ clean:  ## remove what the other targets made
 $(SERVING)/.installed-vllm: .venv/.installed-test tests/serving/vllm.txt
 	$(PYTHON) -m venv $(SERVING)/vllm
 	$(SERVING)/vllm/bin/python -m pip install --quiet --no-deps --requirement tests/serving/vllm.txt
+	touch $@
+
+.venv/.installed-trainers .venv/.installed-llamafactory: .venv/.installed-%: tests/trainers/%.txt
+	$(PYTHON) -m venv .venv/$*
+	.venv/$*/bin/python -m pip install --quiet --no-deps --requirement tests/trainers/$*.txt
 	touch $@
 
 $(SERVING)/.installed-sglang: .venv/.installed-test

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from ipa_core import fit_projector, save
+from tests.tiny_model import write_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,6 +46,7 @@ EXCEPTIONS = {
     "make test-moe-families": "all families of transformers with fused experts, ten minutes",
     "make test-jax": "JAX compiles every operation for every shape; not run to its end",
     "make test-serving": "installs servers, and takes minutes",
+    "make test-trainers": "installs trainers, and takes minutes",
     "make test-quantized": "needs packages that PEFT would import in every other test",
     "make test-search": "searches for minutes, from a fresh seed",
     "make .venv/.installed-bench": INSTALL,
@@ -130,20 +132,6 @@ def folder(tmp_path):
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
     write_model(tmp_path / "MODEL")
     return tmp_path
-
-
-def write_model(folder):
-    """Write a tiny Llama that takes rank 32, with a tokenizer of letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    size = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    LlamaForCausalLM(LlamaConfig(vocab_size=16, **size)).save_pretrained(folder)
-    words = {word: number for number, word in enumerate(["<pad>", "<s>", *"abcdefghijklm"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>")
-    fast.save_pretrained(folder)
 
 
 def environment():
