@@ -141,6 +141,10 @@ def isolated(array: object) -> AbstractContextManager[object]:
     """
     if not array_api_compat.is_torch_array(array):
         return nullcontext()
+    torch = _torch()
+    recorded = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+    if not recorded and not _is_autocast(array):  # as in most updates of a model's learners
+        return nullcontext()
     context = _recorded_nowhere()
     context.enter_context(no_autocast(array))
     return context
@@ -156,15 +160,18 @@ def _recorded_nowhere() -> ExitStack:
     return context
 
 
-def no_autocast(array: object) -> AbstractContextManager[object]:
+def no_autocast(array: Any) -> AbstractContextManager[object]:
     """Return a context without torch's autocast on the device of ``array``, autograd untouched."""
-    if not array_api_compat.is_torch_array(array):
+    if not array_api_compat.is_torch_array(array) or not _is_autocast(array):
         return nullcontext()
-    torch, kind = _torch(), array.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return nullcontext()
-    disabled: AbstractContextManager[object] = torch.autocast(kind, enabled=False)
+    disabled: AbstractContextManager[object] = _torch().autocast(array.device.type, enabled=False)
     return disabled
+
+
+def _is_autocast(tensor: Any) -> bool:
+    """Return whether torch's autocast is on for the device of a tensor."""
+    torch, kind = _torch(), tensor.device.type
+    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
 def device(array: Array) -> Device:
@@ -312,7 +319,7 @@ def zero_rows(xp: Namespace, matrix: Array, mask: HostMask) -> Array:
 
 
 def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
-    return xp.astype(array, dtype, copy=False)
+    return array if array.dtype == dtype else xp.astype(array, dtype)
 
 
 def to_numpy(array: Array) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipa_core._array import Array, Namespace, cast, device, eigh, wide_dtype
+from ipa_core._threads import on_one_thread
 
 # Energy of a column of a sketch that is all rounding, in units of eps times that of a row.
 _ROUNDING = 10.0
@@ -18,6 +19,7 @@ def gram(xp: Namespace, rows: Array) -> Array:
     return wide @ wide.T
 
 
+@on_one_thread
 def top_eigh(xp: Namespace, matrix: Array, count: int) -> tuple[Array, Array]:
     """Return the ``count`` largest eigenvalues, decreasing, and their eigenvectors as columns."""
     values, vectors = eigh(xp, (matrix + matrix.T) / 2)
@@ -25,6 +27,7 @@ def top_eigh(xp: Namespace, matrix: Array, count: int) -> tuple[Array, Array]:
     return xp.clip(leading, min=0.0), xp.flip(vectors, axis=1)[:, :count]
 
 
+@on_one_thread
 def truncate_rows(xp: Namespace, rows: Array, keep: int) -> Array:
     """Return F (at most ``keep`` rows) with F^T F the best approximation of rows^T rows.
 
@@ -51,11 +54,13 @@ def _truncate_by_svd(xp: Namespace, rows: Array, keep: int) -> Array:
     return (lengths[:keep, None] * directions[:keep, :]) @ basis.T
 
 
+@on_one_thread
 def orthonormal_columns(xp: Namespace, columns: Array) -> Array:
     """Return an orthonormal basis Q of the columns, in their order; zero columns are completed."""
     return xp.linalg.qr(columns, mode="reduced").Q
 
 
+@on_one_thread
 def principal_rows(xp: Namespace, factor: Array, rank: int) -> tuple[Array, Array]:
     """Return the leading ``rank`` directions of factor^T factor as orthogonal rows, and energies.
 
@@ -76,6 +81,7 @@ def row_energies(xp: Namespace, rows: Array) -> Array:
     return xp.vecdot(wide, wide)
 
 
+@on_one_thread
 def fixed_basis(xp: Namespace, rows: Array) -> Array:
     """Return orthonormal rows spanning ``rows`` in order, the largest entry of each positive."""
     wide = cast(xp, rows, wide_dtype(xp, device(rows)))
@@ -89,6 +95,7 @@ def fixed_basis(xp: Namespace, rows: Array) -> Array:
     return cast(xp, basis * (1.0 - 2.0 * cast(xp, values < 0, basis.dtype)), rows.dtype)
 
 
+@on_one_thread
 def nystrom_rows(xp: Namespace, basis: Array, image: Array, energy: float) -> Array:
     """Return F with F^T F = Y (O^T Y)^-1 Y^T for the basis O (d, k) and the image Y^T (k, d).
 

@@ -33,7 +33,8 @@ ROOMS = {
     "ipa_core._array": {"ipa_core.errors"},
     "ipa_core._settings": {"ipa_core.errors"},
     "ipa_core._weights": {"ipa_core.errors", "ipa_core._array"},
-    "ipa_core._linalg": {"ipa_core._array"},
+    "ipa_core._threads": set(),
+    "ipa_core._linalg": {"ipa_core._array", "ipa_core._threads"},
     "ipa_core.rank_allocation": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
     "ipa_core.cholesky": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
     "ipa_core.whitening_transform": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
@@ -126,6 +127,7 @@ _BRIDGE_LIBRARIES = {"torch.*", "safetensors", "safetensors.torch"}
 LIBRARIES = {
     "ipa_core": set(),
     "ipa_core._array": {"array_api_compat", "numpy", "torch"},
+    "ipa_core._threads": {"array_api_compat", "threadpoolctl", "torch"},
     "ipa_core.io": {"numpy", "safetensors", "safetensors.numpy", "safetensors.torch", "zarr"},
     "ipa_core.io._formats": {"numpy", "pyarrow.*", "?"},  # h5py, by an argument
     "ipa_core.dask_backend": {"dask.*", "distributed"},

@@ -66,27 +66,28 @@ class NoveltyTest:
         """Energy that the basis usually misses of a unit of weight."""
         return self.missed / self.weight if self.weight else self.expected
 
-    @property
-    def changed(self) -> bool:
-        """True if the stream has changed."""
-        return self.rise > _CHANGE * (self.residual + self.missed)
-
     def heavy(self, missed: HostArray) -> HostMask:
         """Return which rows (n,) are heavy, from the energy that the basis misses in each."""
         mask: HostMask = missed > self.heavy_energy
         return mask
 
-    def after(self, missed: float, weight: float) -> NoveltyTest:
-        """Return the test after one more block."""
-        return replace(
-            self.after_first(missed, weight),
-            missed=self.missed + missed,
-            weight=self.weight + weight,
-        )
+    def after(
+        self, missed: list[float], weights: list[float], is_first: bool
+    ) -> tuple[int, NoveltyTest]:
+        """Return how many of the next blocks lie before a change, and the test after these.
 
-    def after_first(self, missed: float, weight: float) -> NoveltyTest:
-        """Return the test after the block that the basis was chosen on, of which it misses less."""
-        if not self.usual:
-            return self
-        rise = self.rise + missed - (1.0 + _SLACK) * self.usual * weight
-        return replace(self, rise=max(0.0, rise))
+        ``is_first`` says that the first of them is the block that the basis was chosen on: what the
+        basis misses of it is no measure of the usual.
+        """
+        total, weight, rise = self.missed, self.weight, self.rise
+        count = 0
+        for energy, mass in zip(missed, weights, strict=True):
+            usual = total / weight if weight else self.expected
+            risen = max(0.0, rise + energy - (1.0 + _SLACK) * usual * mass) if usual else rise
+            counted = 0.0 if is_first and not count else 1.0
+            if risen > _CHANGE * (self.residual + total + counted * energy):
+                break
+            total, weight, rise = total + counted * energy, weight + counted * mass, risen
+            count += 1
+        test = replace(self, missed=total, weight=weight, rise=rise)
+        return count, test

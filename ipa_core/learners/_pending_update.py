@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ipa_core._array import Array, HostArray
-from ipa_core.learners._row_blocks import Product, Rows
+from ipa_core.learners._row_blocks import Product
 from ipa_core.learners._validation import PendingBatch
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ class PendingUpdate(Generic[LearnerT]):
         The learner's template afterwards.
     batch : PendingBatch
         The rows.
-    waiting : tuple of Rows
-        Rows of earlier batches that fill up a block together with these.
+    parts : tuple of array
+        The rows that are due, in whole blocks but for the last rows: a block of rows that waited
+        and the first of these, and the others.
     products : tuple of Product
         Products of leading rows that do not depend on validation.
     squares : callable
@@ -42,7 +43,7 @@ class PendingUpdate(Generic[LearnerT]):
     begun: tuple[int, Array]
     template: Array
     batch: PendingBatch
-    waiting: tuple[Rows, ...]
+    parts: tuple[Array, ...]
     products: tuple[Product, ...]
     squares: Callable[[], list[HostArray]]
 

@@ -163,8 +163,32 @@ def take_first(parts: tuple[Array, ...], count: int) -> tuple[Array, ...]:
     return tuple(part for part in kept if part.shape[0])
 
 
-def join(xp: Namespace, parts: tuple[Rows, ...]) -> Rows:
-    """Stack blocks of rows into one."""
+def align(xp: Namespace, waiting: tuple[Rows, ...], x: Array, block_rows: int) -> tuple[Array, ...]:
+    """Return rows that waited and those of a batch in pieces that begin where a block begins.
+
+    Rows that waited are joined with the first of the batch to a block of their own: every product
+    is then of whole blocks. Without any, or if they fill no block together, the batch is returned.
+    """
+    missing = block_rows - sum(part.count for part in waiting)
+    if not waiting or x.shape[0] < missing:
+        return (x,)
+    block = xp.concat([*(part.x for part in waiting), x[:missing, :]])
+    return block, x[missing:, :]
+
+
+def align_rows(
+    xp: Namespace, waiting: tuple[Rows, ...], rows: Rows, parts: tuple[Array, ...]
+) -> RowChunks:
+    """Return rows that waited and those of a batch, in the pieces that `align` has made."""
+    if len(parts) == 1:
+        return RowChunks((*waiting, rows))
+    missing = rows.count - parts[1].shape[0]
+    block = join(xp, (*waiting, rows.cut(0, missing)), parts[0])
+    return RowChunks((block, rows.cut(missing, rows.count)))
+
+
+def join(xp: Namespace, parts: tuple[Rows, ...], x: Array | None = None) -> Rows:
+    """Stack blocks of rows into one; ``x`` is their stacked arrays, if they are at hand."""
     if len(parts) == 1:
         return parts[0]
     weights = None
@@ -173,4 +197,5 @@ def join(xp: Namespace, parts: tuple[Rows, ...]) -> Rows:
         weights = xp.concat(ones)
     squares = host_concat([part.squares for part in parts])
     host_weights = host_concat([part.host_weights for part in parts])
-    return Rows(xp.concat([p.x for p in parts]), weights, squares, host_weights)
+    x = xp.concat([p.x for p in parts]) if x is None else x
+    return Rows(x, weights, squares, host_weights)

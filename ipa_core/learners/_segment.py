@@ -10,6 +10,8 @@ from ipa_core._array import Array, Namespace
 from ipa_core._linalg import nystrom_rows, orthonormal_columns
 from ipa_core.learners._row_blocks import Product, Rows
 
+# Rows that are decomposed, that a basis is chosen on, or that are tested for novelty, at a time.
+BLOCK = 128
 # Blocks of the energy of the first block that an image has room for: more than a segment has.
 _ROOM = 2.0**12
 
@@ -80,16 +82,20 @@ class Segment:
         return cls(basis, xp.zeros_like(basis.T), unit, is_half=is_half)
 
     def multiply(self, xp: Namespace, x: Array) -> Product:
-        """Return X O / unit."""
-        if not self.is_half:
+        """Return X O / unit.
+
+        In half precision whole blocks only: libraries prepare a product of every new number of
+        rows for longer than it takes.
+        """
+        if not self.is_half or x.shape[0] % BLOCK:
             return Product(x, x @ self.basis)
         dtype = _array.half_dtype(xp, _array.device(x))
         half = _array.cast(xp, x, dtype)
         return Product(half, half @ _array.cast(xp, self.basis, dtype))
 
-    def holds(self, xp: Namespace, energy: float) -> bool:
-        """Return whether the image has room for a block of this energy."""
-        return energy <= float(xp.finfo(self.basis.dtype).max) / _ROOM * self.unit
+    def largest_energy(self, xp: Namespace) -> float:
+        """Return the energy of the largest block that the image has room for."""
+        return float(xp.finfo(self.basis.dtype).max) / _ROOM * self.unit
 
     def add(self, xp: Namespace, parts: list[tuple[Rows, Product]]) -> Self:
         """Add rows X, each part with its X O."""

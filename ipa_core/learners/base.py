@@ -20,9 +20,17 @@ from ipa_core.errors import (
     SettingError,
 )
 from ipa_core.learners._pending_update import PendingUpdate
-from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, join
+from ipa_core.learners._row_blocks import (
+    Product,
+    RowChunks,
+    Rows,
+    Sketch,
+    align,
+    align_rows,
+    join,
+)
 from ipa_core.learners._state import check_arrays, check_numbers, entries_of, flatten, unflatten
-from ipa_core.learners._validation import PendingBatch, match, template_of, validate
+from ipa_core.learners._validation import match, template_of, validate
 from ipa_core.learners.guarantee import Guarantee
 from ipa_core.projector import Projector
 
@@ -216,12 +224,12 @@ class Learner(ABC):
         template = self._template_for(batch)
         with _array.isolated(template), _array.ignore_overflow():
             rows = validate(batch, weights, template)
-            waiting = self._pending_rows(rows)
-            products = self._begin_sketch(rows.xp, (*(part.x for part in waiting), rows.x))
+            parts = align(rows.xp, self._pending, rows.x, self._block_rows)
+            products = self._begin_sketch(rows.xp, parts)
             seen = [product.seen for product in products]
             squares = _array.squared_norms_async(rows.xp, (rows.x, *seen))
         begun = self.samples, self._template
-        return PendingUpdate(self, begun, template, rows, waiting, products, squares)
+        return PendingUpdate(self, begun, template, rows, parts, products, squares)
 
     @isolated
     def merge(self, other: Self) -> Self:
@@ -392,16 +400,6 @@ class Learner(ABC):
             )
         return template
 
-    def _pending_rows(self, batch: PendingBatch) -> tuple[Rows, ...]:
-        """Return the rows that wait, in one piece if a block is full with those to come.
-
-        A learner that was saved in between then goes on to the bit as one that was not.
-        """
-        parts = self._pending
-        if not parts or not self._whole_rows(sum(part.count for part in parts) + batch.count):
-            return parts
-        return (join(batch.xp, parts),)
-
     def _finish_update(self, update: PendingUpdate[Self]) -> Self:
         if self.samples != update.begun[0] or self._template is not update.begun[1]:
             raise IPAError(
@@ -423,18 +421,22 @@ class Learner(ABC):
             squares, *seen = update.squares()
             rows = update.batch.result(squares)
         self._template = update.template
+        self.samples += rows.count
         sketch = Sketch(update.products, _array.host_concat(seen)) if seen else None
-        self._absorb_whole_blocks(update.batch.xp, RowChunks((*update.waiting, rows), sketch))
+        self._absorb_whole_blocks(update.batch.xp, rows, update.parts, sketch)
 
-    def _absorb_whole_blocks(self, xp: Namespace, chunks: RowChunks) -> None:
-        """Cut rows into blocks of the fixed size, whole ones as views; the rest waits."""
-        new = chunks.parts[-1]
-        self.samples += new.count
-        if full := self._whole_rows(chunks.count):
-            self._absorb_chunks(xp, chunks.cut(0, full))
-            self._pending = tuple(rest.copy(xp) for rest in chunks.cut(full, chunks.count).parts)
-        elif new.count:
-            self._pending = (*chunks.parts[:-1], new.copy(xp))
+    def _absorb_whole_blocks(
+        self, xp: Namespace, rows: Rows, parts: tuple[Array, ...], sketch: Sketch | None
+    ) -> None:
+        """Absorb rows in blocks of the fixed size; the rest waits."""
+        chunks = align_rows(xp, self._pending, rows, parts)
+        full = self._whole_rows(chunks.count)
+        if full:
+            self._absorb_chunks(xp, RowChunks(chunks.parts, sketch).cut(0, full))
+            rest = chunks.cut(full, chunks.count).parts
+            self._pending = tuple(part.copy(xp) for part in rest)
+        elif rows.count:
+            self._pending = (*self._pending, rows.copy(xp))
 
     def _whole_rows(self, count: int) -> int:
         """Return how many of so many rows are in whole blocks."""

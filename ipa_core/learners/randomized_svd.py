@@ -13,7 +13,7 @@ from ipa_core._linalg import principal_rows, row_energies, truncate_rows
 from ipa_core.learners._novelty import NoveltyTest
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, take_first
 from ipa_core.learners._second_moment import SecondMoment
-from ipa_core.learners._segment import Segment
+from ipa_core.learners._segment import BLOCK, Segment
 from ipa_core.learners.base import Learner
 from ipa_core.learners.guarantee import Guarantee
 
@@ -22,8 +22,6 @@ from ipa_core.learners.guarantee import Guarantee
 _LENGTHS = (2, 4, 8, 16, 32, 128, 400)
 # Number of the length to go on with after a change of the stream.
 _LENGTH_AFTER_CHANGE = 2
-# Rows that are decomposed, that a basis is chosen on, or that are tested for novelty, at a time.
-_BLOCK = 128
 # Rounding error of the energy of a row's product in half precision, as a share of the row's energy.
 _HALF_ROUNDING = 2.0**-8
 # Share of the energy that a basis must miss for its products to be taken in half precision.
@@ -150,7 +148,7 @@ class RandomizedSVD(Learner):
     @cached_property
     def _block_rows(self) -> int:
         # A power of two divides most batches of sequences: no rows are copied to wait.
-        return max(_BLOCK, 1 << (self._width - 1).bit_length())
+        return max(BLOCK, 1 << (self._width - 1).bit_length())
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
         for _ in self._absorb(xp, RowChunks((rows,))):
@@ -250,7 +248,7 @@ class RandomizedSVD(Learner):
     def _multiply(self, xp: Namespace, parts: tuple[Array, ...]) -> tuple[Product, ...]:
         """Return X O / unit for pieces of rows X."""
         assert self._segment is not None
-        with _array.ignore_overflow():  # rows too large for this segment: see Segment.holds
+        with _array.ignore_overflow():  # rows too large for this segment: see _fitting_blocks
             return tuple(self._segment.multiply(xp, part) for part in parts)
 
     def _missed_energies(self, xp: Namespace, chunks: RowChunks, captured: HostArray) -> HostArray:
@@ -269,20 +267,23 @@ class RandomizedSVD(Learner):
         """Return how many rows the leading blocks have before a change of the stream."""
         assert self._segment is not None and self._novelty is not None
         weights, heavy = chunks.host_weights, self._novelty.heavy(missed)
-        light = _array.zero_where(missed, heavy)
-        sums = (_array.group_sums(v, ends) for v in (chunks.energies(), light, weights, heavy))
-        count, waiting = 0, self._heavy_count()
-        for end, energy, missing, weight, heavy_rows in zip(ends, *sums, strict=True):
-            test = self._novelty
-            first = not (count or self._segment.rows)
-            test = test.after_first(missing, weight) if first else test.after(missing, weight)
-            if test.changed or not self._segment.holds(xp, energy):
-                break
-            self._novelty = test
-            count, waiting = end, waiting + heavy_rows
-            if waiting >= self._block_rows:
-                break
-        return count
+        energies, heavy_rows = (_array.group_sums(v, ends) for v in (chunks.energies(), heavy))
+        blocks = self._fitting_blocks(xp, energies, heavy_rows)
+        light = _array.group_sums(_array.zero_where(missed, heavy), ends)[:blocks]
+        is_first = not self._segment.rows
+        sums = _array.group_sums(weights, ends)[:blocks]
+        explained, self._novelty = self._novelty.after(light, sums, is_first)
+        return ends[explained - 1] if explained else 0
+
+    def _fitting_blocks(self, xp: Namespace, energies: list[float], heavy_rows: list[float]) -> int:
+        """Return how many blocks fit the range of the image and the room for heavy rows."""
+        assert self._segment is not None
+        limit, waiting = self._segment.largest_energy(xp), self._heavy_count()
+        for count, (energy, heavy) in enumerate(zip(energies, heavy_rows, strict=True)):
+            if energy > limit or waiting >= self._block_rows:
+                return count
+            waiting += int(heavy)
+        return len(energies)
 
     def _begin_segment(self, xp: Namespace, block: Rows, probes: int) -> None:
         """Choose a basis for the block and what follows it."""
