@@ -9,6 +9,7 @@ SUITE = [
     "peers",
     "peers_sklearn",
     "growth",
+    "busy_machine",
     "torch_learning",
     "torch_peers",
     "torch_training",
