@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ipa_torch._adapters.module_hooks import has_hooks
+from ipa_torch._adapters.pass_lock import PassLock
 from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._layers.device import execution_device, reference_tensor
 from ipa_torch._layers.linearity import merge_obstacle
@@ -26,6 +27,8 @@ class AdapterLayer(nn.Module):
     ----------
     base : torch.nn.Module
         The layer. Its tensors are never written.
+    pass_lock : PassLock
+        Lock of the model, for changes beside passes of other threads.
 
     Examples
     --------
@@ -37,9 +40,10 @@ class AdapterLayer(nn.Module):
     ('AdapterLayer', Linear(in_features=16, out_features=4, bias=True), 16)
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, pass_lock: PassLock) -> None:
         super().__init__()
         self.base_layer = base
+        self.pass_lock = pass_lock
         self.view = view_of(base)
         self.projections = nn.ModuleDict()
         self.lora_B = nn.ParameterDict()
@@ -110,6 +114,15 @@ class AdapterLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output and that of the active adapter, added up."""
+        if torch.compiler.is_compiling() or self.pass_lock.in_pass:
+            return self._output(*args, **kwargs)
+        self.pass_lock.enter_layer()
+        try:
+            return self._output(*args, **kwargs)
+        finally:
+            self.pass_lock.leave_pass()
+
+    def _output(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.active is None or self.merged is not None:
             output: torch.Tensor = self.base_layer(*args, **kwargs)
             return output

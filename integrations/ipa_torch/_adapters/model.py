@@ -15,8 +15,10 @@ from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import (
     adapter_layers,
+    changing,
     check_unwrapped,
     freeze,
+    remove_pass_lock,
     unfreeze,
     unwrap,
     wrap,
@@ -105,7 +107,8 @@ def attach(
         for name, projector in projectors.items()
     }
     layer_specs = {name: specs[id(projector)] for name, projector in projectors.items()}
-    add_adapter(model, layer_specs, dropout, adapter_name)
+    with changing(model):
+        add_adapter(model, layer_specs, dropout, adapter_name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,16 +195,17 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     """
     if adapter_name is not None:
         _existing(model, adapter_name)
-    for _, layer in adapter_layers(model):
-        layer.active = (
-            adapter_name if adapter_name is not None and adapter_name in layer.lora_B else None
-        )
-        for parameter in layer.adapter_parameters():
-            parameter.requires_grad_(False)
-    for _, layer in adapter_layers(model):
-        if layer.active is not None:
-            for parameter in layer.adapter_parameters(layer.active):
-                parameter.requires_grad_(True)
+    with changing(model):
+        for _, layer in adapter_layers(model):
+            layer.active = (
+                adapter_name if adapter_name is not None and adapter_name in layer.lora_B else None
+            )
+            for parameter in layer.adapter_parameters():
+                parameter.requires_grad_(False)
+        for _, layer in adapter_layers(model):
+            if layer.active is not None:
+                for parameter in layer.adapter_parameters(layer.active):
+                    parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -216,17 +220,19 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     >>> with disable_adapter(model):
     ...     y = model(torch.ones(1, 2))
     """
-    before = [(layer, layer.active, layer.merged) for _, layer in adapter_layers(model)]
-    try:
+    with changing(model):
+        before = [(layer, layer.active, layer.merged) for _, layer in adapter_layers(model)]
         for layer, _, _ in before:
             layer.active = None
             layer.unmerge()
+    try:
         yield
     finally:
-        for layer, active, merged in before:
-            layer.active = active
-            if merged is not None:
-                layer.merge(merged)
+        with changing(model):
+            for layer, active, merged in before:
+                layer.active = active
+                if merged is not None:
+                    layer.merge(merged)
 
 
 def merge(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -270,12 +276,13 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> None:
         if (reason := layer.merge_obstacle()) is not None:
             raise LayerError(f"layer {name!r}: {reason}; leave the adapters unmerged")
     before = [(layer, layer.merged) for _, layer, _ in selected]
-    try:
-        for _, layer, wanted in selected:
-            layer.merge(wanted)
-    except BaseException:
-        _restore_merged(before)
-        raise
+    with changing(model):
+        try:
+            for _, layer, wanted in selected:
+                layer.merge(wanted)
+        except BaseException:
+            _restore_merged(before)
+            raise
 
 
 def _restore_merged(before: Iterable[tuple[AdapterLayer, str | None]]) -> None:
@@ -298,8 +305,9 @@ def unmerge(model: nn.Module) -> None:
     >>> from ipa_torch import unmerge
     >>> unmerge(torch.nn.Linear(2, 2))  # no effect without a merged adapter
     """
-    for _, layer in adapter_layers(model):
-        layer.unmerge()
+    with changing(model):
+        for _, layer in adapter_layers(model):
+            layer.unmerge()
 
 
 def detach(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -325,15 +333,19 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
       (0): Linear(in_features=16, out_features=4, bias=True)
     )
     """
-    for name in list_adapters(model) if adapter_name is None else [_existing(model, adapter_name)]:
+    with changing(model):
+        for name in (
+            list_adapters(model) if adapter_name is None else [_existing(model, adapter_name)]
+        ):
+            for _, layer in adapter_layers(model):
+                if name in layer.lora_B:
+                    layer.remove(name)
         for _, layer in adapter_layers(model):
-            if name in layer.lora_B:
-                layer.remove(name)
-    for _, layer in adapter_layers(model):
-        if not layer.lora_B:
-            unwrap(unwrap_model(model), layer)
-    if not adapter_layers(model):
-        unfreeze(unwrap_model(model))
+            if not layer.lora_B:
+                unwrap(unwrap_model(model), layer)
+        if not adapter_layers(model):
+            unfreeze(unwrap_model(model))
+            remove_pass_lock(unwrap_model(model))
 
 
 def _existing(model: nn.Module, adapter_name: str) -> str:

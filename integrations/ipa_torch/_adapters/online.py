@@ -14,7 +14,7 @@ from ipa_core.errors import SettingError
 from ipa_torch._adapters.basis_change import change_basis
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.projection import SharedProjection
-from ipa_torch._adapters.replace import adapter_layers
+from ipa_torch._adapters.replace import adapter_layers, changing
 from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.hooks import Hook, HookSet
@@ -95,6 +95,7 @@ class OnlineLearning:
         row_weights: RowWeights | None = attention_mask,
         max_patches: int | None = 8192,
     ) -> None:
+        self._model = model
         self._adapter = adapter_name
         self._scaling = scaling
         self._reader = RowReader(model, row_weights, max_patches)
@@ -163,9 +164,9 @@ class OnlineLearning:
                 lost_share |= dict.fromkeys(layers, 0.0)
                 continue
             lora_B = {name: layer.lora_B[self._adapter] for name, layer in layers.items()}
-            lost_share |= change_basis(
-                projection, lora_B, projector, resolve_scale(projector, self._scaling), optimizer
-            )
+            scale = resolve_scale(projector, self._scaling)
+            with changing(self._model):
+                lost_share |= change_basis(projection, lora_B, projector, scale, optimizer)
         self._fresh = False
         self._forward.clear()
         return lost_share

@@ -78,8 +78,9 @@ class SharedProjection(nn.Module):
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
         state = self._state(x)
-        if self._recent is not None:
-            reference, recent_state, result = self._recent
+        recent = self._recent  # another thread may replace it meanwhile
+        if recent is not None:
+            reference, recent_state, result = recent
             if reference() is x and recent_state == state:
                 self._uses += 1
                 if self._uses == self.users:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.module_hooks import move_hooks
+from ipa_torch._adapters.pass_lock import PassLock
 from ipa_torch._distributed.process_group import is_sharded
 from ipa_torch._layers.unwrap import unwrap_model
 
-_FROZEN, _NOOP = "_ipa_frozen", "_ipa_noop_hook"
+_FROZEN, _NOOP, _LOCK = "_ipa_frozen", "_ipa_noop_hook", "_ipa_pass_lock"
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
@@ -45,7 +48,7 @@ def wrap(model: nn.Module, name: str) -> AdapterLayer:
     layer = model.get_submodule(name)
     if isinstance(layer, AdapterLayer):
         return layer
-    adapter_layer = AdapterLayer(layer)
+    adapter_layer = AdapterLayer(layer, _pass_lock_of(model))
     move_hooks(layer, adapter_layer)
     _replace(model, layer, adapter_layer)
     return adapter_layer
@@ -59,6 +62,37 @@ def unwrap(model: nn.Module, layer: AdapterLayer) -> None:
         noop.remove()
     move_hooks(layer, layer.base_layer)
     _replace(model, layer, layer.base_layer)
+
+
+@contextmanager
+def changing(model: nn.Module) -> Iterator[None]:
+    """Enclose a change of adapters: passes of other threads end before it or begin after it.
+
+    The passes are those of the module that adapters were attached to, and of single layers.
+    """
+    locks = {id(layer.pass_lock): layer.pass_lock for _, layer in adapter_layers(model)}
+    with ExitStack() as stack:
+        for key in sorted(locks):
+            stack.enter_context(locks[key].change())
+        yield
+
+
+def _pass_lock_of(model: nn.Module) -> PassLock:
+    """Return the lock of a model; at first, give it one with its hooks."""
+    if _LOCK not in vars(model):
+        lock = PassLock()
+        pre = model.register_forward_pre_hook(lock.pre_hook, prepend=True)
+        post = model.register_forward_hook(lock.post_hook, always_call=True)
+        vars(model)[_LOCK] = lock, pre, post
+    lock, *_ = vars(model)[_LOCK]
+    return cast(PassLock, lock)
+
+
+def remove_pass_lock(model: nn.Module) -> None:
+    """Remove the lock of a model that has no adapters any more."""
+    _, *handles = vars(model).pop(_LOCK, (None,))
+    for handle in handles:
+        handle.remove()
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 
-class _GlobalSwitches:
-    """Switches of torch for the whole process, held while any fit of any thread runs.
+class _GlobalState:
+    """Random states and switches of torch, held while any fit of any thread runs.
 
     The first fit sets them and the last one restores them: if each restored what it had found, fits
     that overlap would leave them set.
@@ -38,6 +38,8 @@ class _GlobalSwitches:
                     self._restore.close()
 
     def _set(self) -> None:
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        self._restore.enter_context(torch.random.fork_rng(devices))
         # Where the compiler has not been loaded, which takes seconds, nothing is compiled.
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             self._restore.enter_context(torch.compiler.set_stance("force_eager"))
@@ -47,7 +49,33 @@ class _GlobalSwitches:
         torch.backends.mha.set_fastpath_enabled(False)
 
 
-_SWITCHES = _GlobalSwitches()
+class _TrainingFlags:
+    """Training flags of modules, which the last fit of a module restores."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[int, tuple[int, bool]] = {}
+
+    @contextmanager
+    def cleared(self, modules: list[nn.Module]) -> Iterator[None]:
+        with self._lock:
+            for module in modules:
+                holders, training = self._held.get(id(module), (0, module.training))
+                self._held[id(module)] = holders + 1, training
+                module.training = False
+        try:
+            yield
+        finally:
+            with self._lock:
+                for module in modules:
+                    holders, training = self._held.pop(id(module))
+                    if holders > 1:
+                        self._held[id(module)] = holders - 1, training
+                    else:
+                        module.training = training
+
+
+_GLOBAL_STATE, _TRAINING_FLAGS = _GlobalState(), _TrainingFlags()
 
 
 @contextmanager
@@ -55,19 +83,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and restore its state afterwards.
 
     Training flags (module by module) and the random states of host and CUDA devices are restored
-    whatever happens. The flags are set without ``train()``, in which modules may merge weights. A
-    compiled model runs eagerly: compiled code does not see new hooks.
+    whatever happens, by the last of several threads. The flags are set without ``train()``, in
+    which modules may merge weights. A compiled model runs eagerly: compiled code does not see new
+    hooks.
     """
-    flags = {module: module.training for module in model.modules()}
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _SWITCHES.acquire():
-        try:
-            for module in flags:
-                module.training = False
-            yield
-        finally:
-            for module, training in flags.items():
-                module.training = training
+    modules = list(model.modules())
+    with torch.no_grad(), _GLOBAL_STATE.acquire(), _TRAINING_FLAGS.cleared(modules):
+        yield
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -33,15 +36,18 @@ class Hook:
     after: bool = False
     first: bool = False
 
-    def register(self) -> RemovableHandle:
-        """Register the hook."""
+    def register(self, call: Callable[..., Any]) -> RemovableHandle:
+        """Register a call in place of the hook's."""
         module = self.module
         register = module.register_forward_hook if self.after else module.register_forward_pre_hook
-        return register(self.call, with_kwargs=True, prepend=self.first)
+        return register(call, with_kwargs=True, prepend=self.first)
 
 
 class HookSet:
     """Hooks that are registered between ``__enter__`` and ``__exit__``: all, or none.
+
+    Passes of other threads do not call them. A backward pass may run in another thread, and what it
+    recomputes does.
 
     Parameters
     ----------
@@ -61,11 +67,16 @@ class HookSet:
     def __init__(self, hooks: Iterable[Hook]) -> None:
         self._hooks = list(hooks)
         self._handles: dict[str | None, list[RemovableHandle]] = {}
+        self._thread: int | None = None
+        #: Names of hooks that other threads came by.
+        self.elsewhere: set[str | None] = set()
 
     def __enter__(self) -> Self:
+        self._thread = threading.get_ident()
         try:
             for hook in self._hooks:
-                self._handles.setdefault(hook.name, []).append(hook.register())
+                handle = hook.register(partial(self._call, hook))
+                self._handles.setdefault(hook.name, []).append(handle)
         except BaseException:
             self._remove_all()
             raise
@@ -73,6 +84,13 @@ class HookSet:
 
     def __exit__(self, *_: object) -> None:
         self._remove_all()
+
+    def _call(self, hook: Hook, *args: Any) -> Any:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if threading.get_ident() == self._thread or in_backward:
+            return hook.call(*args)
+        self.elsewhere.add(hook.name)
+        return None
 
     def remove(self, name: str | None) -> None:
         """Remove the hooks of a name, if they are registered."""

@@ -27,6 +27,7 @@ from ipa_torch.projectors import M, T
 Source: TypeAlias = Literal["inputs", "outputs"]
 
 NEVER_RAN = "its forward never ran"
+OTHER_THREADS = "its forward ran in other threads only, whose passes are not learned"
 BYPASSED = "its weight is used without calling it, which no hook and no adapter can see"
 NO_ROWS = "it saw no row of positive weight"
 
@@ -145,7 +146,8 @@ class ActivationCollector(Generic[C]):
         snapshot = self.snapshot()
         for name, node in snapshot.node_of.items():
             if (why := snapshot.missing(name)) is not None:
-                missing[name] = why
+                elsewhere = why == NEVER_RAN and name in self._hooks.elsewhere
+                missing[name] = OTHER_THREADS if elsewhere else why
                 continue
             if id(node) not in results:
                 with named_layer(name), no_autocast(self._ran[name]):

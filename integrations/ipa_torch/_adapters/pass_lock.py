@@ -1,0 +1,118 @@
+"""Lock between forward passes of a model and changes of its adapters in other threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipa_core.errors import SettingError
+
+_PATIENCE = 60.0
+
+
+class PassLock:
+    """Lock that any number of forward passes share, and that a change has alone.
+
+    A change waits until the passes that run have ended; passes that begin meanwhile wait for the
+    change. So each pass sees all layers as they were before, or all as they are after. A copy of a
+    model gets a lock of its own.
+
+    Examples
+    --------
+    >>> lock = PassLock()
+    >>> lock.enter_pass(), lock.in_pass, lock.leave_pass(), lock.in_pass
+    (None, True, None, False)
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._passes: dict[int, int] = {}
+        self._changing: int | None = None
+        self._changes_queued = 0
+
+    def __reduce__(self) -> tuple[type[PassLock], tuple[()]]:
+        return PassLock, ()
+
+    @property
+    def in_pass(self) -> bool:
+        """True within a pass of this thread."""
+        return threading.get_ident() in self._passes
+
+    def enter_pass(self) -> None:
+        """Begin a pass of the whole model; changes that wait come first."""
+        self._enter(lambda: self._changing is None and not self._changes_queued)
+
+    def enter_layer(self) -> None:
+        """Begin a pass of a single layer, perhaps for a pass of the model in another thread."""
+        self._enter(lambda: self._changing is None)
+
+    def leave_pass(self) -> None:
+        """End a pass."""
+        thread = threading.get_ident()
+        with self._condition:
+            depth = self._passes.pop(thread, 1) - 1
+            if depth:
+                self._passes[thread] = depth
+            elif self._changes_queued:
+                self._condition.notify_all()
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Enclose a change.
+
+        Raises
+        ------
+        SettingError
+            If passes of other threads do not end within a minute.
+        """
+        thread = threading.get_ident()
+        if self._changing == thread:  # a change within a change
+            yield
+            return
+        with self._condition:
+            self._changes_queued += 1
+            try:
+                free = self._condition.wait_for(lambda: self._is_free(thread), _PATIENCE)
+            finally:
+                self._changes_queued -= 1
+                self._condition.notify_all()
+            if not free:
+                raise SettingError(
+                    f"expected forward passes of other threads to end within {_PATIENCE:.0f} "
+                    f"seconds, got {len(self._passes)} that still run; stop serving first"
+                )
+            self._changing = thread
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._changing = None
+                self._condition.notify_all()
+
+    def _enter(self, free: Any) -> None:
+        thread = threading.get_ident()
+        with self._condition:
+            depth = self._passes.get(thread, 0)
+            if not depth and self._changing != thread:
+                self._condition.wait_for(free)
+            self._passes[thread] = depth + 1
+
+    def _is_free(self, thread: int) -> bool:
+        return self._changing is None and not self._passes.keys() - {thread}
+
+    # Hooks of the model. Compiled code has no use for them: it is compiled anew after a change.
+
+    def pre_hook(self, module: nn.Module, args: Any) -> None:
+        """Begin a pass."""
+        if not torch.compiler.is_compiling():
+            self.enter_pass()
+
+    def post_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        """End a pass, also after an exception."""
+        if not torch.compiler.is_compiling():
+            self.leave_pass()
