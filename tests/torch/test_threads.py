@@ -115,15 +115,23 @@ def test_online_learning_leaves_out_other_threads():
 def test_overlapping_fits_of_a_model_restore_flags_and_random_state():
     net = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5))
     net[1].eval()
-    before = torch.get_rng_state()
-    first, second = eval_mode(net), eval_mode(net)
-    first.__enter__()
-    second.__enter__()
-    torch.rand(3)
-    first.__exit__(None, None, None)
-    assert not net.training and not net[0].training  # the second fit still needs it
-    torch.rand(3)
-    second.__exit__(None, None, None)
+    before, first, second = torch.get_rng_state(), threading.Event(), threading.Event()
+    entered = threading.Barrier(3)
+
+    def fit(leave):
+        with eval_mode(net):
+            torch.rand(3)
+            entered.wait(10)
+            assert leave.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        fits = [pool.submit(fit, leave) for leave in (first, second)]
+        entered.wait(10)
+        first.set()
+        fits[0].result(10)
+        assert not net.training and not net[0].training  # the second fit still needs it
+        second.set()
+        fits[1].result(10)
     assert (net.training, net[0].training, net[1].training) == (True, True, False)
     assert torch.equal(torch.get_rng_state(), before)
 
