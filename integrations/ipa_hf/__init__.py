@@ -20,6 +20,8 @@ from ipa_hf.initialize import get_ipa_model, initialize_lora_ipa_weights
 from ipa_hf.label_mask import causal_label_mask
 from ipa_hf.load import load_adapter
 from ipa_hf.rank_pattern import match_ranks
+from ipa_hf.shared_adapters import share
+from ipa_hf.shared_files import load_shared, save_shared
 from ipa_hf.targets import default_targets
 
 __all__ = [
@@ -32,6 +34,9 @@ __all__ = [
     "get_ipa_model",
     "initialize_lora_ipa_weights",
     "load_adapter",
+    "load_shared",
     "match_ranks",
+    "save_shared",
+    "share",
     "without_first_token",
 ]

@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 
 from ipa_hf.freezing import set_lora_A_frozen
 from ipa_hf.lora_experts import layer_name
-from ipa_hf.lora_layers import lora_A_and_B, lora_layers, takes_projection
+from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 from ipa_hf.model_metadata import attach_metadata, find_metadata
+from ipa_hf.tied_adapters import are_tied, tie_adapter
 
 
 def add_weighted_adapter(
@@ -28,14 +29,20 @@ def add_weighted_adapter(
 
     The method ``"svd"`` without options gives the sum at the rank of its parts where these have the
     same A, up to rounding, but with singular vectors as A. The sum of their B over the same A is
-    that sum exactly. PEFT's result stays everywhere else.
+    that sum exactly, and adapters of `ipa_hf.share` go on sharing A. PEFT's result stays everywhere
+    else.
     """
     exists = adapter_name in peft_model.peft_config
-    tuner: Any = peft_model.base_model
-    tuner.add_weighted_adapter(
-        list(adapters), list(weights), adapter_name, combination_type, **options
-    )
-    if exists or combination_type != "svd" or options:
+    exact = not exists and combination_type == "svd" and not options
+    if exact and len(adapters) == len(weights) and are_tied(peft_model, adapters):
+        source = adapters[0]
+        tie_adapter(peft_model, source, adapter_name, lora_config(peft_model, source))
+    else:
+        tuner: Any = peft_model.base_model
+        tuner.add_weighted_adapter(
+            list(adapters), list(weights), adapter_name, combination_type, **options
+        )
+    if not exact:
         return
     kept = dict(_keep_shared(peft_model, dict(zip(adapters, weights, strict=True)), adapter_name))
     metadata = find_metadata(peft_model, adapters[0])
