@@ -130,7 +130,7 @@ def test_online_modes_have_the_same_p_on_all_ranks(outcomes):
     for other in others:
         assert all(torch.equal(p, q) for p, q in zip(first, other, strict=True))
     rows = [process_group_run.rows(10 * s + r) for s in range(3) for r in range(len(outcomes))]
-    everything = projector((first[-1], None, 0.0, 0))
+    everything = projector((first[-1], torch.zeros(len(first[-1])), 0.0, 0))
     assert excess(everything, torch.cat(rows)) < 1e-4
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
@@ -107,8 +107,13 @@ class FitProcessGroup:
         self,
         learners: Mapping[str, L],
         state_of: Callable[[L], Mapping[str, Any]],
+        *,
+        excluded: Collection[str],
+        errors: dict[str, str] | None,
     ) -> dict[str, Any]:
         """Merge each learner over all ranks; return its state everywhere, None without rows.
+
+        The parameters are those of `tree_reduce.merge_states`.
 
         Raises
         ------
@@ -117,7 +122,7 @@ class FitProcessGroup:
         """
         assert self.group is not None
         with self._over_if_a_peer_fails():
-            return merge_states(learners, self.group, state_of)
+            return merge_states(learners, self.group, state_of, excluded=excluded, errors=errors)
 
     @contextmanager
     def _over_if_a_peer_fails(self) -> Iterator[None]:
@@ -151,9 +156,10 @@ class FitProcessGroup:
             )
         if not any(peer_report["seen"] for peer_report in reports):
             self._over = True
+            reasons = " / ".join(filter(None, (each.get("interrupted") for each in reports)))
             raise EmptyStreamError(
-                "expected at least one batch in any process, got none; "
-                "check that the loaders are neither empty nor used up"
+                f"expected at least one batch in any process, got none{reasons and f' ({reasons})'}"
+                "; check that the loaders are neither empty nor used up"
             )
         return reports
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -97,21 +97,34 @@ def merge_states(
     learners: Mapping[str, L],
     group: ProcessGroup,
     state_of: Callable[[L], Mapping[str, Any]],
+    *,
+    excluded: Collection[str] = (),
+    errors: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return for each learner a state of the learner merged over all ranks, as CPU tensors.
 
-    As `merge_across_ranks`; ``state_of`` gives the state that the root broadcasts.
+    As `merge_across_ranks`; ``state_of`` gives the state that the root broadcasts. Rows of the
+    learners ``excluded`` do not count in this rank. The errors of learners that do not merge are
+    added to ``errors``, if it is given.
     """
+    if not learners:
+        return {}
     comm = Communicator(group)
-    trees = _trees([learner.samples for learner in learners.values()], comm)
+    rows = [0 if name in excluded else learner.samples for name, learner in learners.items()]
+    trees = _trees(rows, comm)
     reduced = [
         _tree_reduce(learner, tree, comm, state_of) if comm.rank in tree else None
         for learner, tree in zip(learners.values(), trees, strict=True)
     ]
-    return {
-        name: _broadcast(name, message, tree, comm) if tree else None
-        for name, message, tree in zip(learners, reduced, trees, strict=True)
-    }
+    states: dict[str, Any] = {}
+    for name, message, tree in zip(learners, reduced, trees, strict=True):
+        try:
+            states[name] = _broadcast(name, message, tree, comm) if tree else None
+        except PeerError as error:
+            if errors is None:
+                raise
+            states[name], errors[name] = None, str(error)
+    return states
 
 
 def _trees(samples: list[int], comm: Communicator) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -54,9 +55,13 @@ def merge_results(
     reason: str,
     seen: int,
     interrupted: bool,
+    returning: bool,
     result: ResultKind[M],
 ) -> M:
     """Return the results of the rows of all ranks, the same on every rank.
+
+    Rows of a layer that failed in a rank do not count in this rank. When ``returning`` after
+    errors, a layer whose learners do not merge is missing.
 
     Raises
     ------
@@ -69,13 +74,15 @@ def merge_results(
     if fit_group.group is None:
         return collector.finish(reason, result.of_learner, result.kind)
     state = collector.snapshot()
-    report = _report(state, reason, seen) | {"interrupted": interrupted}
+    report = _report(state, reason, seen) | {"interrupted": reason if interrupted else ""}
     reports = fit_group.exchange(report)
     fit_group.interrupted = any(each["interrupted"] for each in reports)
-    failed = {name: why for each in reports for name, why in each["failed_layers"].items()}
-    groups = _common_groups(state, reports, failed)
+    groups = _common_groups(state, reports)
     learners = {names[0]: state.node_of[names[0]].learner for names in groups}
-    states = fit_group.merge_states(learners, result.state_of)
+    errors: dict[str, str] = {}
+    states = fit_group.merge_states(
+        learners, result.state_of, excluded=state.failed, errors=errors if returning else None
+    )
     learned: dict[str, Any] = {}
     for names in groups:
         name = names[0]
@@ -84,12 +91,14 @@ def merge_results(
             merged = {key: _moved(value, device) for key, value in states[name].items()}
             learned |= dict.fromkeys(names, result.of_state(merged, learners[name]))
     ordered = {name: learned[name] for name in state.node_of if name in learned}
+    unmerged = {name: errors[names[0]] for names in groups if names[0] in errors for name in names}
     missing = {
-        name: failed.get(name) or _joined_reasons(reports, "missing", name, NEVER_RAN)
+        name: unmerged.get(name) or _joined_reasons(reports, "missing", name, NEVER_RAN)
         for name in state.node_of
         if name not in learned
     }
     stopped = {name: _joined_reasons(reports, "stopped", name, reason) for name in ordered}
+    _warn_of_excluded_rows(reports, ordered)
     return result.kind(ordered, missing=missing, stopped=stopped)
 
 
@@ -108,24 +117,37 @@ def _report(state: CollectorState[LayerLearner], reason: str, seen: int) -> dict
         "failed_layers": dict(state.failed),
         # The reasons of a rank without batches are not reported.
         "missing": missing if seen else {},
-        "stopped": {name: why for name, why in stops.items() if name not in missing},
+        "stopped": {name: why for name, why in stops.items() if name not in missing}
+        | {name: f"failed in a process: {why}" for name, why in state.failed.items()},
     }
 
 
 def _common_groups(
-    state: CollectorState[LayerLearner], reports: list[dict[str, Any]], failed: Mapping[str, str]
+    state: CollectorState[LayerLearner], reports: list[dict[str, Any]]
 ) -> list[list[str]]:
-    """Return groups of layers that shared their inputs on every rank."""
-    keys: dict[str, list[int]] = {name: [] for name in state.node_of if name not in failed}
+    """Return groups of layers that shared their inputs on every rank, and failed on the same."""
+    keys: dict[str, list[tuple[int, bool]]] = {name: [] for name in state.node_of}
     for report in reports:
         for number, names in enumerate(report["groups"]):
             for name in names:
-                if name in keys:
-                    keys[name].append(number)
-    groups: dict[tuple[int, ...], list[str]] = {}
+                keys[name].append((number, name in report["failed_layers"]))
+    groups: dict[tuple[tuple[int, bool], ...], list[str]] = {}
     for name, key in keys.items():
         groups.setdefault(tuple(key), []).append(name)
     return list(groups.values())
+
+
+def _warn_of_excluded_rows(reports: list[dict[str, Any]], learned: Mapping[str, Any]) -> None:
+    """Warn if layers have a result without the rows of a rank in which they failed."""
+    for rank, report in enumerate(reports):
+        for name, why in report["failed_layers"].items():
+            if name in learned:
+                warnings.warn(
+                    f"{name!r} and perhaps other layers are learned without the rows of process "
+                    f"{rank}, where they failed: {why}",
+                    stacklevel=4,
+                )
+                return
 
 
 def _joined_reasons(reports: list[dict[str, Any]], kind: str, name: str, default: str) -> str:

@@ -121,7 +121,8 @@ def run_fit(
                         model, batches, run, collector, stop, bar, checkpoints, fit_group
                     )
                 except (Exception, KeyboardInterrupt) as error:
-                    if stop.on_error == "raise" or not (learned or collector.has_samples):
+                    peers = fit_group.group is not None and isinstance(error, Exception)
+                    if stop.on_error == "raise" or not (learned or collector.has_samples or peers):
                         raise
                     interrupted = True
                     reason = f"interrupted by {type(error).__name__}: {error}"
@@ -134,6 +135,7 @@ def run_fit(
                     reason,
                     position.seen,
                     interrupted,
+                    stop.on_error == "return",
                     result,
                 )
             )
