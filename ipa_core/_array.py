@@ -254,15 +254,14 @@ def rounded(values: HostArray, dtype: DType) -> HostArray:
 def to_host_async(array: Array) -> Callable[[], HostArray]:
     """Start to copy an array to the host; the returned callable waits for the copy.
 
-    On CUDA it waits for an event, not for the device, which continues with later work. JAX is
-    asynchronous by itself.
+    On an accelerator of torch with streams (CUDA, ROCm, XPU, NPU) it waits for an event, not for
+    the device, which continues with later work. JAX is asynchronous by itself.
     """
-    if array_api_compat.is_torch_array(array) and array.is_cuda:
-        import torch
-
+    if array_api_compat.is_torch_array(array) and _has_streams(array.device):
+        torch = _torch()
         host = torch.empty(array.shape, dtype=array.dtype, device="cpu", pin_memory=True)
         host.copy_(array.detach(), non_blocking=True)
-        arrived = torch.cuda.current_stream(array.device).record_event()
+        arrived = _accelerator().current_stream(array.device).record_event()
 
         def read() -> HostArray:
             arrived.synchronize()
@@ -270,6 +269,23 @@ def to_host_async(array: Array) -> Callable[[], HostArray]:
 
         return read
     return partial(on_host, array)
+
+
+def _has_streams(on: Device) -> bool:
+    """Return whether a device of torch is an accelerator with streams; MPS shares its memory."""
+    return on.type not in ("cpu", "mps") and on.type == _accelerator_type()
+
+
+def _accelerator() -> Any:
+    """Return torch's module of accelerators, which is that of CUDA before torch 2.6."""
+    return getattr(_torch(), "accelerator", _torch().cuda)
+
+
+def _accelerator_type() -> str | None:
+    if _accelerator() is _torch().cuda:
+        return "cuda"
+    current = _accelerator().current_accelerator()
+    return None if current is None else str(current.type)
 
 
 def eigh(xp: Namespace, matrix: Array) -> tuple[Array, Array]:

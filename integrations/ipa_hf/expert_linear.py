@@ -45,7 +45,7 @@ class RowRouting:
         weight = self.weight
         if places is not None or token_weight is not None:
             by_token = torch.zeros(self.tokens, device=device)
-            positive = 1.0 if token_weight is None else token_weight.to(by_token.dtype)
+            positive = 1.0 if token_weight is None else token_weight.to(by_token)
             by_token[slice(None) if places is None else places] = positive
             by_row = by_token if self.token is None else by_token[self.token]
             weight = by_row if weight is None else by_row * weight

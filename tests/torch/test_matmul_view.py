@@ -83,7 +83,7 @@ def test_pairs_are_at_the_same_places(case, limit):
 
 @given(st.integers(1, 500), st.integers(1, 60))
 def test_spread_draws_from_all_over(count, limit):
-    drawn = stratified_indices(count, limit, torch.device("cpu"))
+    drawn = stratified_indices(count, limit)
     if drawn is None:
         assert count <= limit
         return
@@ -95,7 +95,7 @@ def test_spread_draws_from_all_over(count, limit):
 
 
 def test_spread_is_unbiased():
-    drawn = torch.cat([stratified_indices(10, 4, torch.device("cpu")) for _ in range(4000)])
+    drawn = torch.cat([stratified_indices(10, 4) for _ in range(4000)])
     hits = torch.bincount(drawn, minlength=10)
     assert float((hits / 1600 - 1).abs().max()) < 0.1
 

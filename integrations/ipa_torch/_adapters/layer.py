@@ -11,6 +11,7 @@ from torch import nn
 from ipa_torch._adapters.module_hooks import has_hooks
 from ipa_torch._adapters.pass_lock import PassLock
 from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._capture.eval_mode import autocast_dtype
 from ipa_torch._layers.device import execution_device, reference_tensor
 from ipa_torch._layers.linearity import merge_obstacle
 from ipa_torch._layers.matmul_view import input_of, view_of
@@ -139,7 +140,7 @@ class AdapterLayer(nn.Module):
                 f"expected a {type(self.base_layer).__name__} that returns a tensor, got "
                 f"{type(output).__name__}; leave it out of the targets"
             )
-        if not torch.is_autocast_enabled(output.device.type):
+        if autocast_dtype(output.device) is None:
             z = z.to(lora_B.dtype)
         return output + self.view.expand(z, lora_B).to(output.dtype)
 
@@ -152,7 +153,7 @@ class AdapterLayer(nn.Module):
             and x.dtype == z.dtype == base.weight.dtype
             # The range of float16 is too small for B and its gradient.
             and z.dtype in (lora_B.dtype, torch.bfloat16)
-            and not torch.is_autocast_enabled(x.device.type)
+            and autocast_dtype(x.device) is None
         )
 
     def _added_in_place(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipa_torch._capture.eval_mode import autocast_dtype
 from ipa_torch._layers.matmul_view import ConvView, LinearView
 
 
@@ -97,14 +98,13 @@ class SharedProjection(nn.Module):
         The number of the running backward pass keeps a checkpointed block, which runs again within
         it, from the results of its first run: autograd counts the saved tensors of both.
         """
-        kind = x.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        autocast = autocast_dtype(x.device)
         version = 0 if self.weight.is_inference() else self.weight._version
         graph = torch._C._current_graph_task_id()
         return x._version, version, self.weight.data_ptr(), torch.is_grad_enabled(), autocast, graph
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is None:
             x = x.to(self.weight.dtype)
         return self.view.project(x, self.weight) * self.scale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -38,8 +38,7 @@ class _GlobalState:
                     self._restore.close()
 
     def _set(self) -> None:
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        self._restore.enter_context(torch.random.fork_rng(devices))
+        self._restore.enter_context(_random_states_kept())
         # Where the compiler has not been loaded, which takes seconds, nothing is compiled.
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             self._restore.enter_context(torch.compiler.set_stance("force_eager"))
@@ -82,7 +81,7 @@ _GLOBAL_STATE, _TRAINING_FLAGS = _GlobalState(), _TrainingFlags()
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and restore its state afterwards.
 
-    Training flags (module by module) and the random states of host and CUDA devices are restored
+    Training flags (module by module) and the random states of host and accelerator are restored
     whatever happens, by the last of several threads. The flags are set without ``train()``, in
     which modules may merge weights. A compiled model runs eagerly: compiled code does not see new
     hooks.
@@ -92,14 +91,31 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _random_states_kept() -> AbstractContextManager[None]:
+    """Return a context that restores the random states of host and accelerator, if it is in use."""
+    has_any = hasattr(torch, "accelerator")  # since torch 2.6
+    accelerator = torch.accelerator.current_accelerator() if has_any else torch.device("cuda")
+    kind = "cuda" if accelerator is None else accelerator.type
+    module = getattr(torch, kind)
+    in_use = hasattr(module, "is_initialized") and module.is_initialized()  # not MPS
+    return torch.random.fork_rng(range(module.device_count()) if in_use else (), device_type=kind)
+
+
 @contextmanager
 def no_autocast(device: torch.device) -> Iterator[None]:
     """Disable gradients and the model's autocast.
 
     In half precision a learner's decomposition would lose its small singular values.
     """
-    kind = device.type
     # Entered for each layer and batch: a context without an effect would cost time.
-    under_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.no_grad(), torch.autocast(kind, enabled=False) if under_autocast else nullcontext():
+    active = autocast_dtype(device) is not None
+    with torch.no_grad(), torch.autocast(device.type, enabled=False) if active else nullcontext():
         yield
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the autocast that is active on a device, None without one."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

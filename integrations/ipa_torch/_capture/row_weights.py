@@ -54,19 +54,21 @@ def _mask_or_none(mask: Any) -> torch.Tensor | None:
 
 
 class RowSelection:
-    """Rows of nonzero weight in a batch, computed once for all layers."""
+    """Rows of nonzero weight in a batch, computed once for all layers.
+
+    The weights stay on the host, where a learner sums them: a device is not asked for them.
+    """
 
     def __init__(self, weights: torch.Tensor) -> None:
         self.shape = tuple(weights.shape)
-        flat = weights.detach().reshape(-1)
+        flat = weights.detach().reshape(-1).cpu()
         present = flat != 0
         kept = int(present.sum())
         self.rows = kept
         self._index = None if kept == flat.numel() else present.nonzero()[:, 0]
-        ones = bool((flat.to(torch.float32) == present).all())
         kept_weights = flat if self._index is None else flat.index_select(0, self._index)
-        self._weights = None if ones else kept_weights
-        self._moved: dict[torch.device, RowSubset] = {}
+        self._weights = None if bool((kept_weights == 1).all()) else kept_weights
+        self._moved: dict[torch.device, torch.Tensor | None] = {}
 
     @property
     def trivial(self) -> bool:
@@ -78,10 +80,13 @@ class RowSelection:
         return row_shape == self.shape or row_shape == (math.prod(self.shape),)
 
     def on(self, device: torch.device) -> RowSubset:
-        """Return the positions of nonzero weight, None for all, and their weights, None for 1."""
+        """Return the positions of nonzero weight on a device, None for all, and their weights.
+
+        The weights are on the host, None for ones.
+        """
         if device not in self._moved:
-            self._moved[device] = on_device(self._index, device), on_device(self._weights, device)
-        return self._moved[device]
+            self._moved[device] = on_device(self._index, device)
+        return self._moved[device], self._weights
 
 
 class RowWeighter:

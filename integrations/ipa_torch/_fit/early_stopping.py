@@ -173,7 +173,7 @@ class Convergence:
         energy = rows.square().sum(1)
         residuals = torch.stack([_residual(p, rows) for p in (self._half, self._now)] + [energy])
         if weights is not None:
-            residuals = residuals * weights.to(residuals.dtype)
+            residuals = residuals * weights.to(residuals)
         sums = residuals.sum(1, dtype=torch.float64)
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -18,6 +18,7 @@ from ipa_torch._layers.row_samples import stratified_indices
 from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
 from ipa_torch.errors import LayerError
 
+#: Positions on the activation's device, None for all, and weights on the host, None for ones.
 RowSubset: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
 WeightedRows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -123,9 +124,9 @@ class ConvView:
         positions, weights = subset
         if positions is None:
             positions = torch.arange(math.prod(row_shape), device=activation.device)
-        sampled = stratified_indices(positions.shape[0], limit, activation.device)
+        sampled = stratified_indices(positions.shape[0], limit)
         if sampled is not None:
-            positions = positions.index_select(0, sampled)
+            positions = positions.index_select(0, sampled.to(positions.device))
             weights = None if weights is None else weights.index_select(0, sampled)
         windows = self._windows(activation if activation.ndim == axes + 2 else activation[None])
         rows = windows[torch.unravel_index(positions, row_shape)].flatten(2).flatten(0, 1)
@@ -146,9 +147,8 @@ class ConvView:
         """Return rows and gradients at the same positions, by groups."""
         axes = len(self.kernel)
         batched = gradient if gradient.ndim == axes + 2 else gradient[None]
-        positions = stratified_indices(
-            math.prod(self.row_shape(activation)), limit, activation.device
-        )
+        positions = stratified_indices(math.prod(self.row_shape(activation)), limit)
+        positions = None if positions is None else positions.to(activation.device)
         rows, _ = self.im2row(activation, (positions, None), None)
         grads = batched.movedim(1, -1).reshape(-1, self.groups, batched.shape[1] // self.groups)
         grads = grads if positions is None else grads.index_select(0, positions)

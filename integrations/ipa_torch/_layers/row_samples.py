@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def stratified_indices(count: int, limit: int | None, device: torch.device) -> torch.Tensor | None:
+def stratified_indices(count: int, limit: int | None) -> torch.Tensor | None:
     """Return ``limit`` random indices below ``count``, from as many equal strata.
 
     Each index has the same expected count, so that means over the sample are unbiased; an index at
@@ -14,7 +14,7 @@ def stratified_indices(count: int, limit: int | None, device: torch.device) -> t
     if limit is None or count <= limit:
         return None
     drawn = torch.arange(limit, dtype=torch.float64) + torch.rand(limit, dtype=torch.float64)
-    return (drawn * (count / limit)).long().clamp(max=count - 1).to(device)
+    return (drawn * (count / limit)).long().clamp(max=count - 1)
 
 
 def strided_sample(rows: torch.Tensor, count: int) -> torch.Tensor:
