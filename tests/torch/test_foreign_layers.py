@@ -1,6 +1,7 @@
 """Layers of other libraries' kinds: adapted and merged right, or refused by name."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -309,3 +310,67 @@ def test_overlapping_fits_restore_the_switches_of_torch():
     leave.set()
     thread.join()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Held(nn.Module):
+    """Calls its layer by what else than its name holds it."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, layer = nn.Linear(16, 4), None
+        layer = self.layer
+        self.how, self.calls = how, {
+            "list": [layer],
+            "nested": {"a": [{"b": layer}]},
+            "closure": lambda x: layer(x),
+            "closure of a closure": (lambda inner: lambda x: inner(x))(lambda x: layer(x)),
+            "hidden module": [nn.Sequential(layer)],
+            "tuple": (layer,),
+            "set": {layer},
+            "bound": layer.forward,
+            "partial": functools.partial(nn.Module.__call__, layer),
+        }[how]  # fmt: skip
+        self.__dict__["attribute"] = layer
+
+    def forward(self, x):
+        if self.how in ("tuple", "set"):
+            return next(iter(self.calls))(x)
+        if self.how == "nested":
+            return self.calls["a"][0]["b"](x)
+        return self.calls[0](x) if isinstance(self.calls, list) else self.calls(x)
+
+
+@pytest.mark.parametrize(
+    "how", ["list", "nested", "closure", "closure of a closure", "hidden module"]
+)
+def test_layer_called_past_its_name_has_its_adapter(how):
+    model = Held(how)
+    layer, before = model.layer, model(X)
+    attach(model, fit_projectors(model, [X], 4, progress=False))
+    assert model.attribute is model.layer
+    model.layer.lora_B["default"].data.normal_()
+    assert not torch.allclose(model(X), before, atol=1e-2)
+    torch.testing.assert_close(model(X), model.layer(X))
+    if "closure" not in how:  # Python copies no functions
+        twin = copy.deepcopy(model)
+        twin.layer.lora_B["default"].data.zero_()
+        torch.testing.assert_close(twin(X), before)
+    detach(model)
+    assert model.layer is model.attribute is layer and torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("how", ["tuple", "set", "bound", "partial"])
+@pytest.mark.parametrize("loads", [False, True])
+def test_layer_that_cannot_be_replaced_everywhere_is_refused(how, loads):
+    model, plain = Held(how), Held("list")
+    projectors = fit_projectors(plain, [X], 4, progress=False)
+    attach(plain, projectors)
+    before = {name: value.requires_grad for name, value in model.named_parameters()}
+    with pytest.raises(LayerError, match=r"layer 'layer': .* Held.calls .*holds as well"):
+        if loads:
+            load_adapter_state_dict(model, adapter_state_dict(plain))
+        else:
+            attach(model, projectors)
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+    assert isinstance(model.layer, nn.Linear)

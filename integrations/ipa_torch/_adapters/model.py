@@ -13,6 +13,7 @@ from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._adapters.references import check_replaceable
 from ipa_torch._adapters.replace import (
     adapter_layers,
     changing,
@@ -98,8 +99,10 @@ def attach(
     if not projectors:
         raise SettingError("expected projectors of at least one layer, got none")
     check_new(model, adapter_name)
+    layers = {name: get_layer(model, name) for name in projectors}
     for name, projector in projectors.items():
-        check_fit(name, get_layer(model, name), projector.features)
+        check_fit(name, layers[name], projector.features)
+    check_replaceable(model, layers)
     specs = {
         id(projector): ProjectionSpec(
             torch.as_tensor(projector.components), scales[name], trainable
@@ -128,9 +131,10 @@ def add_adapter(
     Layers with the same spec object share one projection, as far as they read their input alike.
     """
     freeze(model)
+    layers = wrap(model, specs)
     shared: dict[Hashable, SharedProjection] = {}
     for name, spec in specs.items():
-        layer = wrap(model, name)
+        layer = layers[name]
         key = (spec, layer.view, layer.dtype, layer.device)
         if key not in shared:
             weight = spec.weight.to(layer.device, layer.dtype, copy=True)
@@ -340,9 +344,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
             for _, layer in adapter_layers(model):
                 if name in layer.lora_B:
                     layer.remove(name)
-        for _, layer in adapter_layers(model):
-            if not layer.lora_B:
-                unwrap(unwrap_model(model), layer)
+        unwrap(unwrap_model(model), [m for _, m in adapter_layers(model) if not m.lora_B])
         if not adapter_layers(model):
             unfreeze(unwrap_model(model))
             remove_pass_lock(unwrap_model(model))

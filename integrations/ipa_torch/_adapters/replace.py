@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from ipa_core.errors import SettingError
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.module_hooks import move_hooks
 from ipa_torch._adapters.pass_lock import PassLock
+from ipa_torch._adapters.references import replace_everywhere
 from ipa_torch._distributed.process_group import is_sharded
 from ipa_torch._layers.unwrap import unwrap_model
 
@@ -43,25 +44,33 @@ def check_unwrapped(model: nn.Module) -> None:
         )
 
 
-def wrap(model: nn.Module, name: str) -> AdapterLayer:
-    """Return the adapter layer of a name; wrap the layer if it is not one."""
-    layer = model.get_submodule(name)
-    if isinstance(layer, AdapterLayer):
-        return layer
-    adapter_layer = AdapterLayer(layer, _pass_lock_of(model))
-    move_hooks(layer, adapter_layer)
-    _replace(model, layer, adapter_layer)
-    return adapter_layer
+def wrap(model: nn.Module, names: Iterable[str]) -> dict[str, AdapterLayer]:
+    """Return the adapter layers of some names; wrap the layers that are not wrapped yet."""
+    layers = {name: model.get_submodule(name) for name in names}
+    fresh = {
+        layer: AdapterLayer(layer, _pass_lock_of(model))
+        for layer in layers.values()
+        if not isinstance(layer, AdapterLayer)
+    }
+    on_fast_path = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
+    for layer, adapter_layer in fresh.items():
+        move_hooks(layer, adapter_layer)
+        if on_fast_path:
+            _keep_off_fast_path(adapter_layer)
+    replace_everywhere(model, fresh)
+    return {name: cast(AdapterLayer, fresh.get(layer, layer)) for name, layer in layers.items()}
 
 
-def unwrap(model: nn.Module, layer: AdapterLayer) -> None:
-    """Restore the base layer."""
-    if layer.base_layer.training != layer.training:
-        layer.base_layer.train(layer.training)
-    if (noop := layer.__dict__.pop(_NOOP, None)) is not None:
-        noop.remove()
-    move_hooks(layer, layer.base_layer)
-    _replace(model, layer, layer.base_layer)
+def unwrap(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
+    """Restore the base layers."""
+    layers = list(layers)
+    for layer in layers:
+        if layer.base_layer.training != layer.training:
+            layer.base_layer.train(layer.training)
+        if (noop := layer.__dict__.pop(_NOOP, None)) is not None:
+            noop.remove()
+        move_hooks(layer, layer.base_layer)
+    replace_everywhere(model, {layer: layer.base_layer for layer in layers})
 
 
 @contextmanager
@@ -95,23 +104,12 @@ def remove_pass_lock(model: nn.Module) -> None:
         handle.remove()
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module at all its places in the model."""
-    for parent in [module for module in model.modules() if module is not new]:
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
-        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, AdapterLayer):
-            _keep_off_fast_path(new)
-
-
 def _keep_off_fast_path(layer: AdapterLayer) -> None:
     """Register a hook, with which nn.TransformerEncoderLayer calls its layers.
 
     Without hooks it calls a fused kernel in evaluation mode, with the weights of its layers.
     """
-    if _NOOP not in vars(layer):
-        vars(layer)[_NOOP] = layer.register_forward_pre_hook(_noop_hook)
+    vars(layer)[_NOOP] = layer.register_forward_pre_hook(_noop_hook)
 
 
 def _noop_hook(module: nn.Module, args: Any) -> None:

@@ -16,7 +16,8 @@ from ipa_torch._adapters.model import (
     list_adapters,
 )
 from ipa_torch._adapters.projection import SharedProjection
-from ipa_torch._adapters.replace import adapter_layers, changing, check_unwrapped, wrap
+from ipa_torch._adapters.references import check_replaceable
+from ipa_torch._adapters.replace import adapter_layers, changing, check_unwrapped
 from ipa_torch._layers.lookup import check_fit, get_layer
 from ipa_torch._layers.sizes import outputs_of
 from ipa_torch._layers.unwrap import unwrap_model
@@ -120,6 +121,7 @@ def load_adapter_state_dict(
                 f"layer {name!r}: expected a floating lora_B of shape {(outputs_of(layer), rank)}, "
                 f"got {lora_B.dtype} of shape {tuple(lora_B.shape)}"
             )
+    check_replaceable(model, {name: get_layer(model, name) for name in layers})
     layer_specs = {name: specs[number] for name, (number, _) in layers.items()}
     with changing(model):
         if adapter_name in list_adapters(model):
@@ -128,9 +130,10 @@ def load_adapter_state_dict(
                     layer.remove(adapter_name)
         check_new(model, adapter_name)
         add_adapter(model, layer_specs, dropout, adapter_name)
+        adapted = dict(adapter_layers(model))
         for name, (_, lora_B) in layers.items():
             with torch.no_grad():
-                wrap(model, name).lora_B[adapter_name].copy_(lora_B)
+                adapted[name].lora_B[adapter_name].copy_(lora_B)
 
 
 def _spec(state: Mapping[str, torch.Tensor], prefix: str) -> ProjectionSpec:
