@@ -50,7 +50,9 @@ def fit(model, **options):
 @pytest.mark.parametrize("where", ["front", "behind", "queries", "strided"])
 def test_rows_that_no_mask_fits_are_reported(where):
     shape = {"front": 9, "behind": 9, "queries": 3, "strided": 3}[where]
-    message = rf"rows of shape \(2, 6\), .* got \(2, {shape}\): all of these rows count"
+    message = (
+        rf"rows of shape \(2, 6\), .* got \(2, {shape}\) in layers .*: all of these rows count"
+    )
     with pytest.warns(UserWarning, match=message):
         learned = fit(WithTokens(where))
     assert learned["before"].samples == 10 and learned["after"].samples == 2 * shape
@@ -97,5 +99,5 @@ def test_reported_once_and_by_stores_and_online_learning_too(tmp_path):
         store_activations(WithTokens("front"), [batch()], tmp_path, progress=False)
     model = WithTokens("front")
     attach(model, fit_projectors(model, [batch()], 2, row_weights=None, progress=False))
-    with OnlineLearning(model, row_weights=attention_mask), pytest.warns(UserWarning, match="all"):
+    with pytest.warns(UserWarning, match="all"), OnlineLearning(model, row_weights=attention_mask):
         model(**batch())

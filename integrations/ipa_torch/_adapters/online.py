@@ -127,6 +127,8 @@ class OnlineLearning:
 
     def __exit__(self, *_: object) -> None:
         self._hooks.__exit__()
+        self._reader.end_batch()
+        self._reader.close()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float]:
         """Update P from the learners, and change the basis of B.
@@ -208,6 +210,7 @@ class OnlineLearning:
     def _start_batch(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        self._reader.end_batch()
         self._recorded.clear()  # the same tensor in another batch counts again
         self._reader.start(kwargs or (args[0] if len(args) == 1 else args))
 
@@ -233,7 +236,7 @@ class OnlineLearning:
                 return
             self._recorded.add(key)
             with no_autocast(x.device):
-                rows = self._reader.read(x, projection.view)
+                rows = self._reader.read(name, x, projection.view)
                 self._pending = name, InputUpdate.begin(self._learners[projection], rows)
         if not is_async_device(x.device):
             self._finish_pending()

@@ -38,7 +38,15 @@ class RowReader:
         """Return a key of the rows of a view; the same unchanged tensor has the same key."""
         return self._tensor_ids.id_of(activation), view
 
-    def read(self, activation: torch.Tensor, view: RowView) -> WeightedRows:
+    def end_batch(self) -> None:
+        """Warn about layers to whose inputs the weights do not apply."""
+        self._weighter.end_batch()
+
+    def close(self) -> None:
+        """End the reading, with a warning if the weights may have been taken transposed."""
+        self._weighter.close()
+
+    def read(self, name: str, activation: torch.Tensor, view: RowView) -> WeightedRows:
         """Return the rows (n, features) of nonzero weight, and their weights, None for ones."""
-        subset = self._weighter(activation, view.row_shape(activation))
+        subset = self._weighter(name, activation, view.row_shape(activation))
         return view.im2row(activation.detach(), subset, self._max_patches)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import nn
 from ipa_core.errors import ShapeError
 from ipa_torch._capture.forward import on_device
 from ipa_torch._capture.hooks import Hook
+from ipa_torch._capture.row_shapes import RowShapeCheck
 from ipa_torch._capture.tensor_ids import Key, storage_key
 from ipa_torch._layers.matmul_view import RowSubset
 
@@ -61,7 +62,8 @@ class RowSelection:
 
     def __init__(self, weights: torch.Tensor) -> None:
         self.shape = tuple(weights.shape)
-        flat = weights.detach().reshape(-1).cpu()
+        self._dense = weights.detach().cpu()
+        flat = self._dense.reshape(-1)
         present = flat != 0
         kept = int(present.sum())
         self.rows = kept
@@ -77,7 +79,13 @@ class RowSelection:
 
     def fits(self, row_shape: tuple[int, ...]) -> bool:
         """Return whether an activation with these leading axes has the rows of the mask."""
-        return row_shape == self.shape or row_shape == (math.prod(self.shape),)
+        # Axes of length 1 do not change the order of the rows.
+        return _longer_axes(row_shape) in (_longer_axes(self.shape), (math.prod(self.shape),))
+
+    @functools.cached_property
+    def symmetric(self) -> bool:
+        """True if the weights are equal to their transpose."""
+        return bool((self._dense == self._dense.T).all())
 
     def on(self, device: torch.device) -> RowSubset:
         """Return the positions of nonzero weight on a device, None for all, and their weights.
@@ -103,7 +111,7 @@ class RowWeighter:
         self._encoder_output: Key | None = None
         self._first: list[RowSelection] = []
         self._second: list[RowSelection] = []
-        self._warned = False
+        self._check = RowShapeCheck()
 
     def start(self, batch: Any) -> int | None:
         """Start a batch; return its number of rows of nonzero weight, or None without weights."""
@@ -120,29 +128,30 @@ class RowWeighter:
             return []
         return [Hook(None, self._encoder, self._encoder_hook, after=True)]
 
-    def __call__(self, activation: torch.Tensor, row_shape: tuple[int, ...]) -> RowSubset:
-        """Return the positions of nonzero weight in an activation, and their weights."""
+    def __call__(
+        self, name: str, activation: torch.Tensor, row_shape: tuple[int, ...]
+    ) -> RowSubset:
+        """Return the positions of nonzero weight in the input of a layer, and their weights."""
         selections = self._second if self._is_of_decoder(activation) else self._first
         for selection in selections:
             if selection.fits(row_shape):
+                self._note_match(name, selection, row_shape)
                 return selection.on(activation.device)
-        if not (self._warned or all(selection.trivial for selection in selections)):
-            self._warn(row_shape, selections)
+        if not all(selection.trivial for selection in selections):
+            self._check.miss(name, row_shape, [selection.shape for selection in selections])
         return None, None
 
-    def _warn(self, row_shape: tuple[int, ...], selections: list[RowSelection]) -> None:
-        """Warn once if an activation has positions, to which no mask applies."""
-        if row_shape[:1] in {selection.shape[:1] for selection in selections}:
-            if math.prod(row_shape[1:]) == 1:  # pooled: a row for each item of the batch
-                return
-        self._warned = True
-        shapes = " or ".join(str(selection.shape) for selection in selections)
-        warnings.warn(
-            f"expected layer inputs with rows of shape {shapes}, as the row weights have, got "
-            f"{row_shape}: all of these rows count, also padding; let row_weights return a list "
-            "of weights, with weights of this shape as well (of ones, if there is no padding)",
-            stacklevel=2,
-        )
+    def end_batch(self) -> None:
+        """Warn about layers to whose inputs no weights apply, once."""
+        self._check.end_batch(selection.shape for selection in (*self._first, *self._second))
+
+    def close(self) -> None:
+        """Warn about layers whose inputs the weights may fit transposed."""
+        self._check.close()
+
+    def _note_match(self, name: str, selection: RowSelection, row_shape: tuple[int, ...]) -> None:
+        square = row_shape == selection.shape and len(set(row_shape)) == 1 < len(row_shape)
+        self._check.match(name, row_shape, symmetric=not square or selection.symmetric)
 
     def _is_of_decoder(self, activation: torch.Tensor) -> bool:
         return self._encoder_done and storage_key(activation) != self._encoder_output
@@ -151,6 +160,10 @@ class RowWeighter:
         self._encoder_done = True
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         self._encoder_output = storage_key(hidden)
+
+
+def _longer_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length for length in shape if length != 1)
 
 
 def _encoder_of(model: nn.Module) -> nn.Module | None:

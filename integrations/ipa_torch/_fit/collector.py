@@ -120,6 +120,7 @@ class ActivationCollector(Generic[C]):
 
     def __exit__(self, *_: object) -> None:
         self._hooks.__exit__()
+        self._reader.close()
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
@@ -135,6 +136,7 @@ class ActivationCollector(Generic[C]):
                 self._finish_pending()
             finally:
                 self._inputs.end_batch()
+        self._reader.end_batch()
         if weighted is not None:
             self.rows = weighted
         self._stop_layers()
@@ -230,7 +232,7 @@ class ActivationCollector(Generic[C]):
         if self._inputs.advance(name, key):
             return
         with no_autocast(activation.device):
-            rows, weights = self._reader.read(activation, view)
+            rows, weights = self._reader.read(name, activation, view)
             self._inputs.begin(name, key, (rows, weights))
         self.rows = self.rows or int(rows.shape[0])
 

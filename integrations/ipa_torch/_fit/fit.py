@@ -64,8 +64,8 @@ def fit_projectors(
         Returns the weight of each row of a batch, of shape (batch, positions), say: rows of weight
         0 (padding) do not count, a row of weight 2 counts twice. The weights apply to activations
         whose leading axes have this shape, or its product; all rows of others count, with a warning
-        unless they are pooled. A list of weights is for activations of several shapes. None: every
-        row counts.
+        of the layers' names unless they are pooled. A list of weights is for activations of several
+        shapes. None: every row counts.
     forward : callable, optional
         ``forward(model, batch)`` runs the model. By default a mapping is passed as keywords, a
         tuple or list by position, anything else as the only argument, on the model's device.
