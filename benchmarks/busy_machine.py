@@ -2,7 +2,8 @@
 
     python -m benchmarks.busy_machine [--quick]
 
-2,048 x 1,024 float32 rows, rank 16, NumPy and torch on two threads, beside none and two busy processes.
+2,048 x 1,024 float32 rows, rank 16, NumPy and torch on two threads, beside none and two busy
+processes.
 Updates alternate with the two products of the sketch's width. The ratio is of sums: what an update
 waits for threads now and then counts.
 """

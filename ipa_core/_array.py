@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import numpy as np
 
+from ipa_core._sparse import is_sparse, squared_lengths
 from ipa_core.errors import ArrayTypeError, SettingError
 
 Array: TypeAlias = Any
@@ -64,7 +65,7 @@ def is_array(value: object) -> bool:
 def conversion_hint(value: Any) -> str | None:
     """Return how to convert an object that holds rows but is no array, None if unknown."""
     if hasattr(value, "nnz") and hasattr(value, "toarray"):
-        return "pass a sparse matrix of SciPy to fit_projector as the stream, or dense rows of it"
+        return "pass dense rows of it, x[i : i + 1024].toarray(); learners take sparse rows"
     if hasattr(value, "nnz") and hasattr(value, "todense"):
         return "pass dense rows of a sparse array, x[i : i + 1024].todense()"
     if hasattr(value, "__dask_graph__"):
@@ -225,7 +226,10 @@ def squared_norms_async(xp: Namespace, matrices: Sequence[Array]) -> Callable[[]
     torch's builds the products first and takes up to fifty times as long as its norm.
     """
     if array_api_compat.is_numpy_namespace(xp):
-        squares = [on_host(xp.vecdot(rows, rows)) for rows in matrices]
+        squares = [
+            squared_lengths(rows) if is_sparse(rows) else on_host(xp.vecdot(rows, rows))
+            for rows in matrices
+        ]
         return lambda: squares
     if not matrices:
         return list

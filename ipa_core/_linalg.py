@@ -7,6 +7,8 @@ from ipa_core._threads import on_one_thread
 
 # Energy of a column of a sketch that is all rounding, in units of eps times that of a row.
 _ROUNDING = 10.0
+# Columns of a matrix that are cast to float64 at a time.
+_CAST_AT_A_TIME = 4096
 
 
 def gram(xp: Namespace, rows: Array) -> Array:
@@ -15,8 +17,17 @@ def gram(xp: Namespace, rows: Array) -> Array:
     The products are taken in float64 as well: one outlying coordinate a thousand times the rest
     costs a float32 Gram matrix up to 1e-2 of the captured energy.
     """
-    wide = cast(xp, rows, wide_dtype(xp, device(rows)))
-    return wide @ wide.T
+    return _wide_product(xp, rows, rows.T)
+
+
+def _wide_product(xp: Namespace, left: Array, right: Array) -> Array:
+    """Return a product of matrices in float64 where there is one, without casting them whole."""
+    wide = wide_dtype(xp, device(left))
+    total, length = 0.0, left.shape[1]
+    for start in range(0, length, _CAST_AT_A_TIME):
+        part = slice(start, min(start + _CAST_AT_A_TIME, length))
+        total = total + cast(xp, left[:, part], wide) @ cast(xp, right[part, :], wide)
+    return total
 
 
 @on_one_thread
@@ -108,8 +119,7 @@ def nystrom_rows(xp: Namespace, basis: Array, image: Array, energy: float) -> Ar
     in the norm of a column of Y for each row: a column with less energy than that would blow the
     rounding up when it is divided by the root of its energy.
     """
-    wide = wide_dtype(xp, device(basis))
-    core = cast(xp, image, wide) @ cast(xp, basis, wide)
+    core = _wide_product(xp, image, basis)
     eps = float(xp.finfo(basis.dtype).eps)
     scale = inverse_root(xp, xp.linalg.diagonal(core), _ROUNDING * eps * energy)
     values, vectors = top_eigh(xp, scale[:, None] * core * scale, core.shape[0])

@@ -86,7 +86,7 @@ def _learn(stream: ActivationStream, learner: Learner) -> Projector:
             "pass a list, an array, a path or a DataLoader, or ask for one pass"
         )
     for _ in range(learner.passes):
-        for label, batch, weights in labeled_batches(stream):
+        for label, batch, weights in labeled_batches(stream, keep_sparse=True):
             try:
                 learner.update(batch, weights)
             except IPAError as error:

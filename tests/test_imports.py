@@ -30,7 +30,8 @@ _BRIDGE = CORE | {"ipa_torch", "ipa_torch.extension"}
 ROOMS = {
     "ipa_core.errors": set(),
     "ipa_core.text_table": set(),
-    "ipa_core._array": {"ipa_core.errors"},
+    "ipa_core._sparse": set(),
+    "ipa_core._array": {"ipa_core.errors", "ipa_core._sparse"},
     "ipa_core._settings": {"ipa_core.errors"},
     "ipa_core._weights": {"ipa_core.errors", "ipa_core._array"},
     "ipa_core._threads": set(),
@@ -47,6 +48,7 @@ ROOMS = {
     },
     "ipa_core.io": {
         "ipa_core.errors",
+        "ipa_core._sparse",
         "ipa_core._array",
         "ipa_core._settings",
         "ipa_core.projector",
@@ -55,6 +57,7 @@ ROOMS = {
         "ipa_core.errors",
         "ipa_core._settings",
         "ipa_core._weights",
+        "ipa_core._sparse",
         "ipa_core._array",
         "ipa_core._linalg",
         "ipa_core.projector",
@@ -126,6 +129,7 @@ _BRIDGE_LIBRARIES = {"torch.*", "safetensors", "safetensors.torch"}
 #: ``?`` is an import by a name that is computed.
 LIBRARIES = {
     "ipa_core": set(),
+    "ipa_core._sparse": {"numpy"},
     "ipa_core._array": {"array_api_compat", "numpy", "torch"},
     "ipa_core._threads": {"array_api_compat", "threadpoolctl", "torch"},
     "ipa_core.io": {"numpy", "safetensors", "safetensors.numpy", "safetensors.torch", "zarr"},

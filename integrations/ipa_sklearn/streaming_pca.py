@@ -147,8 +147,7 @@ class StreamingPCA(IncrementalPCA):
         self.batch_size_ = self._checked_batch_size(n_features)
         for _ in range(learner.passes):
             for part in gen_batches(n_samples, self.batch_size_):
-                rows = X[part].toarray() if sparse.issparse(X) else X[part, :]
-                learner.update(rows, None if weights is None else weights[part])
+                learner.update(X[part, :], None if weights is None else weights[part])
         self._keep(learner, total)
         self.n_samples_seen_ = learner.samples // learner.passes
         self._compute_attributes()

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ipa_core._array import Array, check_array, conversion_hint, is_array
+from ipa_core._sparse import is_sparse
 from ipa_core.errors import ArrayTypeError, StreamError
 from ipa_core.io._formats import ROWS_AT_A_TIME
 from ipa_core.io._frames import frame_blocks, is_frame
-from ipa_core.io._sparse import dense_blocks, is_sparse
+from ipa_core.io._sparse import dense_blocks, sparse_blocks
 from ipa_core.io.activation_store import ActivationStore
 from ipa_core.io.readers import read_path, row_blocks
 
@@ -28,7 +29,7 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
     ----------
     stream : array, iterable or path
         An array of shape (..., features), memory-mapped or not, of the array API or with
-        ``__dlpack__``; a sparse matrix or array of SciPy, made dense in blocks of 8 MB (float32);
+        ``__dlpack__``; a sparse matrix or array of SciPy, in blocks of rows;
         an iterable (list, generator, ``DataLoader``) of such arrays, of pairs
         (batch, weights) or of paths; a data frame of pandas or Polars; a ``.npy`` file, a
         ``.npz``, ``.safetensors``, ``.h5`` or ``.hdf5`` file (each array a batch), a ``.zarr``
@@ -56,12 +57,15 @@ def iterate(stream: ActivationStream) -> Iterator[tuple[Array, Array | None]]:
         yield batch, weights
 
 
-def labeled_batches(stream: ActivationStream) -> Iterator[LabeledBatch]:
-    """Yield (label, batch, weights or None), with the batch's number, or its file and rows."""
+def labeled_batches(stream: ActivationStream, keep_sparse: bool = False) -> Iterator[LabeledBatch]:
+    """Yield (label, batch, weights or None), with the batch's number, or its file and rows.
+
+    Sparse rows become dense blocks, or remain sparse, for a learner, with ``keep_sparse``.
+    """
     if isinstance(stream, (str, PathLike)):
         yield from _read(stream)
     elif is_sparse(stream) or is_frame(stream):
-        yield from _blocks(stream, None)
+        yield from _blocks(stream, None, keep_sparse)
     elif callable(labeled := getattr(stream, "labeled_batches", None)):
         yield from labeled()
     elif _is_arraylike(stream):
@@ -70,7 +74,7 @@ def labeled_batches(stream: ActivationStream) -> Iterator[LabeledBatch]:
         for label, batch in row_blocks(array):
             yield label or "batch 0", batch, None
     else:
-        yield from _items(_check_iterable(stream))
+        yield from _items(_check_iterable(stream), keep_sparse)
 
 
 def is_one_shot(stream: object) -> bool:
@@ -78,7 +82,7 @@ def is_one_shot(stream: object) -> bool:
     return hasattr(stream, "__next__")
 
 
-def _items(stream: Iterable[Any]) -> Iterator[LabeledBatch]:
+def _items(stream: Iterable[Any], keep_sparse: bool) -> Iterator[LabeledBatch]:
     for number, item in enumerate(stream):
         label = f"batch {number}"
         if isinstance(item, (str, PathLike)):
@@ -86,7 +90,7 @@ def _items(stream: Iterable[Any]) -> Iterator[LabeledBatch]:
             continue
         batch, weights = _pair(item, label)
         if is_sparse(batch) or is_frame(batch):
-            for rows, block, block_weights in _blocks(batch, weights):
+            for rows, block, block_weights in _blocks(batch, weights, keep_sparse):
                 yield f"{label}, {rows}", block, block_weights
         else:
             yield label, batch, weights
@@ -97,13 +101,14 @@ def _read(path: str | PathLike[str]) -> Iterator[LabeledBatch]:
         yield label, batch, None
 
 
-def _blocks(batch: Any, weights: Array | None) -> Iterator[LabeledBatch]:
-    """Yield a frame or a sparse matrix as dense blocks."""
-    dense = dense_blocks if is_sparse(batch) else frame_blocks
-    start = 0
-    for block, block_weights in dense(batch, weights, ROWS_AT_A_TIME):
-        yield f"rows {start:,} to {start + len(block) - 1:,}", block, block_weights
-        start += len(block)
+def _blocks(batch: Any, weights: Array | None, keep_sparse: bool) -> Iterator[LabeledBatch]:
+    """Yield a frame or a sparse matrix as blocks."""
+    of_matrix = sparse_blocks if keep_sparse else dense_blocks
+    cut, start = of_matrix if is_sparse(batch) else frame_blocks, 0
+    for block, block_weights in cut(batch, weights, ROWS_AT_A_TIME):
+        end = start + block.shape[0]
+        yield f"rows {start:,} to {end - 1:,}", block, block_weights
+        start = end
 
 
 def _check_iterable(stream: Any) -> Iterable[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ipa_core import _sparse
 from ipa_core._array import (
     Array,
     HostArray,
@@ -21,7 +22,7 @@ from ipa_core._array import (
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows ``x`` (n, features) and ``weights`` (n,) or None for ones.
+    """Rows ``x`` (n, features), dense or sparse, and ``weights`` (n,) or None for ones.
 
     ``squares`` |x_i|^2 (n,) and ``host_weights``, a copy of the weights, are on the host in
     float64: their sums decide the next step, and a transfer of n numbers is cheaper than n
@@ -53,16 +54,24 @@ class Rows:
         return Rows(self.x[part, :], weights, self.squares[part], self.host_weights[part])
 
     def select(self, xp: Namespace, mask: HostMask) -> Rows:
-        """Return the rows (copies) where a mask on the host is true."""
+        """Return the rows (dense copies) where a mask on the host is true."""
         index = from_numpy(xp, mask.nonzero()[0], device(self.x), xp.int64)
         weights = None if self.weights is None else xp.take(self.weights, index)
-        x = xp.take(self.x, index, axis=0)
+        sparse = _sparse.is_sparse(self.x)
+        x = self.x[mask].toarray() if sparse else xp.take(self.x, index, axis=0)
         return Rows(x, weights, self.squares[mask], self.host_weights[mask])
 
+    def dense(self) -> Rows:
+        """Return the rows with a dense ``x``."""
+        if not _sparse.is_sparse(self.x):
+            return self
+        return Rows(self.x.toarray(), self.weights, self.squares, self.host_weights)
+
     def copy(self, xp: Namespace) -> Rows:
-        """Return a copy that no later change of the caller's array can reach."""
+        """Return a dense copy that no later change of the caller's array can reach."""
         weights = None if self.weights is None else xp.asarray(self.weights, copy=True)
-        return Rows(xp.asarray(self.x, copy=True), weights, self.squares, self.host_weights)
+        x = self.x.toarray() if _sparse.is_sparse(self.x) else xp.asarray(self.x, copy=True)
+        return Rows(x, weights, self.squares, self.host_weights)
 
     def apply_weights(self, values: Array) -> Array:
         """Multiply each row of ``values`` (n, d) by the row's weight."""
@@ -70,7 +79,8 @@ class Rows:
 
     def sqrt_weighted(self, xp: Namespace) -> Array:
         """Return the rows times the roots of their weights: what an unweighted rule may take."""
-        return self.x if self.weights is None else self.x * xp.sqrt(self.weights)[:, None]
+        x = _sparse.to_dense(self.x)
+        return x if self.weights is None else x * xp.sqrt(self.weights)[:, None]
 
     def total_weight(self) -> float:
         return float(self.host_weights.sum())
@@ -149,7 +159,7 @@ class RowChunks:
         return host_concat([part.energies() for part in self.parts])
 
     def joined(self, xp: Namespace) -> Rows:
-        """Return the rows in one piece."""
+        """Return the rows in one dense piece."""
         return join(xp, self.parts)
 
 
@@ -172,7 +182,7 @@ def align(xp: Namespace, waiting: tuple[Rows, ...], x: Array, block_rows: int) -
     missing = block_rows - sum(part.count for part in waiting)
     if not waiting or x.shape[0] < missing:
         return (x,)
-    block = xp.concat([*(part.x for part in waiting), x[:missing, :]])
+    block = xp.concat([*(part.x for part in waiting), _sparse.to_dense(x[:missing, :])])
     return block, x[missing:, :]
 
 
@@ -188,14 +198,14 @@ def align_rows(
 
 
 def join(xp: Namespace, parts: tuple[Rows, ...], x: Array | None = None) -> Rows:
-    """Stack blocks of rows into one; ``x`` is their stacked arrays, if they are at hand."""
+    """Stack blocks of rows into a dense one; ``x`` is their stacked arrays, if at hand."""
     if len(parts) == 1:
-        return parts[0]
+        return parts[0].dense()
     weights = None
     if any(part.weights is not None for part in parts):
         ones = [xp.ones_like(p.x[:, 0]) if p.weights is None else p.weights for p in parts]
         weights = xp.concat(ones)
     squares = host_concat([part.squares for part in parts])
     host_weights = host_concat([part.host_weights for part in parts])
-    x = xp.concat([p.x for p in parts]) if x is None else x
+    x = xp.concat([_sparse.to_dense(part.x) for part in parts]) if x is None else x
     return Rows(x, weights, squares, host_weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ipa_core import _array
+from ipa_core import _array, _sparse
 from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._weights import host_weights
 from ipa_core.errors import ArrayTypeError, NonFiniteError, ShapeError
@@ -15,8 +15,9 @@ from ipa_core.learners._row_blocks import Rows
 def template_of(batch: Array) -> Array:
     """Return a (0, features) array that records library, device, dtype and features."""
     xp, features = _form_of(batch)
-    dtype = _array.state_dtype(xp, batch)
-    return xp.zeros((0, features), dtype=dtype, device=_array.device(batch))
+    values = _sparse.stored(batch)
+    dtype = _array.state_dtype(xp, values)
+    return xp.zeros((0, features), dtype=dtype, device=_array.device(values))
 
 
 def validate(batch: Array, weights: Array | None, template: Array) -> PendingBatch:
@@ -27,13 +28,21 @@ def validate(batch: Array, weights: Array | None, template: Array) -> PendingBat
     """
     xp = match(batch, template)
     count = math.prod(batch.shape[:-1])
-    x, held = xp.reshape(_array.detached(batch), (count, batch.shape[-1])), None
+    x, held = _as_rows(xp, batch, count), None
     if weights is not None:
         held = host_weights(weights, tuple(batch.shape[:-1]), template.dtype)
         x, held = _drop_absent(xp, x, held)
-    x = _array.cast(xp, x, template.dtype)
-    on_device = None if held is None else _array.from_numpy(xp, held, _array.device(x), x.dtype)
+    device = _array.device(template)
+    on_device = None if held is None else _array.from_numpy(xp, held, device, template.dtype)
+    x = x.astype(template.dtype) if _sparse.is_sparse(x) else _array.cast(xp, x, template.dtype)
     return PendingBatch(xp, x, on_device, held)
+
+
+def _as_rows(xp: Namespace, batch: Array, count: int) -> Array:
+    """Return a batch as rows (count, features)."""
+    if _sparse.is_sparse(batch):
+        return batch
+    return xp.reshape(_array.detached(batch), (count, batch.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class PendingBatch:
 
 def _form_of(batch: Array) -> tuple[Namespace, int]:
     """Return library and number of features of a batch, if its form is valid."""
-    xp = _array.check_array(batch)
+    xp = _array.check_array(_sparse.stored(batch))
     if batch.ndim < 1 or batch.shape[-1] < 1:
         raise ShapeError(f"expected a batch of shape (..., features), got {tuple(batch.shape)}")
     return xp, int(batch.shape[-1])
@@ -78,11 +87,11 @@ def match(batch: Array, template: Array) -> Namespace:
         raise ShapeError(
             f"expected batches of {template.shape[1]} features like the first one, got {features}"
         )
-    same_library = xp is _array.namespace(template)
-    if not same_library or _array.device(batch) != _array.device(template):
+    same_library, values = xp is _array.namespace(template), _sparse.stored(batch)
+    if not same_library or _array.device(values) != _array.device(template):
         raise ArrayTypeError(
             f"expected batches like the first one, {_array.describe(template)}, "
-            f"got {_array.describe(batch)}"
+            f"got {_array.describe(values)}"
         )
     return xp
 
@@ -91,7 +100,10 @@ def _drop_absent(xp: Namespace, x: Array, weights: HostArray) -> tuple[Array, Ho
     """Return the rows of positive weight with their weights, None for weights that are all 1."""
     if not weights.all():
         (present,) = weights.nonzero()
-        x = xp.take(x, _array.index_array(xp, present, _array.device(x)), axis=0)
+        if _sparse.is_sparse(x):
+            x = x[present]
+        else:
+            x = xp.take(x, _array.index_array(xp, present, _array.device(x)), axis=0)
         weights = weights[present]
     return x, None if (weights == 1).all() else weights
 
@@ -103,7 +115,7 @@ def _check_range(xp: Namespace, rows: Rows) -> None:
     # Lengths are squared on the host, in float64; products of rows are taken in their dtype.
     in_range = rows.squares.max(initial=0.0) <= float(xp.finfo(dtype).max)
     if not (in_range and math.isfinite(rows.energy())):
-        bad = int(xp.count_nonzero(~xp.all(xp.isfinite(rows.x), axis=1)))
+        bad = _count_not_finite(xp, rows.x)
         if bad:
             raise NonFiniteError(
                 f"expected finite values, got NaN or infinity in {bad} of {rows.count} rows; "
@@ -114,8 +126,15 @@ def _check_range(xp: Namespace, rows: Rows) -> None:
             "scale the data down or pass float64"
         )
     least = float(xp.finfo(dtype).smallest_normal) / float(xp.finfo(dtype).eps)
-    if energy < least * rows.count and bool(xp.any(rows.x != 0)):
+    if energy < least * rows.count and bool(xp.any(_sparse.stored(rows.x) != 0)):
         raise NonFiniteError(
             f"expected rows whose squares {dtype} can hold, got an underflow; "
             "scale the data up or pass float64"
         )
+
+
+def _count_not_finite(xp: Namespace, x: Array) -> int:
+    """Return how many rows hold values that are not finite."""
+    if _sparse.is_sparse(x):
+        return _sparse.rows_not_finite(x)
+    return int(xp.count_nonzero(~xp.all(xp.isfinite(x), axis=1)))

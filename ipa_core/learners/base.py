@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ClassVar, Self, TypeVar, cast, final
 
-from ipa_core import _array, _settings
+from ipa_core import _array, _settings, _sparse
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import fixed_basis
 from ipa_core.errors import (
@@ -173,7 +173,7 @@ class Learner(ABC):
         batch : array of shape (..., features)
             Real floating, in any library of the array API; half precision is computed in float32.
             Any leading shape, any number of rows, none included. The first batch fixes library,
-            device, dtype and features.
+            device, dtype and features. A sparse matrix of SciPy is a batch of NumPy's.
         weights : array of shape batch.shape[:-1], optional
             Non-negative weight of each row: a boolean mask, or floating importances. In any
             library and on any device.
@@ -221,6 +221,8 @@ class Learner(ABC):
         >>> learner.samples, pending.finish().samples
         (0, 4)
         """
+        if _sparse.is_sparse(batch):
+            batch = _sparse.csr_rows(batch)
         template = self._template_for(batch)
         with _array.isolated(template), _array.ignore_overflow():
             rows = validate(batch, weights, template)
