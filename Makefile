@@ -15,7 +15,7 @@ PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantized test-timm \
-	test-families test-moe-families test-serving test-trainers \
+	test-families test-foreign test-moe-families test-serving test-trainers \
 	clean
 
 help:  ## list the targets
@@ -70,6 +70,9 @@ test-trainers: $(addprefix .venv/.installed-,trainers llamafactory)  ## programs
 	$(SINGLE) IPA_RESULTS=benchmarks/results PYTHONPATH=.:integrations timeout 20m \
 		.venv/trainers/bin/python -m pytest tests/trainers
 
+test-foreign: .venv/.installed-foreign  ## models of other packages, each from fit to load
+	$(SINGLE) PYTHONPATH=.venv/foreign $(BIN)/python -m benchmarks.foreign_walk
+
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -115,4 +118,9 @@ $(SERVING)/.installed-vllm: .venv/.installed-test tests/serving/vllm.txt
 
 $(SERVING)/.installed-sglang: .venv/.installed-test
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(SERVING) sglang==0.5.23
+	touch $@
+
+.venv/.installed-foreign: .venv/.installed-test benchmarks/foreign_packages.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/foreign \
+		--requirement benchmarks/foreign_packages.txt
 	touch $@
