@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from benchmarks import likelihood
+from benchmarks import likelihood, likelihood_cost
 from benchmarks.evidence import captured, figures, likelihood_tables
 from benchmarks.evidence.captured import capture, choose
 from benchmarks.evidence.cells import Cell, Cells, read
@@ -272,6 +272,16 @@ def test_rates_are_those_of_the_kind_or_of_the_choosing_one(task, tmp_path):
     assert rates([*found, *other[:2]], "toy", "LoRA", SETTINGS) == best.rate
     with pytest.raises(ValueError, match="expected three rates of .*; tune it first"):
         rates(found, "toy", "EVA", SETTINGS)
+
+
+def test_cost_of_steps(task):
+    found = likelihood_cost.cost(task, (1, 8), rounds=2)
+    trained = {name: values["trained"] for name, values in found.items()}
+    assert trained["LoRA, rank 8"] == 8 * trained["LoRA, rank 1"]
+    for rank in (1, 8):
+        frozen, lora = (found[f"{name}, rank {rank}"] for name in ("random A, frozen", "LoRA"))
+        assert frozen["trained"] < lora["trained"] and frozen["MiB"] < lora["MiB"]
+    assert found["LoRA, rank 8"]["time"] == 1
 
 
 def test_tables_of_likelihood():
