@@ -12,6 +12,8 @@ STUDY = "likelihood"
 LORA, RANDOM = "LoRA", "random A, frozen"
 #: Settings of the main comparison: rank, steps, texts that P is chosen from.
 MAIN = (8, 80, 128)
+#: Nats beyond its interval that make a difference worth a name.
+LEAST = 0.005
 HEADER = [
     "method",
     "trainable",
@@ -70,6 +72,7 @@ def tables(cells: Iterable[Cell]) -> dict[str, str]:
         found[name] = comparison([cell for cell in tested if cell.task == task])
     if tasks:
         found["differences"] = differences(tested, tasks)
+        found["resolved"] = resolved(tested, tasks)
     tuned = [cell for cell in own if cell.test is None]
     if tuned:
         found["validation"] = validation(tuned)
@@ -130,6 +133,31 @@ def differences(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
         if any(cell != "-" for cell in row[1:]):
             rows.append(row)
     return record.table(["difference of", *tasks], rows)
+
+
+def resolved(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
+    """Return the differences to LoRA and random A that exceed `LEAST` nats beyond their interval.
+
+    "no" is a difference that does not, "-" one that was not run.
+    """
+    rows = []
+    for other in (LORA, RANDOM):
+        for method in [name for name in LIKELIHOOD if (name, other) != (LORA, RANDOM)]:
+            row = [f"{method} - {other}"]
+            for task in tasks:
+                some = [cell for cell in cells if cell.task == task]
+                row.append(_if_resolved(of_method(some, method), of_method(some, other)))
+            if set(row[1:]) - {"-", "no"}:
+                rows.append(row)
+    return record.table(["difference of", *tasks], rows)
+
+
+def _if_resolved(own: Sequence[Cell], others: Sequence[Cell]) -> str:
+    shown = difference(own, others)
+    if shown == "-":
+        return shown
+    found = paired(own, others, nats)
+    return shown.strip("*") if abs(found.mean) - found.half > LEAST else "no"
 
 
 def validation(cells: Sequence[Cell]) -> str:

@@ -284,7 +284,7 @@ def test_cost_of_steps(task):
     assert found["LoRA, rank 8"]["time"] == 1
 
 
-def test_tables_of_likelihood():
+def test_tables_of_likelihood(monkeypatch):
     """Differences are paired by seed, bold if the interval excludes zero; the gap is shared out."""
     base = {"LoRA": 5.0, "random A, frozen": 5.1, "IPA without first token, frozen": 5.04}
     noise = {"LoRA": 0.0, "random A, frozen": 0.001, "IPA without first token, frozen": -0.001}
@@ -305,6 +305,16 @@ def test_tables_of_likelihood():
     assert line.startswith("| IPA without first token, frozen | 1,234 | 6.039 ± 0.999 | 3 |")
     assert "| **+0.039 ± 0.002** | **-0.062 ± 0.005** | 61 % | 4.500 ± 0.000 | 0.1 | 4 |" in line
     assert "frozen - LoRA | **+0.039 ± 0.002** |" in found["differences"]
+    lines = found["resolved"].splitlines()[2:]
+    assert [line.partition(" |")[0] for line in lines] == [
+        "| random A, frozen - LoRA",
+        "| IPA without first token, frozen - LoRA",
+        "| IPA without first token, frozen - random A, frozen",
+    ]
+    assert "| +0.039 ± 0.002 |" in lines[1]
+    monkeypatch.setattr(likelihood_tables, "LEAST", 0.05)
+    lines = likelihood_tables.tables(cells)["resolved"].splitlines()[2:]
+    assert "| IPA without first token, frozen - LoRA" not in "".join(lines) and len(lines) == 2
     assert found["validation"].splitlines()[-1] == "| LoRA | -94.000 at 0.1 |"
     with pytest.raises(ValueError, match="expected a tested cell, got one of tuning"):
         likelihood_tables.nats(cell("LoRA", 100, None))
