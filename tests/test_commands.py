@@ -64,6 +64,7 @@ EXCEPTIONS = {
     "python -m benchmarks": "half an hour; `make bench` runs its quick form",
     "python -m benchmarks.learners": QUIET,
     "python -m benchmarks.hf_moe_cost": QUIET,
+    "python -m benchmarks.likelihood_cost": QUIET,
     "python -m benchmarks.peers": QUIET,
     "python -m benchmarks.peers_sklearn": QUIET,
     "python -m benchmarks.growth": QUIET,
