@@ -103,12 +103,12 @@ def check(family: str, kind: type[transformers.PreTrainedModel]) -> Found:
         return Found(kind.__name__, missing=missing)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            collected = _difference(_collected(model, names, batch), base)
+            collected = difference(_collected(model, names, batch), base)
             adapted = _adapted(model, names, batch)
         except LayerError as error:
             return Found(kind.__name__, missing=missing | dict.fromkeys(names, _reason(error)))
-        begun = _difference(outputs(adapted, batch), base)
-        _randomize(adapted)
+        begun = difference(outputs(adapted, batch), base)
+        randomize(adapted)
         silent = _without_gradient(adapted, batch)
         changed = outputs(adapted, batch)
         adapted.save_pretrained(folder)
@@ -119,11 +119,11 @@ def check(family: str, kind: type[transformers.PreTrainedModel]) -> Found:
             missing=missing,
             collected=collected,
             begun=begun,
-            effect=_difference(changed, base),
+            effect=difference(changed, base),
             silent=silent,
             export=export_form(adapted, Path(folder) / "export"),
-            stock=_difference(outputs(again, batch), changed),
-            merged=_difference(outputs(again.merge_and_unload(), batch), changed),
+            stock=difference(outputs(again, batch), changed),
+            merged=difference(outputs(again.merge_and_unload(), batch), changed),
         )
 
 
@@ -178,7 +178,7 @@ def _reason(error: Exception) -> str:
     return str(error).partition("\n")[0].partition("': ")[2].partition(";")[0].partition(")")[0]
 
 
-def _randomize(model: PeftModel) -> None:
+def randomize(model: PeftModel) -> None:
     """Set B to random values."""
     generator = torch.Generator().manual_seed(2)
     for layer in lora_layers(model, "default").values():
@@ -196,7 +196,7 @@ def _without_gradient(model: PeftModel, batch: dict[str, torch.Tensor]) -> int:
     return sum(gradient is None or not gradient.any() for gradient in gradients)
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the largest difference, relative to the largest output."""
     return float((one - other).abs().max() / torch.maximum(one.abs(), other.abs()).max())
 

@@ -22,6 +22,7 @@ from ipa_hf.load import load_adapter
 from ipa_hf.rank_pattern import match_ranks
 from ipa_hf.shared_adapters import share
 from ipa_hf.shared_files import load_shared, save_shared
+from ipa_hf.target_coverage import target_coverage
 from ipa_hf.targets import default_targets
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "match_ranks",
     "save_shared",
     "share",
+    "target_coverage",
     "without_first_token",
 ]

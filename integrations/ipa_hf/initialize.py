@@ -34,6 +34,7 @@ from ipa_hf.lora_layers import (
 )
 from ipa_hf.lora_options import check_initializable
 from ipa_hf.model_methods import keep_metadata
+from ipa_hf.target_coverage import warn_of_small_coverage
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError, attention_mask
 from ipa_torch.extension import NEVER_RAN, OnMissing, Scaling, check_choice, check_scaling
@@ -64,7 +65,8 @@ def get_ipa_model(
         A transformers model, or any other module that `peft.get_peft_model` takes. Adapters are
         injected in place, as PEFT does; no weight of the model changes.
     config : LoraConfig
-        Copied. Without ``target_modules``, `default_targets` are used. ``rank_pattern``,
+        Copied. Without ``target_modules``, `default_targets` are used, with a warning if they cover
+        less than half of the weights of the model's blocks. ``rank_pattern``,
         ``modules_to_save``, ``use_rslora``, ``use_dora`` and so on work as in PEFT.
     data : iterable of batches, or mapping of str to Projector
         Calibration batches, a ``DataLoader`` for example; or fitted projectors by the layers'
@@ -100,6 +102,7 @@ def get_ipa_model(
     config = copy.deepcopy(config)
     if config.target_modules is None and config.target_parameters is None:
         config.target_modules = default_targets(model)
+        warn_of_small_coverage(model, config.target_modules)
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     try:
         return initialize_lora_ipa_weights(

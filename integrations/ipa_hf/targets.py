@@ -1,27 +1,32 @@
-"""Default target layers of transformers models."""
+"""Default target layers of transformers models: the linear layers of repeated blocks."""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
 
 from ipa_core.errors import SettingError
+from ipa_torch.extension import features_of, is_linear, outputs_of
 
-# Query, key, value, up and down projections, as in the paper, under the names that the families of
-# transformers give them. Output and gate projections, poolers and heads are excluded.
-_NAMES = (
-    r"q|k|v|q_proj|k_proj|v_proj|query|key|value|c_attn",
-    r"up_proj|down_proj|fc1|fc2|wi|wi_0|wi_1|wo|mlp\.c_fc|mlp\.c_proj",
-    r"intermediate\.dense|(?<!attention\.)output\.dense",
-)
-_TARGETS = rf".*\.({'|'.join(_NAMES)})"
-# In models with a vision or audio tower, only layers of the language model.
-_LANGUAGE_ONLY = rf".*\blanguage_model\.{_TARGETS}"
+#: Layers that PEFT refuses in models of these types, as Mamba's kernels read their weights.
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_READ_BY_KERNELS = ("out_proj", "conv1d")
 
 
 def default_targets(model: torch.nn.Module) -> str:
-    """Return a regular expression for ``LoraConfig(target_modules=...)``: q, k, v, up and down.
+    """Return a regular expression for ``LoraConfig(target_modules=...)``: linear layers of blocks.
+
+    Blocks are the repeated parts of a model (the entries of a ``ModuleList``, and of a
+    ``Sequential`` of equal parts). All their linear layers are targets: query, key, value and
+    output, up, gate and down, fused or not, under any name. Embeddings, poolers and heads lie
+    outside of blocks. Within blocks, routers, gates of one output, and layers that PEFT cannot
+    adapt are left out. Fused experts are no linear layers: see `target_coverage`.
 
     Parameters
     ----------
@@ -37,7 +42,7 @@ def default_targets(model: torch.nn.Module) -> str:
     Raises
     ------
     SettingError
-        If no layer name matches.
+        If the model has no linear layers in repeated blocks.
 
     Examples
     --------
@@ -48,12 +53,103 @@ def default_targets(model: torch.nn.Module) -> str:
     >>> [name for name, _ in bert.named_modules() if re.fullmatch(pattern, name)][-2:]
     ['encoder.layer.0.intermediate.dense', 'encoder.layer.0.output.dense']
     """
-    names = [name for name, _ in model.named_modules()]
-    for pattern in (_LANGUAGE_ONLY, _TARGETS):
-        if any(re.fullmatch(pattern, name) for name in names):
-            return pattern
-    raise SettingError(
-        "expected a model with the usual names of query, key, value, up or down layers, got "
-        f"{type(model).__name__} with none; set target_modules in the LoraConfig, for example to "
-        "'all-linear'"
-    )
+    names = _trainable_by_peft(model, list(_block_layers(model)))
+    if not names:
+        raise SettingError(
+            f"expected a model with linear layers in repeated blocks, got {type(model).__name__} "
+            "with none; set target_modules in the LoraConfig, for example to 'all-linear'"
+        )
+    return _pattern(names, (name for name, _ in model.named_modules()))
+
+
+def block_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules within repeated blocks, with their names.
+
+    In a model with a ``language_model`` beside other towers only those of the language model.
+    """
+    named = list(model.named_modules())
+    blocks = [block for name, module in named for block in _blocks(name, module)]
+    inside = tuple(f"{block}." for block in blocks)
+    found = [(name, x) for name, x in named if name in blocks or name.startswith(inside)]
+    language = [(name, x) for name, x in found if "language_model" in name.split(".")]
+    yield from language or found
+
+
+def _blocks(name: str, container: nn.Module) -> list[str]:
+    """Return the names of the entries of a container that are blocks, and no layers themselves."""
+    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+        return []
+    entries = {key: x for key, x in container.named_children() if [*x.children()]}
+    kinds = [type(entry) for entry in entries.values()]
+    if isinstance(container, nn.Sequential) and len(kinds) == len(set(kinds)):
+        return []
+    return [f"{name}.{key}".lstrip(".") for key, x in entries.items() if not is_linear(x)]
+
+
+def _block_layers(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the linear layers of blocks that are worth an adapter and take one."""
+    named = dict(model.named_modules())
+    tables = {id(x.weight) for x in named.values() if isinstance(x, nn.Embedding)}
+    layers: tuple[str, ...] = ()
+    for name, module in block_modules(model):
+        parent = named[name.rpartition(".")[0]]
+        if name.startswith(layers) or not is_linear(module):
+            continue
+        layers += (f"{name}.",)
+        outputs = outputs_of(module)
+        if min(features_of(module), outputs) == 1 or outputs == _experts_beside(parent):
+            continue
+        read_directly = isinstance(parent, nn.MultiheadAttention)
+        if not read_directly and id(getattr(module, "weight", None)) not in tables:
+            yield name
+
+
+def _experts_beside(parent: nn.Module) -> int | None:
+    """Return the number of experts in a module, and so of its router's outputs."""
+    experts = getattr(parent, "experts", None)
+    if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+        return len(experts)
+    count = getattr(experts, "num_experts", None)
+    return count if isinstance(count, int) else None
+
+
+def _trainable_by_peft(model: nn.Module, names: list[str]) -> list[str]:
+    """Leave out layers under names that PEFT refuses, or takes for fused experts."""
+    leaves = {name.rpartition(".")[2] for name in names}
+    if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA:
+        leaves -= {*_READ_BY_KERNELS}
+    kept = {leaf for leaf in leaves if _keeps(model, leaf)}
+    return [name for name in names if name.rpartition(".")[2] in kept]
+
+
+def _keeps(model: nn.Module, leaf: str) -> bool:
+    """Return whether a target stays one: in some models PEFT takes ``up_proj`` for experts'."""
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:
+        return False
+    return list(config.target_modules or ()) == [leaf]
+
+
+def _pattern(names: Iterable[str], modules: Iterable[str]) -> str:
+    """Return a regular expression that matches these names alone among those of the modules."""
+    chosen, groups = set(names), defaultdict(list)
+    for name in modules:
+        groups[_any_block(name)].append(name)
+    parts: list[str] = []
+    for group, members in groups.items():
+        matched = [name for name in members if name in chosen]
+        parts += [group] if matched == members else map(re.escape, matched)
+    return "|".join(parts)
+
+
+def _any_block(name: str) -> str:
+    r"""Return a pattern for a name with any numbers of blocks.
+
+    Examples
+    --------
+    >>> print(_any_block("layers.3.mlp.fc1"))
+    layers\.\d+\.mlp\.fc1
+    """
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))

@@ -53,12 +53,12 @@ _TEXT_IN = ("input_ids", "attention_mask")
 _TEXT_AND_IMAGE = ("input_ids", "pixel_values")
 
 FAMILIES = {
-    "Llama": Family("LlamaForCausalLM", "LlamaConfig", CAUSAL, _TEXT_IN, 10),
-    "Qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", CAUSAL, _TEXT_IN, 10),
-    "Qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", CAUSAL | {"head_dim": 8}, _TEXT_IN, 10),
-    "Mistral": Family("MistralForCausalLM", "MistralConfig", CAUSAL, _TEXT_IN, 10),
+    "Llama": Family("LlamaForCausalLM", "LlamaConfig", CAUSAL, _TEXT_IN, 14),
+    "Qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", CAUSAL, _TEXT_IN, 14),
+    "Qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", CAUSAL | {"head_dim": 8}, _TEXT_IN, 14),
+    "Mistral": Family("MistralForCausalLM", "MistralConfig", CAUSAL, _TEXT_IN, 14),
     "Gemma-3 text": Family(
-        "Gemma3ForCausalLM", "Gemma3TextConfig", CAUSAL | {"head_dim": 8}, _TEXT_IN, 10
+        "Gemma3ForCausalLM", "Gemma3TextConfig", CAUSAL | {"head_dim": 8}, _TEXT_IN, 14
     ),
     "Gemma-3": Family(
         "Gemma3ForConditionalGeneration",
@@ -72,7 +72,7 @@ FAMILIES = {
             "eoi_token_index": 62,
         },
         _TEXT_IN,
-        10,
+        14,
     ),
     "GPT-2": Family(
         "GPT2LMHeadModel",
@@ -86,10 +86,10 @@ FAMILIES = {
             "eos_token_id": 2,
         },
         _TEXT_IN,
-        6,
+        8,
     ),
-    "BERT": Family("BertModel", "BertConfig", TEXT, _TEXT_IN, 10),
-    "MPNet": Family("MPNetModel", "MPNetConfig", TEXT, _TEXT_IN, 10),
+    "BERT": Family("BertModel", "BertConfig", TEXT, _TEXT_IN, 12),
+    "MPNet": Family("MPNetModel", "MPNetConfig", TEXT, _TEXT_IN, 12),
     "T5": Family(
         "T5ForConditionalGeneration",
         "T5Config",
@@ -103,23 +103,23 @@ FAMILIES = {
             "decoder_start_token_id": 0,
         },
         (*_TEXT_IN, "decoder_input_ids"),
-        2 * 5 + 2 * 8,
+        2 * 6 + 2 * 10,
     ),
-    "ViT": Family("ViTModel", "ViTConfig", VISION, ("pixel_values",), 10),
-    "DINOv2": Family("Dinov2Model", "Dinov2Config", DINO, ("pixel_values",), 10),
+    "ViT": Family("ViTModel", "ViTConfig", VISION, ("pixel_values",), 12),
+    "DINOv2": Family("Dinov2Model", "Dinov2Config", DINO, ("pixel_values",), 12),
     "CLIP": Family(
         "CLIPModel",
         "CLIPConfig",
         {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
         _TEXT_AND_IMAGE,
-        20,
+        24,
     ),
     "SigLIP": Family(
         "SiglipModel",
         "SiglipConfig",
         {"text_config": TEXT, "vision_config": VISION},
         _TEXT_AND_IMAGE,
-        22,
+        24,
     ),
     "Whisper": Family(
         "WhisperForConditionalGeneration",
@@ -141,9 +141,9 @@ FAMILIES = {
             "decoder_start_token_id": 1,
         },
         ("input_features", "decoder_input_ids"),
-        2 * 5 + 2 * 8,
+        2 * 6 + 2 * 10,
     ),
     "Mixtral": Family(
-        "MixtralForCausalLM", "MixtralConfig", CAUSAL | {"num_local_experts": 4}, _TEXT_IN, 6
+        "MixtralForCausalLM", "MixtralConfig", CAUSAL | {"num_local_experts": 4}, _TEXT_IN, 8
     ),
 }
