@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from ipa_core.cholesky import DampedCholesky, damped_cholesky
 from ipa_core.errors import (
     ArrayTypeError,
+    BrokenDependencyError,
     EmptyStreamError,
     FileFormatError,
     IPAError,
@@ -42,6 +43,7 @@ except _PackageNotFoundError:  # a plain copy of the tree on the path
 __all__ = [
     "ActivationStore",
     "ArrayTypeError",
+    "BrokenDependencyError",
     "DampedCholesky",
     "EmptyStreamError",
     "ExactCovariance",

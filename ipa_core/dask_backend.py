@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ipa_core.errors import IPAError, MissingDependencyError, StreamError, with_context
+from ipa_core.dependencies import dependency_error
+from ipa_core.errors import IPAError, StreamError, with_context
 from ipa_core.io.activation_store import StoredLayer
 from ipa_core.io.readers import files_of, prefetch
 from ipa_core.io.streams import labeled_batches
@@ -25,10 +26,9 @@ try:
     from dask.local import get_sync
     from dask.optimization import cull
     from dask.system import CPU_COUNT
-except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        f"expected dask to be installed, got no {error.name}; "
-        "run pip install 'ipa-projectors[dask]'"
+except Exception as error:  # a clash of versions raises AttributeError and others
+    raise dependency_error(
+        error, "dask.array", extra="dask", user="ipa_core.dask_backend"
     ) from error
 
 Shards: TypeAlias = "str | PathLike[str] | Iterable[str | PathLike[str]] | StoredLayer"

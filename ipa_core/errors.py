@@ -94,6 +94,12 @@ class MissingDependencyError(IPAError, ModuleNotFoundError):
     page = "docs/index.md#install"
 
 
+class BrokenDependencyError(IPAError, ImportError):
+    """An optional package is installed but cannot be imported; the message has the cause."""
+
+    page = "docs/index.md#install"
+
+
 def with_context(error: IPAError, context: str) -> IPAError:
     """Return the same error with ``context`` (a layer, a file, a batch number) before its message.
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipa_core._array import to_numpy
-from ipa_core.errors import ArrayTypeError, MissingDependencyError, ShapeError
+from ipa_core.dependencies import import_optional
+from ipa_core.errors import ArrayTypeError, ShapeError
 from ipa_core.metrics import principal_angles
 from ipa_core.projector import Projector
 
@@ -261,13 +262,8 @@ def _angle(first: Projector, second: Projector) -> float:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "expected matplotlib to be installed; run pip install 'ipa-projectors[plot]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = import_optional("matplotlib.figure", extra="plot", user="ipa_core.plotting")
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def _style(axes: Any) -> None:

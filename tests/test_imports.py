@@ -18,7 +18,13 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT, ROOT / "integrations")
 PACKAGES = ("ipa_core", "ipa_torch", "ipa_timm", "ipa_hf", "ipa_sklearn")
 
-CORE = {"ipa_core", "ipa_core.errors", "ipa_core.io", "ipa_core.text_table"}
+CORE = {
+    "ipa_core",
+    "ipa_core.dependencies",
+    "ipa_core.errors",
+    "ipa_core.io",
+    "ipa_core.text_table",
+}
 _LAYERS = CORE | {"ipa_torch.errors"}
 _CAPTURE = _LAYERS | {"ipa_torch._layers"}
 _DISTRIBUTED = _CAPTURE | {"ipa_torch._capture"}
@@ -30,6 +36,7 @@ _BRIDGE = CORE | {"ipa_torch", "ipa_torch.extension"}
 ROOMS = {
     "ipa_core.errors": set(),
     "ipa_core.text_table": set(),
+    "ipa_core.dependencies": {"ipa_core.errors"},
     "ipa_core._sparse": set(),
     "ipa_core._array": {"ipa_core.errors", "ipa_core._sparse"},
     "ipa_core._settings": {"ipa_core.errors"},
@@ -47,6 +54,7 @@ ROOMS = {
         "ipa_core.whitening_transform",
     },
     "ipa_core.io": {
+        "ipa_core.dependencies",
         "ipa_core.errors",
         "ipa_core._sparse",
         "ipa_core._array",
@@ -71,12 +79,14 @@ ROOMS = {
         "ipa_core.projector",
     },
     "ipa_core.plotting": {
+        "ipa_core.dependencies",
         "ipa_core.errors",
         "ipa_core._array",
         "ipa_core.metrics",
         "ipa_core.projector",
     },
     "ipa_core.dask_backend": {
+        "ipa_core.dependencies",
         "ipa_core.errors",
         "ipa_core.io",
         "ipa_core.learners",
@@ -132,10 +142,10 @@ LIBRARIES = {
     "ipa_core._sparse": {"numpy"},
     "ipa_core._array": {"array_api_compat", "numpy", "torch"},
     "ipa_core._threads": {"array_api_compat", "threadpoolctl", "torch"},
-    "ipa_core.io": {"numpy", "safetensors", "safetensors.numpy", "safetensors.torch", "zarr"},
-    "ipa_core.io._formats": {"numpy", "pyarrow.*", "?"},  # h5py, by an argument
+    "ipa_core.dependencies": {"?"},  # optional packages, by an argument
+    "ipa_core.io": {"numpy", "safetensors", "safetensors.numpy", "safetensors.torch"},
+    "ipa_core.io._formats": {"numpy", "pyarrow.*", "?"},
     "ipa_core.dask_backend": {"dask.*", "distributed"},
-    "ipa_core.plotting": {"matplotlib.*"},
     "ipa_core.__main__": {"tqdm.*"},
     "ipa_torch": {"numpy", "torch.*", "tqdm.*", "safetensors.torch"},
     "ipa_timm": _BRIDGE_LIBRARIES | {"timm.*", "tqdm"},

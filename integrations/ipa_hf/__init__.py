@@ -1,15 +1,12 @@
 """LoRA adapters of PEFT, initialized from the activations of a transformers model."""
 
-from ipa_core.errors import MissingDependencyError
+from ipa_core.dependencies import dependency_error as _dependency_error
 
 try:
     import peft as _peft  # noqa: F401
     import transformers as _transformers  # noqa: F401
-except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        f"expected peft and transformers, got no {error.name}; "
-        "install them with pip install 'ipa-projectors[hf]'"
-    ) from error
+except Exception as error:  # a clash of versions raises RuntimeError and others
+    raise _dependency_error(error, "peft", "transformers", extra="hf", user="ipa_hf") from error
 
 from ipa_hf.callback import OnlineCallback
 from ipa_hf.expert_linear import expert_layers

@@ -1,14 +1,11 @@
 """Streaming PCA as a scikit-learn estimator."""
 
-from ipa_core.errors import MissingDependencyError
+from ipa_core.dependencies import dependency_error as _dependency_error
 
 try:
     import sklearn as _sklearn  # noqa: F401
-except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        f"expected scikit-learn to be installed, got no {error.name}; "
-        "run pip install 'ipa-projectors[sklearn]'"
-    ) from error
+except Exception as error:  # a clash of versions raises RuntimeError and others
+    raise _dependency_error(error, "sklearn", extra="sklearn", user="ipa_sklearn") from error
 
 from ipa_sklearn.streaming_pca import StreamingPCA
 

@@ -1,14 +1,14 @@
 """Adapters for timm's vision transformers and convnets, initialized from activations."""
 
-from ipa_core.errors import MissingDependencyError
+from ipa_core.dependencies import dependency_error as _dependency_error
 
 try:
     import timm  # noqa: F401
     import torch  # noqa: F401
     import tqdm  # noqa: F401
-except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        f"ipa_timm needs {error.name}; install it with: pip install 'ipa-projectors[timm]'"
+except Exception as error:  # a clash of versions raises RuntimeError and others
+    raise _dependency_error(
+        error, "timm", "torch", "tqdm", extra="timm", user="ipa_timm"
     ) from error
 
 from ipa_timm.adapters import adapt, attach, detach, merge_and_unload

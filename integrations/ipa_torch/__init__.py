@@ -1,14 +1,12 @@
 """Low-rank adapters for any torch model, with projections learned from its activations."""
 
-from ipa_core.errors import MissingDependencyError
+from ipa_core.dependencies import dependency_error as _dependency_error
 
 try:
     import torch  # noqa: F401
     import tqdm  # noqa: F401
-except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        f"ipa_torch needs {error.name}; install it with: pip install 'ipa-projectors[torch]'"
-    ) from error
+except Exception as error:  # a clash of versions raises RuntimeError and others
+    raise _dependency_error(error, "torch", "tqdm", extra="torch", user="ipa_torch") from error
 
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.model import (

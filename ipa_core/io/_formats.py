@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 from zipfile import BadZipFile
@@ -12,7 +11,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ipa_core._array import Array
-from ipa_core.errors import FileFormatError, MissingDependencyError
+from ipa_core.dependencies import import_optional
+from ipa_core.errors import FileFormatError
 
 LabeledRows: TypeAlias = tuple[str, Array]
 
@@ -76,15 +76,6 @@ def _native(rows: Any) -> Array:
     return rows.astype(rows.dtype.newbyteorder("="), copy=False)
 
 
-def _library(name: str, extra: str, file: Path) -> Any:
-    if find_spec(name.partition(".")[0]) is None:
-        raise MissingDependencyError(
-            f"{file}: expected {name.partition('.')[0]} to be installed; "
-            f"run pip install 'ipa-projectors[{extra}]'"
-        )
-    return import_module(name)
-
-
 def read_npz(file: Path, key: str | None) -> Iterator[LabeledRows]:
     """Read the arrays of a NumPy archive, one in memory at a time."""
     try:
@@ -103,7 +94,7 @@ def read_npz(file: Path, key: str | None) -> Iterator[LabeledRows]:
 
 def read_hdf5(file: Path, key: str | None) -> Iterator[LabeledRows]:
     """Read the datasets of an HDF5 file, some 8,192 rows at a time, in whole chunks."""
-    library = _library("h5py", "hdf5", file)
+    library = import_optional("h5py", extra="hdf5", user=str(file))
     try:
         source = library.File(file, "r")
     except FileNotFoundError:
@@ -127,7 +118,7 @@ def read_hdf5(file: Path, key: str | None) -> Iterator[LabeledRows]:
 
 def read_arrow(file: Path, key: str | None) -> Iterator[LabeledRows]:
     """Read a Parquet or Arrow file: a column of lists is the rows, or each column a feature."""
-    arrow = _library("pyarrow", "arrow", file)
+    arrow = import_optional("pyarrow", extra="arrow", user=str(file))
     batches = _parquet_batches if file.suffix == ".parquet" else _ipc_batches
     try:
         first = 0

@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,7 +18,8 @@ from safetensors.numpy import load as load_numpy
 
 from ipa_core import _settings
 from ipa_core._array import Array
-from ipa_core.errors import FileFormatError, IPAError, MissingDependencyError
+from ipa_core.dependencies import import_optional
+from ipa_core.errors import FileFormatError, IPAError
 from ipa_core.io.envelope import FileFormat
 from ipa_core.io.files import as_path, input_file, replace_file
 
@@ -263,12 +263,8 @@ def _decoded(data: bytes, dtype: str, path: Path) -> tuple[Array, Array | None]:
     try:
         if dtype == "float16":
             tensors = load_numpy(data)
-        elif find_spec("torch") is None:
-            raise MissingDependencyError(
-                f"{path}: expected torch to be installed, which reads bfloat16; "
-                "run pip install 'ipa-projectors[torch]'"
-            )
         else:
+            import_optional("torch", extra="torch", user=f"{path}, in bfloat16,")
             from safetensors.torch import load as load_torch
 
             tensors = {key: value.float().numpy() for key, value in load_torch(data).items()}

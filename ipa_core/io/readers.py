@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ipa_core._array import Array
+from ipa_core.dependencies import import_optional
 from ipa_core.errors import (
     FileFormatError,
     IPAError,
-    MissingDependencyError,
     PathError,
     ShapeError,
     StreamError,
@@ -193,21 +192,13 @@ def _framework(file: Path, key: str | None) -> str:
             dtypes.add(rows.get_dtype())
     if "BF16" not in dtypes:
         return "numpy"
-    if find_spec("torch") is None:
-        raise MissingDependencyError(
-            f"{file}: expected torch to be installed, which reads bfloat16; "
-            "run pip install 'ipa-projectors[torch]'"
-        )
+    import_optional("torch", extra="torch", user=f"{file}, in bfloat16,")
     return "pt"
 
 
 def _read_zarr(file: Path) -> Iterator[LabeledRows]:
     """Read about 8,192 rows at a time, in whole chunks: each chunk is decompressed once."""
-    if find_spec("zarr") is None:
-        raise MissingDependencyError(
-            f"{file}: expected zarr to be installed; run pip install 'ipa-projectors[dask]'"
-        )
-    import zarr
+    zarr = import_optional("zarr", extra="dask", user=str(file))
 
     try:
         array = zarr.open_array(file, mode="r")

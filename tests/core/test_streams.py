@@ -1,6 +1,7 @@
 """Every kind of stream through `fit_projector`."""
 
 import os
+import sys
 from functools import partial
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_zarr(tmp_path):
 
 
 def test_zarr_without_zarr(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "zarr", None)
     (tmp_path / "x.zarr").mkdir()
     with pytest.raises(MissingDependencyError, match=r"ipa-projectors\[dask\]"):
         fit(tmp_path / "x.zarr")
@@ -128,7 +129,7 @@ def test_bfloat16_without_torch(tmp_path, monkeypatch):
     from safetensors.torch import save_file as save_torch
 
     save_torch({"x": torch.ones(2, 2).bfloat16()}, tmp_path / "x.safetensors")
-    monkeypatch.setattr(readers, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependencyError, match=r"ipa-projectors\[torch\]"):
         fit(tmp_path / "x.safetensors")
 
