@@ -15,7 +15,7 @@ PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantized test-timm \
-	test-families test-foreign test-moe-families test-serving test-trainers \
+	test-families test-foreign test-hf-families test-moe-families test-serving test-trainers \
 	clean
 
 help:  ## list the targets
@@ -72,6 +72,9 @@ test-trainers: $(addprefix .venv/.installed-,trainers llamafactory)  ## programs
 
 test-foreign: .venv/.installed-foreign  ## models of other packages, each from fit to load
 	$(SINGLE) PYTHONPATH=.venv/foreign $(BIN)/python -m benchmarks.foreign_walk
+
+test-hf-families: .venv/.installed-test  ## one tiny model of each family of transformers
+	$(SINGLE) $(BIN)/python -m benchmarks.hf_families
 
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

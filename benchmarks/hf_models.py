@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ PREFERRED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "Model", 
 #: Parameters of the largest model that is built, and of the largest change of its sizes.
 LARGEST = 60_000_000
 LAYERS = re.compile(r"(num_\w*(layers|blocks)|\w*_layers|n_layers?|depth)$")
+NO_FAMILIES = ("auto", "deprecated", "timm_backbone", "timm_wrapper")
 #: Settings that are no widths.
 FIXED = re.compile(
     r"image_size|patch|stride|kernel|dilation|window|rate|_id$|channels$|dtype|theta"
@@ -27,15 +28,15 @@ FIXED = re.compile(
 VARIANTS = ((2, 16), (2, 8), (2, 32), (4, 16), (2, 4), (2, 1), (6, 16))
 
 
-def families() -> dict[str, list[Kind]]:
-    """Return the model classes of each module of transformers that defines some, best first.
+def families(names: Collection[str] | None = None) -> dict[str, list[Kind]]:
+    """Return the model classes of each family of transformers, or of those named, best first.
 
     Modules that need a package that is not installed are left out.
     """
     folder = Path(transformers.__file__).parent / "models"
     found: dict[str, list[Kind]] = {}
     for path in sorted(folder.glob("*/modeling_*.py")):
-        if path.parent.name in ("auto", "deprecated", "timm_backbone", "timm_wrapper"):
+        if path.parent.name in NO_FAMILIES or (names and path.parent.name not in names):
             continue
         name = f"transformers.models.{path.parent.name}.{path.stem}"
         with contextlib.suppress(ImportError):  # torchaudio, for example

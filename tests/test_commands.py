@@ -45,6 +45,7 @@ EXCEPTIONS = {
     "make test-families": "all families of timm, half an hour",
     "make test-foreign": "installs 50 packages, and takes a minute; test_foreign_walk.py is tiny",
     "make test-moe-families": "all families of transformers with fused experts, ten minutes",
+    "make test-hf-families": "all families of transformers, half an hour",
     "make test-jax": "JAX compiles every operation for every shape; not run to its end",
     "make test-serving": "installs servers, and takes minutes",
     "make test-trainers": "installs trainers, and takes minutes",

@@ -103,7 +103,13 @@ def get_ipa_model(
     if config.target_modules is None and config.target_parameters is None:
         config.target_modules = default_targets(model)
         warn_of_small_coverage(model, config.target_modules)
-    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    try:
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise SettingError(
+            f"expected a {type(model).__name__} and a LoraConfig that PEFT takes, got "
+            f"{type(error).__name__}: {error}; name other layers in target_modules"
+        ) from error
     try:
         return initialize_lora_ipa_weights(
             peft_model,
@@ -214,13 +220,12 @@ def initialize_lora_ipa_weights(
         for name, x in layers.items()
         if not takes_projection(x, adapter_name)
     }
-    if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
-        lost = lost_on_loading(peft_model, adapter_name)
-        unsupported |= {
-            name: "PEFT renames its saved LoRA on loading and loses it"
-            for name in layers
-            if name.rpartition(".")[0] in lost
-        }
+    lost = lost_on_loading(peft_model, adapter_name)
+    unsupported |= {
+        name: "PEFT renames its saved LoRA on loading and loses it"
+        for name, layer in layers.items()
+        if (name.rpartition(".")[0] if isinstance(layer, ParamWrapper) else name) in lost
+    }
     supported = {name: x for name, x in layers.items() if name not in unsupported}
     _report(unsupported, on_missing)  # before the fit, which takes long
     if not supported:

@@ -12,7 +12,8 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from ipa_core.errors import SettingError
-from ipa_torch.extension import features_of, is_linear, outputs_of
+from ipa_hf.lora_experts import renamed_on_loading
+from ipa_torch.extension import features_of, is_conv1d, is_linear, outputs_of
 
 #: Layers that PEFT refuses in models of these types, as Mamba's kernels read their weights.
 _MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -70,9 +71,9 @@ def block_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     named = list(model.named_modules())
     blocks = [block for name, module in named for block in _blocks(name, module)]
     inside = tuple(f"{block}." for block in blocks)
-    found = [(name, x) for name, x in named if name in blocks or name.startswith(inside)]
-    language = [(name, x) for name, x in found if "language_model" in name.split(".")]
-    yield from language or found
+    parts = [(name, x) for name, x in named if name in blocks or name.startswith(inside)]
+    language = [(name, x) for name, x in parts if "language_model" in name.split(".")]
+    yield from language or parts
 
 
 def _blocks(name: str, container: nn.Module) -> list[str]:
@@ -93,7 +94,7 @@ def _block_layers(model: nn.Module) -> Iterator[str]:
     layers: tuple[str, ...] = ()
     for name, module in block_modules(model):
         parent = named[name.rpartition(".")[0]]
-        if name.startswith(layers) or not is_linear(module):
+        if name.startswith(layers) or not _is_known_to_peft(module, model):
             continue
         layers += (f"{name}.",)
         outputs = outputs_of(module)
@@ -102,6 +103,27 @@ def _block_layers(model: nn.Module) -> Iterator[str]:
         read_directly = isinstance(parent, nn.MultiheadAttention)
         if not read_directly and id(getattr(module, "weight", None)) not in tables:
             yield name
+
+
+def _is_known_to_peft(module: nn.Module, model: nn.Module) -> bool:
+    """Return whether PEFT knows a linear layer; quantized ones are of many classes."""
+    if getattr(model, "is_quantized", False):
+        return is_linear(module)
+    plain = type(module).forward is nn.Linear.forward or is_conv1d(module)
+    return plain or (isinstance(module, nn.Linear) and _keeps_rows(module))
+
+
+@torch.no_grad()
+def _keeps_rows(module: nn.Linear) -> bool:
+    """Return whether a layer with a forward of its own takes rows: grouped ones do not."""
+    weight = module.weight
+    try:
+        outputs = module(
+            torch.zeros(2, module.in_features, device=weight.device, dtype=weight.dtype)
+        )
+    except RuntimeError:  # shapes that do not fit
+        return False
+    return isinstance(outputs, torch.Tensor) and outputs.shape == (2, module.out_features)
 
 
 def _experts_beside(parent: nn.Module) -> int | None:
@@ -114,12 +136,20 @@ def _experts_beside(parent: nn.Module) -> int | None:
 
 
 def _trainable_by_peft(model: nn.Module, names: list[str]) -> list[str]:
-    """Leave out layers under names that PEFT refuses, or takes for fused experts."""
+    """Leave out layers under names that PEFT refuses, takes for experts, or loses on loading."""
     leaves = {name.rpartition(".")[2] for name in names}
     if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA:
         leaves -= {*_READ_BY_KERNELS}
     kept = {leaf for leaf in leaves if _keeps(model, leaf)}
-    return [name for name in names if name.rpartition(".")[2] in kept]
+    names = [name for name in names if name.rpartition(".")[2] in kept]
+    lost = renamed_on_loading(model, LoraConfig(target_modules=names), _saved(names))
+    return [name for name in names if name not in lost]
+
+
+def _saved(names: list[str]) -> dict[str, torch.Tensor]:
+    """Return what a saved adapter of these layers would have, with tensors of one number."""
+    keys = (f"base_model.model.{name}.lora_{part}.weight" for name in names for part in "AB")
+    return {key: torch.zeros(1, 1) for key in keys}
 
 
 def _keeps(model: nn.Module, leaf: str) -> bool:
