@@ -41,7 +41,7 @@ class RowRouting:
 
     def select(self, subset: RowSubset, device: torch.device) -> RowSubset:
         """Return the rows of a subset of the tokens, and their weights."""
-        places, token_weight = subset
+        places, token_weight = subset.positions, subset.weights
         weight = self.weight
         if places is not None or token_weight is not None:
             by_token = torch.zeros(self.tokens, device=device)
@@ -49,7 +49,7 @@ class RowRouting:
             by_token[slice(None) if places is None else places] = positive
             by_row = by_token if self.token is None else by_token[self.token]
             weight = by_row if weight is None else by_row * weight
-        return (None, None) if weight is None else RowSelection(weight).on(device)
+        return RowSubset() if weight is None else RowSelection(weight).on(device)
 
 
 class ExpertLinear(nn.Module):

@@ -16,11 +16,11 @@ from ipa_torch._layers.matmul_view import (
     Convolution,
     ConvView,
     LinearView,
-    RowSubset,
     WeightedRows,
     view_of,
 )
 from ipa_torch._layers.output_head import classifier_modules
+from ipa_torch._layers.row_subset import RowSubset
 from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch._layers.targets import Targets, is_linear
 from ipa_torch._layers.unwrap import is_conv1d, unwrap_model

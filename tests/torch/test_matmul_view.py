@@ -9,6 +9,9 @@ from torch import nn
 from ipa_torch import LayerError
 from ipa_torch._layers.matmul_view import conv_view_of, view_of
 from ipa_torch._layers.row_samples import stratified_indices
+from ipa_torch._layers.row_subset import GatherMemory, RowSubset
+
+from .models import decaying
 
 # Of torch itself, on an even kernel with padding="same".
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -48,7 +51,7 @@ def flat_output(layer, y):
 def test_rows_times_the_weight_are_the_output(case):
     layer, x = case
     view = view_of(layer)
-    rows, _ = view.im2row(x, (None, None), None)
+    rows, _ = view.im2row(x, RowSubset(), None)
     weight = layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1))
     with torch.no_grad():
         y = layer(x)
@@ -104,7 +107,7 @@ def test_spread_is_unbiased():
 def test_linear_layer(shape):
     layer, x = nn.Linear(5, 4, bias=False), torch.randn(shape)
     view = view_of(layer)
-    rows, _ = view.im2row(x, (None, None), None)
+    rows, _ = view.im2row(x, RowSubset(), None)
     assert view.row_shape(x) == shape[:-1]
     torch.testing.assert_close(rows @ layer.weight.T, layer(x).reshape(-1, 4))
 
@@ -124,3 +127,19 @@ def test_convolution_with_its_own_forward_is_refused_until_its_view_is_registere
     assert view_of(Named(2, 2, 3)) == view_of(nn.Conv2d(2, 2, 3))
     known = view_of.register(Standardized)(lambda module: conv_view_of(nn.Conv2d(2, 2, 3)))
     assert view_of(Standardized(2, 2, 3)) == known(None)
+
+
+def test_gathered_rows_share_memory_that_grows():
+    memory = GatherMemory()
+    subset = RowSubset(torch.tensor([3, 1, 1]), memory=memory)
+    small, large = decaying(5, 4), decaying(5, 8, seed=1)
+    first = subset.take(small)
+    assert torch.equal(first, small[[3, 1, 1]])
+    second = subset.take(large)
+    assert torch.equal(second, large[[3, 1, 1]])
+    again = subset.take(small)
+    assert torch.equal(again, small[[3, 1, 1]])
+    assert again.data_ptr() == second.data_ptr()
+    half = subset.take(small.half())
+    assert torch.equal(half, small.half()[[3, 1, 1]]) and torch.equal(again, small[[3, 1, 1]])
+    assert RowSubset().take(small) is small

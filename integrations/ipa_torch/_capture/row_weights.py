@@ -15,7 +15,7 @@ from ipa_torch._capture.forward import on_device
 from ipa_torch._capture.hooks import Hook
 from ipa_torch._capture.row_shapes import RowShapeCheck
 from ipa_torch._capture.tensor_ids import Key, storage_key
-from ipa_torch._layers.matmul_view import RowSubset
+from ipa_torch._layers.row_subset import GatherMemory, RowSubset
 
 Masks: TypeAlias = "torch.Tensor | list[torch.Tensor] | None"
 Weights: TypeAlias = "Masks | tuple[Masks, Masks]"
@@ -60,7 +60,7 @@ class RowSelection:
     The weights stay on the host, where a learner sums them: a device is not asked for them.
     """
 
-    def __init__(self, weights: torch.Tensor) -> None:
+    def __init__(self, weights: torch.Tensor, memory: GatherMemory | None = None) -> None:
         self.shape = tuple(weights.shape)
         self._dense = weights.detach().cpu()
         flat = self._dense.reshape(-1)
@@ -70,7 +70,8 @@ class RowSelection:
         self._index = None if kept == flat.numel() else present.nonzero()[:, 0]
         kept_weights = flat if self._index is None else flat.index_select(0, self._index)
         self._weights = None if bool((kept_weights == 1).all()) else kept_weights
-        self._moved: dict[torch.device, torch.Tensor | None] = {}
+        self._memory = memory
+        self._moved: dict[torch.device, RowSubset] = {}
 
     @property
     def trivial(self) -> bool:
@@ -88,13 +89,11 @@ class RowSelection:
         return bool((self._dense == self._dense.T).all())
 
     def on(self, device: torch.device) -> RowSubset:
-        """Return the positions of nonzero weight on a device, None for all, and their weights.
-
-        The weights are on the host, None for ones.
-        """
+        """Return the rows of nonzero weight in an activation on a device, and their weights."""
         if device not in self._moved:
-            self._moved[device] = on_device(self._index, device)
-        return self._moved[device], self._weights
+            index = on_device(self._index, device)
+            self._moved[device] = RowSubset(index, self._weights, self._memory)
+        return self._moved[device]
 
 
 class RowWeighter:
@@ -109,6 +108,7 @@ class RowWeighter:
         self._encoder = _encoder_of(model)
         self._encoder_done = False
         self._encoder_output: Key | None = None
+        self._memory = GatherMemory()
         self._first: list[RowSelection] = []
         self._second: list[RowSelection] = []
         self._check = RowShapeCheck()
@@ -118,7 +118,7 @@ class RowWeighter:
         self._encoder_done = False
         weights = None if self._row_weights is None else self._row_weights(batch)
         first, second = weights if isinstance(weights, tuple) else (weights, None)
-        self._first, self._second = (_selections(part) for part in (first, second))
+        self._first, self._second = (_selections(part, self._memory) for part in (first, second))
         return self._first[0].rows if self._first else None
 
     @property
@@ -139,7 +139,7 @@ class RowWeighter:
                 return selection.on(activation.device)
         if not all(selection.trivial for selection in selections):
             self._check.miss(name, row_shape, [selection.shape for selection in selections])
-        return None, None
+        return RowSubset()
 
     def end_batch(self) -> None:
         """Warn about layers to whose inputs no weights apply, once."""
@@ -173,7 +173,7 @@ def _encoder_of(model: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) else None
 
 
-def _selections(weights: Any) -> list[RowSelection]:
+def _selections(weights: Any, memory: GatherMemory) -> list[RowSelection]:
     if weights is None:
         return []
     parts = weights if isinstance(weights, list) else [weights]
@@ -183,4 +183,4 @@ def _selections(weights: Any) -> list[RowSelection]:
                 f"expected row weights as a tensor, got {type(part).__name__}; "
                 "let row_weights return a tensor with a weight for each row, or None"
             )
-    return [RowSelection(part) for part in parts]
+    return [RowSelection(part, memory) for part in parts]

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from ipa_core.errors import ArrayTypeError
 from ipa_torch._layers.row_samples import stratified_indices
+from ipa_torch._layers.row_subset import RowSubset
 from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
 from ipa_torch.errors import LayerError
 
-#: Positions on the activation's device, None for all, and weights on the host, None for ones.
-RowSubset: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
 WeightedRows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _STOCK = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
@@ -73,9 +72,7 @@ class LinearView:
         self, activation: torch.Tensor, subset: RowSubset, limit: int | None
     ) -> WeightedRows:
         """Return rows and weights, as for every `MatmulView`."""
-        positions, weights = subset
-        rows = activation.reshape(-1, activation.shape[-1])
-        return (rows if positions is None else rows.index_select(0, positions)), weights
+        return subset.take(activation.reshape(-1, activation.shape[-1])), subset.weights
 
     def rows_and_grads(
         self, activation: torch.Tensor, gradient: torch.Tensor, limit: int | None
@@ -121,7 +118,7 @@ class ConvView:
     ) -> WeightedRows:
         """Return rows and weights, as for every `MatmulView`."""
         row_shape, axes = self.row_shape(activation), len(self.kernel)
-        positions, weights = subset
+        positions, weights = subset.positions, subset.weights
         if positions is None:
             positions = torch.arange(math.prod(row_shape), device=activation.device)
         sampled = stratified_indices(positions.shape[0], limit)
@@ -149,7 +146,7 @@ class ConvView:
         batched = gradient if gradient.ndim == axes + 2 else gradient[None]
         positions = stratified_indices(math.prod(self.row_shape(activation)), limit)
         positions = None if positions is None else positions.to(activation.device)
-        rows, _ = self.im2row(activation, (positions, None), None)
+        rows, _ = self.im2row(activation, RowSubset(positions), None)
         grads = batched.movedim(1, -1).reshape(-1, self.groups, batched.shape[1] // self.groups)
         grads = grads if positions is None else grads.index_select(0, positions)
         return rows.unflatten(0, (-1, self.groups)), grads

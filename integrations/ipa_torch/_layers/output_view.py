@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ipa_core.errors import ArrayTypeError
-from ipa_torch._layers.matmul_view import Convolution, LinearView, RowSubset, WeightedRows
+from ipa_torch._layers.matmul_view import Convolution, LinearView, WeightedRows
+from ipa_torch._layers.row_subset import RowSubset
 from ipa_torch._layers.unwrap import unwrap_layer
 
 
