@@ -63,7 +63,7 @@ test-families: .venv/.installed-vision  ## one small model of each family that t
 test-moe-families: .venv/.installed-test  ## one tiny model of each family with fused experts
 	$(SINGLE) $(BIN)/python -m benchmarks.hf_moe_families
 
-test-serving: $(addprefix $(SERVING)/.installed-,vllm sglang)  ## adapters in inference servers
+test-serving: $(addprefix $(SERVING)/.installed-,llama_cpp vllm sglang)  ## adapters in inference servers
 	$(SINGLE) IPA_RESULTS=benchmarks/results timeout 20m $(BIN)/python -m pytest tests/serving
 
 test-trainers: $(addprefix .venv/.installed-,trainers llamafactory)  ## programs that train adapters
@@ -117,6 +117,20 @@ $(SERVING)/.installed-vllm: .venv/.installed-test tests/serving/vllm.txt
 .venv/.installed-trainers .venv/.installed-llamafactory: .venv/.installed-%: tests/trainers/%.txt
 	$(PYTHON) -m venv .venv/$*
 	.venv/$*/bin/python -m pip install --quiet --no-deps --requirement tests/trainers/$*.txt
+	touch $@
+
+LLAMA := llama_cpp_python-0.3.36
+# Its converters come with its sources. Only what the Python package loads is compiled.
+$(SERVING)/.installed-llama_cpp: .venv/.installed-test tests/serving/llama_cpp.txt
+	$(PYTHON) -m venv $(SERVING)/llama_cpp
+	$(SERVING)/llama_cpp/bin/python -m pip install --quiet --upgrade pip
+	$(SERVING)/llama_cpp/bin/python -m pip install --quiet --no-deps --requirement tests/serving/llama_cpp.txt
+	$(SERVING)/llama_cpp/bin/python -m pip download --quiet --no-deps \
+		--no-binary llama-cpp-python --dest $(SERVING) $(subst python-,python==,$(LLAMA))
+	tar -C $(SERVING) -xzf $(SERVING)/$(LLAMA).tar.gz
+	ln -sfn ../$(LLAMA)/vendor/llama.cpp $(SERVING)/llama_cpp/source
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(SERVING)/llama_cpp/bin/python -m pip install --quiet --no-deps \
+		--config-settings 'build.targets=llama;llama-common' $(SERVING)/$(LLAMA).tar.gz
 	touch $@
 
 $(SERVING)/.installed-sglang: .venv/.installed-test

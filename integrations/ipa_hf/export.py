@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from ipa_core.errors import SettingError
 from ipa_core.io.files import replace_file
 from ipa_hf.adapter_holder import base_model
+from ipa_hf.export_check import ServedModel, check_layer_names
 from ipa_hf.export_experts import export_experts
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 from ipa_hf.lora_options import KEEPING_BASE_WEIGHTS, PLAIN_LORA, unsupported_fields
@@ -32,6 +33,7 @@ def export_lora(
     directory: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
+    check: ServedModel | None = None,
 ) -> None:
     r"""Write an adapter in the subset of PEFT's format that all inference servers support.
 
@@ -52,13 +54,24 @@ def export_lora(
         the adapter has metadata, ``ipa_adapter.json``.
     adapter_name : str, default "default"
         The adapter to export.
+    check : torch.nn.Module or class, optional
+        The model as it will be served, or its class: nothing is written if it has none of the
+        adapter's layers under their names, as for the text model's adapter in a multimodal model.
+        A class of transformers is built on the meta device from the base model's configuration;
+        for another configuration, pass a model built under ``torch.device("meta")``.
 
     Raises
     ------
     SettingError
-        If the adapter has parts that servers cannot load: fields of its configuration beyond plain
-        LoRA (DoRA, trained biases, whole modules, aLoRA ...; the message names them), layers that
-        are not linear, or embeddings of another size than those of the saved base model.
+        If ``check`` finds no layer of the adapter. If the adapter has parts that servers cannot
+        load: fields of its configuration beyond plain LoRA (DoRA, trained biases, whole modules,
+        aLoRA ...; the message names them), layers that are not linear, or embeddings of another
+        size than those of the saved base model.
+
+    Warns
+    -----
+    UserWarning
+        If ``check`` finds only some of the layers: the others are named.
 
     Notes
     -----
@@ -89,7 +102,11 @@ def export_lora(
     fused = {name: x for name, x in layers.items() if isinstance(x, ParamWrapper)}
     linear = {name: x for name, x in layers.items() if name not in fused}
     experts = export_experts(unwrap_model(base_model(peft_model)), fused, size, adapter_name)
-    pairs = _linear_weights(peft_model, linear, size, adapter_name) | experts.pairs
+    weights = _linear_weights(peft_model, linear, size, adapter_name)
+    if check is not None:
+        names = [*weights, *{name.rpartition(".")[0] for name in fused}]
+        check_layer_names(names, check, base_model(peft_model))
+    pairs = weights | experts.pairs
     tensors = {
         f"base_model.model.{name}.lora_{part}.weight": tensor
         for name, pair in pairs.items()

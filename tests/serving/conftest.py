@@ -41,6 +41,11 @@ def installed(name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_cpp():
+    return installed("llama_cpp")
+
+
+@pytest.fixture(scope="session")
 def vllm():
     return installed("vllm/bin/python")
 
@@ -52,6 +57,8 @@ def sglang():
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
+    if not ENVIRONMENTS.exists():  # training would be for nothing
+        pytest.skip(f"no {ENVIRONMENTS}: make test-serving installs the servers")
     pytest.importorskip("gguf", reason="the weights of SmolLM2 come as GGUF")
     return served_models.make(tmp_path_factory.mktemp("served"))
 

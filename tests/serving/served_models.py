@@ -14,7 +14,7 @@ from benchmarks.assets import movie_reviews, smollm2
 from ipa_torch import fit_projectors
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, STEPS, NEW_TOKENS = 8, 12, 16
+RANK, STEPS, NEW_TOKENS = 8, 12, 8
 TEXTS = (
     "The film begins slowly, but its second half is a delight.",
     "The capital of France is Paris, and the capital of Italy is Rome.",
