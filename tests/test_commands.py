@@ -68,6 +68,7 @@ EXCEPTIONS = {
     "python -m benchmarks.likelihood_cost": QUIET,
     "python -m benchmarks.peers": QUIET,
     "python -m benchmarks.peers_sklearn": QUIET,
+    "python -m benchmarks.busy_machine": QUIET,
     "python -m benchmarks.growth": QUIET,
     "python -m benchmarks.torch_learning": QUIET,
     "python -m benchmarks.torch_peers": QUIET,
