@@ -16,7 +16,6 @@ from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers, changing
 from ipa_torch._adapters.scale import Scaling, resolve_scale
-from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.input_update import InputUpdate, is_async_device
 from ipa_torch._capture.row_reader import RowReader
@@ -235,9 +234,8 @@ class OnlineLearning:
             if key in self._recorded:
                 return
             self._recorded.add(key)
-            with no_autocast(x.device):
-                rows = self._reader.read(name, x, projection.view)
-                self._pending = name, InputUpdate.begin(self._learners[projection], rows)
+            rows = self._reader.read(name, x, projection.view)
+            self._pending = name, InputUpdate.begin(self._learners[projection], rows)
         if not is_async_device(x.device):
             self._finish_pending()
 

@@ -7,7 +7,6 @@ from typing import Self
 
 import torch
 
-from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.row_consumer import PendingRows, RowConsumer
 from ipa_torch._layers.matmul_view import WeightedRows
 from ipa_torch.errors import LayerError
@@ -49,8 +48,7 @@ class InputUpdate:
                 "expected a layer that does not change its input, got a change in place; "
                 "leave it out of the targets"
             )
-        with no_autocast(self.rows.device):
-            self.pending.finish()
+        self.pending.finish()
 
 
 def is_async_device(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ class PendingRows(Protocol):
 
 
 class RowConsumer(Protocol):
-    """Learner, shape probe or row buffer.
+    """Learner, shape probe or row buffer. Autocast and gradients are the consumer's to disable.
 
     A consumer rebinds its state, so that ``copy.copy`` of it is a snapshot.
     """

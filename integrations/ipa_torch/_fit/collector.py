@@ -13,7 +13,6 @@ from torch import nn
 
 from ipa_core.errors import IPAError
 from ipa_torch._capture.bypass_detection import WeightUseTracer
-from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.input_update import is_async_device
 from ipa_torch._capture.row_consumer import RowConsumer
@@ -152,7 +151,7 @@ class ActivationCollector(Generic[C]):
                 missing[name] = OTHER_THREADS if elsewhere else why
                 continue
             if id(node) not in results:
-                with named_layer(name), no_autocast(self._ran[name]):
+                with named_layer(name):
                     results[id(node)] = result(node.learner)
             learned[name] = results[id(node)]
         stopped = {name: self._stopped.get(name, reason) for name in learned}
@@ -231,9 +230,8 @@ class ActivationCollector(Generic[C]):
         key = self._reader.key_of(activation, view)
         if self._inputs.advance(name, key):
             return
-        with no_autocast(activation.device):
-            rows, weights = self._reader.read(name, activation, view)
-            self._inputs.begin(name, key, (rows, weights))
+        rows, weights = self._reader.read(name, activation, view)
+        self._inputs.begin(name, key, (rows, weights))
         self.rows = self.rows or int(rows.shape[0])
 
     def _finish_pending(self) -> None:

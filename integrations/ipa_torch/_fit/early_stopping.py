@@ -12,6 +12,7 @@ import torch
 
 from ipa_core import Learner, Projector
 from ipa_core.errors import SettingError
+from ipa_torch._capture.eval_mode import no_autocast
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch.errors import check_choice
 
@@ -131,7 +132,8 @@ class Convergence:
             assert isinstance(learner, Learner)  # the only consumers with a tolerance
             after._advance(learner)
         if after._now is not None:
-            after._score(rows, weights)
+            with no_autocast(rows.device):
+                after._score(rows, weights)
         return after
 
     def state_dict(self) -> dict[str, torch.Tensor]:
