@@ -65,14 +65,14 @@ class DampedCholesky:
         columns = right[:, None] if right.ndim == 1 else right
         half = xp.linalg.solve(self.factor, cast(xp, columns, self.factor.dtype))
         solution = xp.linalg.solve(self.factor.T, half)
-        solution = solution * _live(xp, self.dead, solution)[:, None]
+        solution = solution * _live_features(xp, self.dead, solution)[:, None]
         return solution[:, 0] if right.ndim == 1 else solution
 
     def inverse(self) -> Array:
         """Return (H + lambda I)^-1, shape (features, features), zero for dead features."""
         xp = namespace(self.factor)
         half = xp.linalg.inv(self.factor)
-        live = _live(xp, self.dead, half)
+        live = _live_features(xp, self.dead, half)
         return (half.T @ half) * live[:, None] * live
 
 
@@ -131,7 +131,7 @@ def damped_cholesky(
         raise NonFiniteError("expected a matrix of finite values, got NaN or infinity")
     diagonal = xp.linalg.diagonal(matrix)
     dead = diagonal == 0
-    live = _live(xp, dead, matrix)
+    live = _live_features(xp, dead, matrix)
     unit = float(xp.sum(diagonal)) / max(1.0, float(xp.sum(live)))
     identity = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=device(matrix))
     masked = matrix * live[:, None] * live + identity * (1.0 - live)
@@ -147,7 +147,7 @@ def damped_cholesky(
     )
 
 
-def _live(xp: Namespace, dead: Array, like: Array) -> Array:
+def _live_features(xp: Namespace, dead: Array, like: Array) -> Array:
     """Return 1 for each feature that is not dead, else 0."""
     return cast(xp, ~dead, like.dtype)
 

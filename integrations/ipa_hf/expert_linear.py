@@ -91,7 +91,7 @@ class RoutedView(LinearView):
 
     @property
     def _routing(self) -> RowRouting:
-        assert self.layer.routing is not None  # _Call sets it
+        assert self.layer.routing is not None  # _ExpertsCall sets it
         return self.layer.routing
 
 
@@ -218,7 +218,9 @@ def _forward(
 
     Other experts that share a configuration with these have no layers.
     """
-    call = _Call(self, _LAYERS.get(self, _ModuleLayers({}, False)), top_k_index, top_k_weights)
+    call = _ExpertsCall(
+        self, _LAYERS.get(self, _ModuleLayers({}, False)), top_k_index, top_k_weights
+    )
     first = "gate_up_proj" if self.has_gate else "up_proj"
     matrices = {leaf: getattr(self, leaf) for leaf in (first, "down_proj")}
     call.show_tokens(first, hidden_states)
@@ -241,7 +243,7 @@ def _forward(
     return output.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-class _Call:
+class _ExpertsCall:
     """Rows of a forward pass of an experts module, sorted by expert."""
 
     def __init__(
@@ -270,11 +272,11 @@ class _Call:
     def show_tokens(self, leaf: str, tokens: torch.Tensor) -> None:
         """Call the layer shared by all experts, if it exists, with the tokens."""
         routing = RowRouting(self.tokens, None, self._by_token.float())
-        self._call(f"{leaf}[:]", routing, tokens, None, None)
+        self._call_layer(f"{leaf}[:]", routing, tokens, None, None)
 
     def show_rows(self, leaf: str, rows: slice, activation: torch.Tensor) -> None:
         """Call the layer shared by all experts, if it exists, with rows."""
-        self._call(f"{leaf}[:]", self._route(rows), activation, None, None)
+        self._call_layer(f"{leaf}[:]", self._route(rows), activation, None, None)
 
     def multiply(
         self, leaf: str, matrix: torch.Tensor, expert: int, rows: slice, activation: torch.Tensor
@@ -287,14 +289,14 @@ class _Call:
         name = f"{leaf}[{expert}]"
         if name not in self._layers:
             return F.linear(activation, matrix, bias)
-        product: torch.Tensor = self._call(name, self._route(rows), activation, matrix, bias)
+        product: torch.Tensor = self._call_layer(name, self._route(rows), activation, matrix, bias)
         return product
 
     def _route(self, rows: slice) -> RowRouting:
         weight = self.weight[rows] if self._routing_weights else None
         return RowRouting(self.tokens, self.token[rows], weight)
 
-    def _call(self, name: str, routing: RowRouting, *arguments: torch.Tensor | None) -> Any:
+    def _call_layer(self, name: str, routing: RowRouting, *arguments: torch.Tensor | None) -> Any:
         if (layer := self._layers.get(name)) is not None:
             layer.routing = routing
             return layer(*arguments)

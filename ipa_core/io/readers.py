@@ -88,7 +88,7 @@ def prefetch(file: Path, start: int = 0, size: int = _PREFETCH_BYTES) -> None:
             os.posix_fadvise(raw.fileno(), offset, _ADVICE_BYTES, os.POSIX_FADV_WILLNEED)
 
 
-def row_blocks(array: Array) -> Iterator[LabeledRows]:
+def read_in_blocks(array: Array) -> Iterator[LabeledRows]:
     """Cut an array along its first axis, so that a memory-mapped file is never read whole."""
     if array.ndim < 2:
         yield "", array
@@ -143,7 +143,7 @@ def _read_npy(file: Path) -> Iterator[LabeledRows]:
     _check_rows(str(file), array.shape)
     prefetch(file)
     start = getattr(array, "offset", 0)
-    for label, rows in row_blocks(array):
+    for label, rows in read_in_blocks(array):
         start += rows.nbytes
         prefetch(file, start, rows.nbytes)
         yield label, rows

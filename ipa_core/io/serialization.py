@@ -174,7 +174,7 @@ def load_state(
     >>> IncrementalPCA(rank=2).load_state_dict(state)
     <IncrementalPCA(rank=2, center=False, seed=0): 5 rows of 3 features>
     """
-    return _state(*_read(path, _STATE), library, device)
+    return _state_from_file(*_read(path, _STATE), library, device)
 
 
 def unpack_state(
@@ -194,10 +194,10 @@ def unpack_state(
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileFormatError(f"expected the bytes of a state, got {error}") from error
     content = _STATE.unseal(header, "a packed state", arrays)
-    return _state(content, arrays, library, device)
+    return _state_from_file(content, arrays, library, device)
 
 
-def _state(
+def _state_from_file(
     plain: dict[str, Any], tensors: dict[str, Any], library: ModuleType, device: Device | None
 ) -> dict[str, Any]:
     xp = _array.as_namespace(library)

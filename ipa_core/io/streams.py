@@ -15,7 +15,7 @@ from ipa_core.io._formats import ROWS_AT_A_TIME
 from ipa_core.io._frames import frame_blocks, is_frame
 from ipa_core.io._sparse import dense_blocks, sparse_blocks
 from ipa_core.io.activation_store import ActivationStore
-from ipa_core.io.readers import read_path, row_blocks
+from ipa_core.io.readers import read_in_blocks, read_path
 
 Batch: TypeAlias = "Array | tuple[Array, Array]"
 ActivationStream: TypeAlias = "Array | Iterable[Batch | str | PathLike[str]] | str | PathLike[str]"
@@ -71,7 +71,7 @@ def labeled_batches(stream: ActivationStream, keep_sparse: bool = False) -> Iter
     elif _is_arraylike(stream):
         array = _as_array(stream)
         check_array(array)  # sparse and nested tensors cannot be cut
-        for label, batch in row_blocks(array):
+        for label, batch in read_in_blocks(array):
             yield label or "batch 0", batch, None
     else:
         yield from _items(_check_iterable(stream), keep_sparse)

@@ -113,29 +113,31 @@ def code_digest(call: Callable[..., Any] | None) -> str:
     >>> code_digest(lambda x: x + 1) == code_digest(lambda x: x + 2)
     False
     """
-    return hashlib.sha256(repr(_code(call)).encode()).hexdigest()[:_LETTERS]
+    return hashlib.sha256(repr(_callable_contents(call)).encode()).hexdigest()[:_LETTERS]
 
 
-def _code(value: Any) -> Any:
+def _callable_contents(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (tuple, list, frozenset)):
-        items = [_code(item) for item in value]
+        items = [_callable_contents(item) for item in value]
         return sorted(items, key=repr) if isinstance(value, frozenset) else items
     if isinstance(value, Mapping):
-        return [(key, _code(item)) for key, item in value.items()]
+        return [(key, _callable_contents(item)) for key, item in value.items()]
     if isinstance(value, CodeType):
-        return value.co_code.hex(), value.co_names, _code(value.co_consts)
+        return value.co_code.hex(), value.co_names, _callable_contents(value.co_consts)
     if isinstance(value, FunctionType):
-        return _code((value.__code__, value.__defaults__, value.__kwdefaults__))
+        return _callable_contents((value.__code__, value.__defaults__, value.__kwdefaults__))
     if isinstance(value, MethodType):
-        return _code(value.__func__)
+        return _callable_contents(value.__func__)
     if isinstance(value, partial):
-        return _code((value.func, value.args, value.keywords))
+        return _callable_contents((value.func, value.args, value.keywords))
     if isinstance(value, type) or hasattr(value, "__qualname__"):
         return value.__qualname__
     call = vars(type(value)).get("__call__")
-    return type(value).__qualname__, _code(call) if isinstance(call, FunctionType) else None
+    return type(value).__qualname__, _callable_contents(call) if isinstance(
+        call, FunctionType
+    ) else None
 
 
 def _weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
