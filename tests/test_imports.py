@@ -147,7 +147,7 @@ LIBRARIES = {
     "ipa_core.io._formats": {"numpy", "pyarrow.*", "?"},
     "ipa_core.dask_backend": {"dask.*", "distributed"},
     "ipa_core.__main__": {"tqdm.*"},
-    "ipa_torch": {"numpy", "torch.*", "tqdm.*", "safetensors.torch"},
+    "ipa_torch": {"numpy", "torch.*", "tqdm.*", "safetensors", "safetensors.torch"},
     "ipa_timm": _BRIDGE_LIBRARIES | {"timm.*", "tqdm"},
     "ipa_hf": _BRIDGE_LIBRARIES
     | {"accelerate.*", "PIL.*", "matplotlib.*", "peft.*", "transformers.*"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ class AdapterMetadata:
     def write(self, directory: str | os.PathLike[str]) -> None:
         """Write the metadata file into an adapter directory, atomically."""
         content = {"format": _FORMAT, "format_version": _VERSION, **asdict(self)}
+        content["sha256"] = _digest(content)
         text = json.dumps(content, indent=2) + "\n"
         replace_file(Path(directory) / FILE_NAME, text.encode())
 
@@ -74,6 +76,12 @@ class AdapterMetadata:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             _check_version(path, content["format"], content["format_version"])
+            digest = content.pop("sha256", None)  # absent in earlier files
+            if digest is not None and digest != _digest(content):
+                raise FileFormatError(
+                    f"{path}: expected contents that match the digest, got others; restore the "
+                    "file, or initialize the adapter again"
+                )
             layers = {name: LayerMetadata(**layer) for name, layer in content["layers"].items()}
             row_weights = content.get("row_weights")  # absent in earlier files
             return cls(bool(content["frozen"]), content["scaling"], layers, row_weights)
@@ -81,6 +89,10 @@ class AdapterMetadata:
             if isinstance(error, FileFormatError):
                 raise
             raise FileFormatError(f"{path}: expected adapter metadata, got {error}") from error
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_version(path: Path, name: Any, version: Any) -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ipa_core.errors import FileFormatError, ShapeError
-from ipa_core.io.files import replace_file
 from ipa_timm.adapters import prepare_for_training
 from ipa_timm.classifier import classifier_parameters
 from ipa_torch import adapter_state_dict, load_adapter_state_dict
-from ipa_torch.extension import unwrap_model
+from ipa_torch.extension import read_adapter_file, unwrap_model, write_adapter_file
 
-_FORMAT, _VERSION = "ipa-timm-adapter", 2
-_CLASSIFIER = "classifier."
+_LIBRARY, _CLASSIFIER = "ipa_timm", "classifier."
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -52,13 +47,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state |= {
         f"{_CLASSIFIER}{name}": p.detach() for name, p in classifier_parameters(model).items()
     }
-    metadata = {
-        "format": _FORMAT,
-        "version": str(_VERSION),
-        "architecture": _architecture(model),
-    }
-    tensors = {key: value.contiguous() for key, value in state.items()}
-    replace_file(path, to_bytes(tensors, metadata))
+    content = {"library": _LIBRARY, "architecture": _architecture(model)}
+    write_adapter_file(path, state, content)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, dropout: float = 0.0) -> None:
@@ -119,33 +109,21 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, dropout: flo
 
 def _read(
     path: str | os.PathLike[str], architecture: str
-) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_version(path, metadata)
-            if architecture != metadata["architecture"]:
-                raise FileFormatError(
-                    f"{path}: expected an adapter of {architecture}, got one of "
-                    f"{metadata['architecture']}; create the model that the adapter was trained on"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise FileFormatError(f"{path}: expected a safetensors file, got {error}") from error
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    content, tensors = read_adapter_file(path)
+    if content["library"] != _LIBRARY:
+        raise FileFormatError(
+            f"{path}: expected a file that ipa_timm.save_adapter wrote, got one of "
+            f"{content['library']}; load it with {content['library']}.load_adapter"
+        )
+    if content["architecture"] != architecture:
+        raise FileFormatError(
+            f"{path}: expected an adapter of {architecture}, got one of "
+            f"{content['architecture']}; create the model that the adapter was trained on"
+        )
     saved = {name for name in tensors if name.startswith(_CLASSIFIER)}
     classifier = {name.removeprefix(_CLASSIFIER): tensors.pop(name) for name in saved}
     return tensors, classifier
-
-
-def _check_version(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != _FORMAT:
-        raise FileFormatError(
-            f"{path}: expected a file that ipa_timm.save_adapter wrote, got format "
-            f"{metadata.get('format')!r}"
-        )
-    if (version := int(metadata["version"])) != _VERSION:
-        cure = "update ipa-projectors" if version > _VERSION else "fit the adapter again"
-        raise FileFormatError(f"{path}: expected format version {_VERSION}, got {version}; {cure}")
 
 
 def _architecture(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ try:
 except Exception as error:  # a clash of versions raises RuntimeError and others
     raise _dependency_error(error, "torch", "tqdm", extra="torch", user="ipa_torch") from error
 
+from ipa_torch._adapters.adapter_file import load_adapter, save_adapter
 from ipa_torch._adapters.layer import AdapterLayer
 from ipa_torch._adapters.model import (
     attach,
@@ -61,8 +62,10 @@ __all__ = [
     "fit_projectors",
     "learner_bytes",
     "list_adapters",
+    "load_adapter",
     "load_adapter_state_dict",
     "merge",
+    "save_adapter",
     "select_layers",
     "set_adapter",
     "store_activations",

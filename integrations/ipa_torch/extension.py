@@ -3,6 +3,7 @@
 They are no part of the interface for users, and may change in any release.
 """
 
+from ipa_torch._adapters.adapter_file import read_adapter_file, write_adapter_file
 from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers
 from ipa_torch._adapters.scale import Scaling, check_scaling, energy_scale, resolve_scale
@@ -52,9 +53,11 @@ __all__ = [
     "is_linear",
     "on_device",
     "outputs_of",
+    "read_adapter_file",
     "report_missing",
     "resolve_rank",
     "resolve_scale",
     "unwrap_model",
     "view_of",
+    "write_adapter_file",
 ]

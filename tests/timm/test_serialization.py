@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 timm = pytest.importorskip("timm", reason="needs timm on the path: make test-timm")
 
 import ipa_timm
+import ipa_torch
 from ipa_core.errors import FileFormatError, SettingError, ShapeError
 
 from .test_adapters import SMALL, adapt, beit, convnet, loader, trained, vit
@@ -90,14 +91,19 @@ def test_another_architecture(tmp_path):
 def test_other_files(tmp_path):
     path = tmp_path / "a"
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(
-        FileFormatError, match="expected a file that ipa_timm.save_adapter wrote, got format None"
-    ):
+    with pytest.raises(FileFormatError, match="expected format 'ipa-adapter-tensors', got None"):
         ipa_timm.load_adapter(vit(), path)
-    for version, cure in (("1", "fit the adapter again"), ("3", "update ipa-projectors")):
-        save_file({"x": torch.ones(1)}, path, {"format": "ipa-timm-adapter", "version": version})
-        with pytest.raises(FileFormatError, match=f"version 2, got {version}; {cure}"):
-            ipa_timm.load_adapter(vit(), path)
+    save_file({"x": torch.ones(1)}, path, {"format": "ipa-adapter-tensors", "format_version": "2"})
+    with pytest.raises(FileFormatError, match="expected format version 1, got '2'"):
+        ipa_timm.load_adapter(vit(), path)
+    model = vit()
+    adapt(model)
+    ipa_torch.save_adapter(model, path)
+    with pytest.raises(FileFormatError, match="one of ipa_torch; load it with ipa_torch.load_ad"):
+        ipa_timm.load_adapter(vit(), path)
+    ipa_timm.save_adapter(model, path)
+    with pytest.raises(FileFormatError, match="one of ipa_timm; load it with ipa_timm.load_ada"):
+        ipa_torch.load_adapter(vit(), path)
     path.write_bytes(b"no such thing")
     with pytest.raises(FileFormatError, match="expected a safetensors file"):
         ipa_timm.load_adapter(vit(), path)

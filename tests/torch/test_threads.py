@@ -26,6 +26,7 @@ from ipa_torch import (
 )
 from ipa_torch._adapters import pass_lock
 from ipa_torch._capture.eval_mode import eval_mode
+from tests.torch import thread_stress
 
 X = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
 
@@ -269,3 +270,9 @@ def test_parts_with_locks_of_their_own_change_together():
         net(X)
     detach(net)
     torch.testing.assert_close(net(X), expected)
+
+
+@pytest.mark.parametrize("kind", thread_stress.KINDS)
+def test_eight_threads(kind):
+    """`python -m tests.torch.thread_stress` makes 10,000 calls of each kind."""
+    assert kind(80) == (80, 0)
