@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ import transformers
 from peft import LoraConfig, TaskType
 
 from ipa_core import __version__
+from ipa_core.dependencies import first_cause
 from ipa_core.errors import IPAError
+from ipa_core.io.files import replace_file
 from ipa_core.text_table import align
 from ipa_hf.adapter_metadata import AdapterMetadata
 from ipa_hf.calibration_data import CalibrationData
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.command(args)
     except (IPAError, ImportError, OSError, ValueError) as error:
         # transformers raises the last three for an incomplete model folder.
-        print(f"ipa_hf: {error}", file=sys.stderr)
+        broken = isinstance(error, ImportError) and not isinstance(error, IPAError)
+        print(f"ipa_hf: {f'{error} ({first_cause(error)})' if broken else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)
@@ -136,7 +140,9 @@ def plot(metadata: AdapterMetadata, path: Path) -> None:
     axes.set(xlabel="captured energy (%)", xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:] or "png", dpi=150)
+    replace_file(path, image.getvalue())
 
 
 def _parser() -> argparse.ArgumentParser:

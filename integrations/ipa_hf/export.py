@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -42,8 +44,8 @@ def export_lora(
     same rank (A is padded with zero rows, B with zero columns), the same integer alpha (any other
     scaling of a layer is multiplied into its B, so that layers that share P keep equal A), and
     targets are the last components of layer names. Servers that stack q, k and v or gate and up
-    need all layers of a stack: the missing ones are written as zeros. PEFT loads the exported
-    adapter too.
+    need all layers of a stack: the missing ones are written with B of zeros. PEFT loads the
+    exported adapter too.
 
     Parameters
     ----------
@@ -116,9 +118,13 @@ def export_lora(
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "adapter_model.safetensors", to_bytes(tensors, {"format": "pt"}))
     targets = _exported_targets(peft_model, linear) | experts.target_modules
-    _export_config(
+    exported = _export_config(
         peft_model, config, size, sorted(targets), sorted(experts.target_parameters)
-    ).save_pretrained(str(folder))
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        exported.save_pretrained(scratch)
+        name = "adapter_config.json"
+        replace_file(folder / name, (Path(scratch) / name).read_bytes())
     write_metadata(peft_model, adapter_name, folder)
 
 
@@ -142,7 +148,7 @@ def _check_servable(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter
 
 def _check_vocabulary(peft_model: torch.nn.Module) -> None:
     """Check that the embeddings have the size of the saved base model, which a server loads."""
-    base = unwrap_model(base_model(peft_model))
+    base: Any = unwrap_model(base_model(peft_model))
     try:
         embedding = getattr(base, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
@@ -155,10 +161,12 @@ def _check_vocabulary(peft_model: torch.nn.Module) -> None:
     except (OSError, ValueError):
         return  # a model whose files are not here any more, or of a type of its own
     expected = getattr(saved, "vocab_size", None)
-    if expected is not None and embedding.num_embeddings != expected:
+    # Not the rows of the table: some checkpoints pad it beyond the vocabulary.
+    current = getattr(base.config.get_text_config(), "vocab_size", None)
+    if expected is not None and current != expected:
         raise SettingError(
             f"expected the {expected} embeddings of the base model in {source!r}, got "
-            f"{embedding.num_embeddings} after a resize; save the resized base model with "
+            f"{current} after a resize; save the resized base model with "
             "save_pretrained, load it from there, and export the adapter over it"
         )
 
@@ -178,7 +186,25 @@ def _linear_weights(
             pairs[name] = size.pad(a, b, layers[name].scaling[adapter_name])
         elif _last_component(name) in targets and ".base_layer" not in name:
             pairs[name] = _zeros(name, module, size)
+    for name in pairs.keys() - layers.keys():
+        pairs[name] = _with_A_of_its_stack(name, pairs, layers)
     return pairs
+
+
+def _with_A_of_its_stack(
+    name: str, pairs: Mapping[str, LoraPair], layers: Mapping[str, LoraLayer]
+) -> LoraPair:
+    """Return A of a layer that is stacked with this one, and B of zeros.
+
+    llama.cpp computes the adapters of a stack as one where all have the same A.
+    """
+    a, b = pairs[name]
+    parent, _, target = name.rpartition(".")
+    stack = next((stack for stack in _STACKS if target in stack), ())
+    for partner in (f"{parent}.{other}".lstrip(".") for other in stack):
+        if partner in layers and pairs[partner][0].shape == a.shape:
+            return pairs[partner][0].clone(), b.to(pairs[partner][1].dtype)
+    return a, b
 
 
 def _zeros(name: str, module: torch.nn.Module, size: UniformSize) -> LoraPair:

@@ -150,6 +150,12 @@ def test_peft_refusals_are_errors_of_this_package():
         ipa_hf.get_ipa_model(tiny_llama(), LoraConfig(target_modules=["no_such_layer"]), [])
 
 
+def test_every_family_of_transformers_has_a_verdict():
+    table = (hf_families.record.FOLDER / "hf_families.md").read_text()
+    assert f"transformers {transformers.__version__}:" in table
+    assert "0 fail." in table and "FAILS" not in table
+
+
 def test_verdicts():
     assert Found("m", layers=1, coverage=1.0, ran=True, effect=1.0).verdict == "works"
     assert Found("m", layers=1, coverage=0.3, ran=True, effect=1.0).verdict == "FAILS"

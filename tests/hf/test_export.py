@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
 
 import ipa_hf
@@ -160,6 +161,7 @@ def test_unsupported_parts_are_refused(tmp_path, lora):
         {"layer_replication": [(0, 2), (1, 2)]},
         {"ensure_weight_tying": True},
         {"loftq_config": {"loftq_bits": 4}},
+        {"use_bdlora": BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2)},
     ],
     ids=lambda lora: next(iter(lora)),
 )
@@ -201,6 +203,36 @@ def test_stacked_layers_are_complete(tmp_path, targets):
     again = PeftModel.from_pretrained(make("llama"), tmp_path)
     batch = text_batches()[0]
     torch.testing.assert_close(outputs(again, batch), outputs(model, batch), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "k_proj", "up_proj"]])
+def test_completed_stacks_share_A(tmp_path, targets):
+    """llama.cpp fuses the adapters of a stack only if their A are equal."""
+    lora = config(target_modules=targets)
+    model = ipa_hf.get_ipa_model(make("llama"), lora, text_batches(), progress=False)
+    train(model, text_batches())
+    ipa_hf.export_lora(model, tmp_path)
+    _, tensors = read(tmp_path)
+    for stack in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]):
+        of_stack = [{n: x for n, x in tensors.items() if f".{leaf}.lora_A" in n} for leaf in stack]
+        for first, *others in zip(*(part.values() for part in of_stack), strict=True):
+            assert first.any() and all(torch.equal(first, other) for other in others)
+    added = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} - {*targets}
+    assert not any(
+        tensor.any()
+        for name, tensor in tensors.items()
+        if name.split(".")[-3] in added and ".lora_B." in name
+    )
+
+
+def test_a_table_padded_beyond_the_vocabulary_is_no_resize(tmp_path):
+    make("llama").save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    padded = torch.nn.Embedding(128, 16)
+    padded.weight.data[:64] = base.model.embed_tokens.weight.data
+    base.model.embed_tokens = padded
+    ipa_hf.export_lora(get_peft_model(base, config()), tmp_path / "padded")
+    assert (tmp_path / "padded" / "adapter_model.safetensors").exists()
 
 
 def test_resized_embeddings_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig
 
 import ipa_hf
 from ipa_core import ExactCovariance, RankError, SettingError, ShapeError
@@ -255,6 +256,7 @@ class TestFreshAdaptersOnly:
         [
             ("kasa_config", {"kasa_config": KasaConfig()}),
             ("init_lora_weights", {"init_lora_weights": "pissa"}),
+            ("use_bdlora", {"use_bdlora": BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2)}),
             ("use_qalora", {"use_qalora": True, "qalora_group_size": 4}),
         ],
     )
