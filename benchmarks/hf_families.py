@@ -30,8 +30,8 @@ from benchmarks.hf_models import Kind, batches, build, builds, families, outputs
 from benchmarks.hf_moe_families import difference, randomize
 from ipa_core import Projector
 from ipa_core.errors import IPAError, SettingError
+from ipa_hf.block_coverage import warn_of_small_coverage
 from ipa_hf.lora_layers import lora_layers
-from ipa_hf.target_coverage import warn_of_small_coverage
 from ipa_torch import select_layers
 from ipa_torch.extension import features_of
 

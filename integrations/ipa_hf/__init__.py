@@ -8,6 +8,7 @@ try:
 except Exception as error:  # a clash of versions raises RuntimeError and others
     raise _dependency_error(error, "peft", "transformers", extra="hf", user="ipa_hf") from error
 
+from ipa_hf.block_coverage import target_coverage
 from ipa_hf.callback import OnlineCallback
 from ipa_hf.expert_linear import expert_layers
 from ipa_hf.export import export_lora
@@ -19,7 +20,6 @@ from ipa_hf.load import load_adapter
 from ipa_hf.rank_pattern import match_ranks
 from ipa_hf.shared_adapters import share
 from ipa_hf.shared_files import load_shared, save_shared
-from ipa_hf.target_coverage import target_coverage
 from ipa_hf.targets import default_targets
 
 __all__ = [

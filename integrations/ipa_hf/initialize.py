@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_hf.adapter_metadata import AdapterMetadata
+from ipa_hf.block_coverage import warn_of_small_coverage
 from ipa_hf.fit import fit_lora_projectors
 from ipa_hf.freezing import Model, set_lora_A_frozen
 from ipa_hf.fused_experts import ExpertSharing
@@ -34,7 +35,6 @@ from ipa_hf.lora_layers import (
 )
 from ipa_hf.lora_options import check_initializable
 from ipa_hf.model_methods import keep_metadata
-from ipa_hf.target_coverage import warn_of_small_coverage
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError, attention_mask
 from ipa_torch.extension import NEVER_RAN, OnMissing, Scaling, check_choice, check_scaling
