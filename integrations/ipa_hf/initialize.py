@@ -186,7 +186,7 @@ def initialize_lora_ipa_weights(
         If the adapter is trained, merged, not LoRA, or a variant of LoRA that changes base weights
         or the shape of A; the message names the fields of its configuration.
     LayerError
-        If no layer is linear, or a layer has no projector (``on_missing="raise"``).
+        If a layer has no projector (``on_missing="raise"``), or no linear layer at all has one.
     RankError, ShapeError
         If a projector does not fit its layer; the message names it.
     IPAError
@@ -228,11 +228,13 @@ def initialize_lora_ipa_weights(
     }
     supported = {name: x for name, x in layers.items() if name not in unsupported}
     _report(unsupported, on_missing)  # before the fit, which takes long
-    if not supported:
+    if not layers:
         raise LayerError(
             f"expected an adapter {adapter_name!r} with a linear layer or fused experts, got none; "
             "name some in target_modules or target_parameters"
         )
+    if not supported:  # embeddings alone, for example: the adapter stays LoRA's, as was said
+        return peft_model
     slots = lora_slots(supported, adapter_name)
     if isinstance(data, Mapping):
         if options or expert_sharing != "never" or routing_weights:

@@ -228,6 +228,20 @@ class TestMissing:
         with pytest.warns(UserWarning, match="embed_tokens"):
             built("llama", batches, lora=lora)
 
+    def test_embeddings_alone(self, batches):
+        lora = config(target_modules=["embed_tokens"])
+        with pytest.raises(LayerError, match=r"'model.embed_tokens': Embedding layers are"):
+            built("llama", batches, lora=lora, on_missing="raise")
+        with pytest.warns(UserWarning, match="embed_tokens.*Embedding layers are not supported"):
+            model = built("llama", batches, lora=lora)
+        assert find_metadata(model) is None
+        built("llama", batches, lora=lora, on_missing="ignore")
+
+    @pytest.mark.parametrize("loader", [[], iter([]), torch.utils.data.DataLoader([])])
+    def test_an_empty_loader_is_named(self, loader):
+        with pytest.raises(ValueError, match="at least one batch.*the loader is neither empty"):
+            built("llama", loader)
+
     def test_refused_before_the_fit(self, llama):
         def loader():
             raise AssertionError("read")
