@@ -255,6 +255,11 @@ def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:
     return rank[name]
 
 
+def as_tensor(array: Any) -> torch.Tensor:
+    """Return an array of a projector as a tensor, a tensor as it is: not on the default device."""
+    return array if isinstance(array, torch.Tensor) else torch.as_tensor(array, device="cpu")
+
+
 def _span(values: Sequence[float], form: str) -> str:
     """Return the smallest and the largest value, or the common value."""
     least, largest = format(min(values), form), format(max(values), form)

@@ -28,6 +28,7 @@ from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._layers.lookup import check_fit, get_layer
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
+from ipa_torch.projectors import as_tensor
 
 
 def attach(
@@ -104,9 +105,7 @@ def attach(
         check_fit(name, layers[name], projector.features)
     check_replaceable(model, layers)
     specs = {
-        id(projector): ProjectionSpec(
-            torch.as_tensor(projector.components), scales[name], trainable
-        )
+        id(projector): ProjectionSpec(as_tensor(projector.components), scales[name], trainable)
         for name, projector in projectors.items()
     }
     layer_specs = {name: specs[id(projector)] for name, projector in projectors.items()}

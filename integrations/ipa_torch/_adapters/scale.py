@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
-import torch
-
 from ipa_core import Projector
 from ipa_core.errors import SettingError
+from ipa_torch.projectors import as_tensor
 
 Scaling: TypeAlias = float | Literal["energy"]
 
@@ -84,10 +83,10 @@ def energy_scale(projector: Projector) -> float:
     >>> round(energy_scale(fit_projector(x, rank=48)), 3)
     0.577
     """
-    mean = torch.as_tensor(projector.mean).double()
-    components = torch.as_tensor(projector.components).double()
+    mean = as_tensor(projector.mean).double()
+    components = as_tensor(projector.components).double()
     total = projector.total_energy + float(mean @ mean)
-    kept = float(torch.as_tensor(projector.energies).double().sum())
+    kept = float(as_tensor(projector.energies).double().sum())
     kept += float((components @ mean).square().sum())
     share = kept / total if total > 0 and kept > 0 else 1.0
     return math.sqrt(LORA_SHARE * projector.rank / projector.features / share)

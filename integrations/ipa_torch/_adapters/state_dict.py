@@ -54,18 +54,20 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     if adapter_name not in (known := list_adapters(model)):
         raise SettingError(f"expected an adapter among {known}, got {adapter_name!r}")
     numbers: dict[SharedProjection, int] = {}
-    state = {_VERSION_KEY: torch.tensor(_VERSION)}
+    state = {_VERSION_KEY: torch.tensor(_VERSION, device="cpu")}
     for name, layer in adapter_layers(model):
         if adapter_name not in layer.lora_B:
             continue
         projection = layer.projection(adapter_name)
         number = numbers.setdefault(projection, len(numbers))
         state[f"{_LAYER}.{name}.lora_B"] = layer.lora_B[adapter_name].detach()
-        state[f"{_LAYER}.{name}.projection"] = torch.tensor(number)
+        state[f"{_LAYER}.{name}.projection"] = torch.tensor(number, device="cpu")
     for projection, number in numbers.items():
         state[f"{_PROJECTION}.{number}.weight"] = projection.weight.detach()
         state[f"{_PROJECTION}.{number}.scale"] = projection.scale
-        state[f"{_PROJECTION}.{number}.trainable"] = torch.tensor(projection.trainable)
+        state[f"{_PROJECTION}.{number}.trainable"] = torch.tensor(
+            projection.trainable, device="cpu"
+        )
     return state
 
 

@@ -129,7 +129,7 @@ def merge_states(
 
 def _trees(samples: list[int], comm: Communicator) -> list[list[int]]:
     """Return for each learner the ranks that have rows, the root first."""
-    data = torch.tensor(samples, dtype=torch.int64).numpy().tobytes()
+    data = torch.tensor(samples, dtype=torch.int64, device="cpu").numpy().tobytes()
     counts = [torch.frombuffer(bytearray(part), dtype=torch.int64) for part in comm.gather(data)]
     trees = []
     for index in range(len(samples)):

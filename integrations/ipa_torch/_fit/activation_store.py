@@ -185,7 +185,7 @@ class _RowBuffer:
         if any(weights is not None for _, weights in self._parts):
             tensors["weights"] = torch.cat(
                 [
-                    torch.ones(len(rows)) if weights is None else weights
+                    torch.ones(len(rows), device="cpu") if weights is None else weights
                     for rows, weights in self._parts
                 ]
             )

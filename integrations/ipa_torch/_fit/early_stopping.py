@@ -139,14 +139,14 @@ class Convergence:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the estimate and the sums of the next estimate, as tensors."""
         numbers = [self.estimate, self._last, self._batches, self._checkpoint]
-        state = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+        state = {"numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu")}
         for key, projector in (("half", self._half), ("now", self._now)):
             if projector is not None:
                 totals = [projector.total_energy, projector.samples]
                 state[f"{key}.components"] = projector.components
                 state[f"{key}.mean"] = projector.mean
                 state[f"{key}.energies"] = projector.energies
-                state[f"{key}.totals"] = torch.tensor(totals, dtype=torch.float64)
+                state[f"{key}.totals"] = torch.tensor(totals, dtype=torch.float64, device="cpu")
         return state if self._sums is None else state | {"sums": self._sums}
 
     def with_state(self, state: Mapping[str, torch.Tensor]) -> Convergence:

@@ -191,7 +191,7 @@ def measure_learner_bytes(
     learner, largest = make_learner(rank), 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(0, max(4200, 10 * rank), _UPDATE_ROWS):  # two blocks of the largest size
-        learner.update(torch.randn(_UPDATE_ROWS, features, generator=generator))
+        learner.update(torch.randn(_UPDATE_ROWS, features, generator=generator, device="cpu"))
         arrays = learner.state_dict().values()
         largest = max(largest, sum(x.nbytes for x in arrays if isinstance(x, torch.Tensor)))
     projectors = 2 * 4 * rank * features if converging else 0

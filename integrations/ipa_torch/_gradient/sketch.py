@@ -156,4 +156,5 @@ class GradientSketch:
     def _signs(self, outputs: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         width = max(32, 2 * self.rank + 8)
-        return torch.randint(0, 2, (outputs, width), generator=generator).float() * 2 - 1
+        signs = torch.randint(0, 2, (outputs, width), generator=generator, device="cpu")
+        return signs.float() * 2 - 1

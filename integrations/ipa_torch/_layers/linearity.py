@@ -75,8 +75,8 @@ def _difference(layer: nn.Module, view: MatmulView, weight: nn.Parameter) -> str
     generator = torch.Generator().manual_seed(0)
     features, outputs = features_of(layer), outputs_of(layer)
     size = float(weight.float().square().mean().sqrt()) or 1.0
-    lora_A = torch.randn(2, features, generator=generator).to(weight)
-    lora_B = (size * torch.randn(outputs, 2, generator=generator)).to(weight)
+    lora_A = torch.randn(2, features, generator=generator, device="cpu").to(weight)
+    lora_B = (size * torch.randn(outputs, 2, generator=generator, device="cpu")).to(weight)
     merged = weight + view.delta_weight(lora_B @ lora_A, weight)
     for x in _probes(view, layer, generator, weight):
         try:
@@ -97,7 +97,9 @@ def _check_output(layer: nn.Module, view: MatmulView, outputs: int) -> None:
     """Check the type and shape of the output, if the layer can be run on a probe."""
     if is_stock(layer) or any(map(is_lazy, layer.parameters())):
         return
-    reference = next((t for t in layer.parameters() if t.is_floating_point()), torch.zeros(()))
+    reference = next(
+        (t for t in layer.parameters() if t.is_floating_point()), torch.zeros((), device="cpu")
+    )
     if reference.is_meta:
         return
     for x in _probes(view, layer, torch.Generator().manual_seed(0), reference):
@@ -144,7 +146,7 @@ def _probes(
         features = features_of(layer)
         shapes = [(2, 3, features), (6, features)]
     for shape in shapes:
-        yield torch.randn(shape, generator=generator).to(like.device, like.dtype)
+        yield torch.randn(shape, generator=generator, device="cpu").to(like.device, like.dtype)
 
 
 def _output(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor | None) -> Any:

@@ -13,7 +13,8 @@ def stratified_indices(count: int, limit: int | None) -> torch.Tensor | None:
     """
     if limit is None or count <= limit:
         return None
-    drawn = torch.arange(limit, dtype=torch.float64) + torch.rand(limit, dtype=torch.float64)
+    drawn = torch.arange(limit, dtype=torch.float64, device="cpu")
+    drawn += torch.rand(limit, dtype=torch.float64, device="cpu")
     return (drawn * (count / limit)).long().clamp(max=count - 1)
 
 
