@@ -105,7 +105,9 @@ def fit_projectors(
             **options,
         )
     missing = {**unsupported, **fitted.missing}
-    projectors = LayerProjectors(fitted, missing=missing, stopped=fitted.stopped)
+    projectors = LayerProjectors(
+        fitted, missing=missing, stopped=fitted.stopped, passes=fitted.passes
+    )
     report_missing(projectors, on_missing)
     return projectors
 

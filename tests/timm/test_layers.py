@@ -116,3 +116,12 @@ def test_same_padding_merges_exactly(size, kernel, stride, dilation):
         layer.weight += view.delta_weight(lora_B @ projection, layer.weight)
         torch.testing.assert_close(layer(x), beside, rtol=1e-4, atol=1e-4)
     assert view.row_shape(x) == (2, *beside.shape[-2:])
+
+
+def test_the_number_of_passes_is_kept():
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    batches = [torch.randn(2, 3, sized(model), sized(model))]
+    whole = ipa_timm.fit_projectors(model, batches, 4, progress=False)
+    parts = ipa_timm.fit_projectors(model, batches, 4, max_bytes=600_000, progress=False)
+    assert whole.passes == 1
+    assert parts.passes > 1
