@@ -245,7 +245,11 @@ command.main(sys.argv[1:])
 # before the kill. With it, the first batch had measured memory, and one of five was recorded in the
 # first of two passes.
 @pytest.mark.parametrize(
-    ("options", "remaining"), [([], 5 - 2), (["--max-bytes", "100000"], 1 + (5 - 1) + 5)]
+    ("options", "remaining"),
+    [
+        ([], 5 - 2),
+        (["--max-bytes", "100000", "--targets", "q_proj,up_proj,down_proj"], 1 + (5 - 1) + 5),
+    ],
 )
 def test_resumes_after_a_kill(model, tmp_path, monkeypatch, options, remaining):
     data, out = tmp_path / "texts.txt", tmp_path / "adapter"
