@@ -14,6 +14,8 @@ SUITE = [
     "torch_peers",
     "torch_training",
     "export",
+    "shared_projection",
+    "short_streams",
 ]
 
 

@@ -30,6 +30,10 @@ def _slope(name: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda r: r["growth"][name]["slope"]
 
 
+def _forward(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda r: r["forward"][name]["time_ratio"]
+
+
 ROWS = [
     Row(
         "learners",
@@ -213,6 +217,27 @@ ROWS = [
     Row("growth", "... over features", "1.1", _slope("features")),
     Row("growth", "... over rank", "1.1", _slope("rank")),
     Row("growth", "... over layers", "1.1", _slope("layers")),
+    Row(
+        "shared_projection",
+        "16 tasks over one P over 16 LoRA adapters of PEFT, bytes on disk",
+        "0.55",
+        lambda r: r["storage_ratio"],
+    ),
+    *(
+        Row(
+            "shared_projection",
+            f"the same, forward pass of a batch of 16 tasks, {name}, CPU",
+            "0.8",
+            _forward(name),
+        )
+        for name in ("1 token a row", "16 tokens a row", "64 tokens a row")
+    ),
+    Row(
+        "short_streams",
+        "default learner, largest excess error of four down projections of MPNet, 4,000 rows",
+        "0.001",
+        lambda r: r["largest_excess"]["RandomizedSVD"],
+    ),
 ]
 
 

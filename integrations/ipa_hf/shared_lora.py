@@ -52,8 +52,11 @@ class SharedLoraLinear(Linear):
         scales = projected.new_tensor([self.scaling.get(name, 0.0) for name in adapter_names])
         rows = [name if name in self.lora_B else tasks[0] for name in adapter_names]
         weights = torch.stack([self.lora_B[name].get_parameter("weight") for name in rows])
-        added = torch.bmm(projected * scales[:, None, None], weights.transpose(1, 2))
-        result += added.view_as(result).to(result.dtype)
+        projected, weights = projected * scales[:, None, None], weights.transpose(1, 2)
+        if projected.dtype == weights.dtype == result.dtype and result.is_contiguous():
+            result.view(len(x), -1, weights.shape[2]).baddbmm_(projected, weights)
+        else:  # under autocast, or over a base model in half precision
+            result += torch.bmm(projected, weights).view_as(result).to(result.dtype)
         return result
 
 

@@ -218,6 +218,12 @@ class TestMixedBatches:
             half = copy.deepcopy(model).to(torch.bfloat16)
             mixed, stock = (m(**batch, adapter_names=self.ROWS)[0] for m in (half, separate(half)))
             assert mixed.dtype == torch.bfloat16
+            with torch.autocast("cpu", torch.bfloat16):
+                under_autocast = model(**batch, adapter_names=self.ROWS)[0]
+            torch.testing.assert_close(under_autocast.float(), mixed.float(), rtol=0.05, atol=0.05)
+            wide = make("llama").to(torch.bfloat16)
+            over_half = ipa_hf.share(wide, projectors["llama"], TASKS).eval()
+            assert over_half(**batch, adapter_names=self.ROWS)[0].dtype == torch.bfloat16
             torch.testing.assert_close(mixed, stock, rtol=0.05, atol=0.05)
 
     def test_gradients_reach_the_B_of_each_row(self, projectors):
