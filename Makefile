@@ -9,6 +9,9 @@ SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Servers and trainers need environments of their own, and minutes.
 IGNORED := --ignore=tests/serving --ignore=tests/trainers
 SERVING := .venv/serving
+LOWEST := sh tests/install_lowest.sh $(PYTHON)
+EXTRAS := sklearn:ipa_sklearn arrow:pyarrow hdf5:h5py dask:ipa_core.dask_backend plot:ipa_core.plotting \
+	torch:ipa_torch hf:ipa_hf
 # timm and torchvision stay out of the environment: transformers would import torchvision, too.
 VISION := PYTHONPATH=.venv/vision
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
@@ -16,7 +19,7 @@ PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantized test-timm \
 	test-families test-foreign test-hf-families test-moe-families test-serving test-trainers \
-	clean
+	test-lowest test-release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -75,6 +78,18 @@ test-foreign: .venv/.installed-foreign  ## models of other packages, each from f
 
 test-hf-families: .venv/.installed-test  ## one tiny model of each family of transformers
 	$(SINGLE) $(BIN)/python -m benchmarks.hf_families
+
+test-lowest:  ## each extra by itself with its lowest versions; the tests of the core with all of them
+	for pair in $(EXTRAS); do \
+		$(LOWEST) $${pair%%:*} && .venv/lowest/bin/python -c "import ipa_core, $${pair##*:}" || exit 1; \
+	done
+	$(LOWEST) sklearn arrow hdf5 dask plot
+	.venv/lowest/bin/python -m pip install --quiet pytest hypothesis array-api-strict 'pandas<3'
+	$(SINGLE) .venv/lowest/bin/python -m pytest tests/core tests/sklearn -k 'not jax' \
+		--ignore=tests/core/test_threads.py --ignore=tests/sklearn/test_scikit_learn_suite.py
+
+test-release: .venv/.installed-release  ## contents and metadata of the distributions
+	.venv/release/bin/python -m pytest tests/test_packaging.py
 
 clean:  ## remove what the other targets made
 	rm -rf .venv site dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -140,4 +155,9 @@ $(SERVING)/.installed-sglang: .venv/.installed-test
 .venv/.installed-foreign: .venv/.installed-test benchmarks/foreign_packages.txt
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/foreign \
 		--requirement benchmarks/foreign_packages.txt
+	touch $@
+
+.venv/.installed-release:
+	$(PYTHON) -m venv .venv/release
+	.venv/release/bin/python -m pip install --quiet . twine==7.0.0 hatchling hypothesis pytest
 	touch $@

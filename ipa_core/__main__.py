@@ -30,7 +30,7 @@ from ipa_core import (
     save,
 )
 from ipa_core._array import to_numpy
-from ipa_core.errors import PathError, StreamError
+from ipa_core.errors import PathError, StreamError, page_path
 from ipa_core.io._formats import split_key
 from ipa_core.io.files import check_writable, replace_file
 from ipa_core.io.readers import files_of
@@ -151,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="python -m ipa_core",
         description="Learn low-rank projectors from activations.",
-        epilog="More about it: docs/activations.md",
+        epilog=f"More about it: {page_path('docs/activations.md')}",
     )
     main.add_argument("--version", action="version", version=f"ipa-projectors {__version__}")
     commands = main.add_subparsers(required=True, metavar="COMMAND")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -14,14 +15,23 @@ class IPAError(Exception):
     Attributes
     ----------
     page : str
-        Path of that page in the repository.
+        Path of that page in the repository; the note has the path in the installed package.
     """
 
     page: ClassVar[str] = "docs/questions.md"
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        self.add_note(f"More about it: {self.page}")
+        self.add_note(f"More about it: {page_path(self.page)}")
+
+
+def page_path(page: str) -> str:
+    """Return the path of a page of the documentation that the installed package has.
+
+    In a checkout it is the path in the repository.
+    """
+    installed = Path(__file__).parent / page
+    return str(installed) if Path(str(installed).partition("#")[0]).is_file() else page
 
 
 class ShapeError(IPAError, ValueError):

@@ -48,6 +48,8 @@ EXCEPTIONS = {
     "make test-hf-families": "all families of transformers, half an hour",
     "make test-jax": "JAX compiles every operation for every shape; not run to its end",
     "make test-serving": "installs servers, and takes minutes",
+    "make test-lowest": "installs the lowest versions",
+    "make test-release": "installs twine; tests/test_packaging.py",
     "make test-trainers": "installs trainers, and takes minutes",
     "make test-quantized": "needs packages that PEFT would import in every other test",
     "make test-search": "searches for minutes, from a fresh seed",

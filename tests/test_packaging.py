@@ -60,6 +60,37 @@ print(version("ipa-projectors"))
     assert info.name == f"ipa_projectors-{done.stdout.strip()}.dist-info"
 
 
+def test_installed_errors_name_a_page_that_is_installed(installed):
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(installed)!r})
+import ipa_core.errors
+try:
+    import ipa_torch.errors
+except ImportError:
+    pass
+def errors(base):
+    return [base, *(error for sub in base.__subclasses__() for error in errors(sub))]
+for error in errors(ipa_core.errors.IPAError):
+    (note,) = error("expected this, got that").__notes__
+    page = Path(note.removeprefix("More about it: ").partition("#")[0])
+    assert page.is_relative_to({str(installed)!r}) and page.is_file(), note
+for page in ("docs/activations.md", "docs/peft.md"):  # of the commands
+    assert Path(ipa_core.errors.page_path(page)).is_file()
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_index_accepts_the_distributions(tmp_path):
+    pytest.importorskip("twine", reason="twine is not installed: make test-release")
+    files = [build(kind, tmp_path / kind) for kind in ("wheel", "sdist")]
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_sdist_holds_sources_only(tmp_path):
     with tarfile.open(build("sdist", tmp_path)) as sdist:
         names = [Path(name).relative_to(Path(name).parts[0]) for name in sdist.getnames()]

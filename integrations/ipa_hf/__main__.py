@@ -16,7 +16,7 @@ from peft import LoraConfig, TaskType
 
 from ipa_core import __version__
 from ipa_core.dependencies import first_cause
-from ipa_core.errors import IPAError
+from ipa_core.errors import IPAError, page_path
 from ipa_core.io.files import replace_file
 from ipa_core.text_table import align
 from ipa_hf.adapter_metadata import AdapterMetadata
@@ -147,7 +147,7 @@ def plot(metadata: AdapterMetadata, path: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ipa_hf", description=__doc__, epilog="Guide: docs/peft.md"
+        prog="python -m ipa_hf", description=__doc__, epilog=f"Guide: {page_path('docs/peft.md')}"
     )
     parser.add_argument("--version", action="version", version=f"ipa-projectors {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
