@@ -76,8 +76,7 @@ class AdapterMetadata:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             _check_version(path, content["format"], content["format_version"])
-            digest = content.pop("sha256", None)  # absent in earlier files
-            if digest is not None and digest != _digest(content):
+            if content.pop("sha256") != _digest(content):
                 raise FileFormatError(
                     f"{path}: expected contents that match the digest, got others; restore the "
                     "file, or initialize the adapter again"
