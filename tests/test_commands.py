@@ -75,6 +75,8 @@ EXCEPTIONS = {
     "python -m benchmarks.torch_learning": QUIET,
     "python -m benchmarks.torch_peers": QUIET,
     "python -m benchmarks.torch_training": QUIET,
+    "python -m benchmarks.shared_projection": QUIET,
+    "python -m benchmarks.short_streams": "400 MB of packages, and minutes",
     "python -m benchmarks.scaling_ranks": MINUTES,
     "python -m benchmarks.scaling_kills": MINUTES,
     "python -m benchmarks.scaling_dask": "writes 8 GB and takes minutes",
