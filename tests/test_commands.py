@@ -49,6 +49,7 @@ EXCEPTIONS = {
     "make test-jax": "JAX compiles every operation for every shape; not run to its end",
     "make test-serving": "installs servers, and takes minutes",
     "make test-lowest": "installs the lowest versions",
+    "python -m hatchling build": "in the repository; tests/test_packaging.py builds",
     "make test-release": "installs twine; tests/test_packaging.py",
     "make test-trainers": "installs trainers, and takes minutes",
     "make test-quantized": "needs packages that PEFT would import in every other test",

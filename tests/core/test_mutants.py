@@ -89,10 +89,9 @@ class ScaleBlind(HebbianRule):
 class NoBlocks(IncrementalPCA):
     """Absorbs batches as they are cut, keeping no more than the rank."""
 
-    def _absorb_whole_blocks(self, xp, run):
-        self.samples += run.count
-        if run.count:
-            self._absorb_block(xp, run.joined(xp))
+    def _absorb_whole_blocks(self, xp, rows, parts, sketch):
+        if rows.count:
+            self._absorb_block(xp, rows)
 
     def _stack(self, xp, rows):
         super()._stack(xp, rows)
