@@ -176,7 +176,7 @@ def main() -> None:
     }
     print(
         f"{len(batches)} batches of 64, {tokens:,} tokens: bare {cost['bare_s']:.1f} s, learning "
-        f"{cost['learning_s']:.1f} s, ratio {cost['ratio']:.3f} (target 1.22, two bare "
+        f"{cost['learning_s']:.1f} s, ratio {cost['ratio']:.3f} (target 1.15, two bare "
         f"products {few['ratio']:.3f}, floor {cost['floor']:.3f}); "
         f"excess mean {cost['excess_mean']:.1e}, max {cost['excess_max']:.1e}"
     )
