@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import accumulate
 from types import ModuleType
@@ -14,6 +14,7 @@ import array_api_compat
 import numpy as np
 
 from ipa_core._sparse import is_sparse, squared_lengths
+from ipa_core._torch_modes import recorded_nowhere, torch_module
 from ipa_core.errors import ArrayTypeError, SettingError
 
 Array: TypeAlias = Any
@@ -112,17 +113,11 @@ def _unsupported_form(array: Array) -> str | None:
         return "a masked tensor; pass x.to_tensor(0) with row weights"
     if array.is_nested:
         return "a nested tensor; pass a list of its parts, x.unbind()"
-    if array.layout != _torch().strided:
+    if array.layout != torch_module().strided:
         return "a sparse tensor; pass x.to_dense()"
     if array.is_meta:
         return "a tensor on the meta device, which has no values; load it first"
     return None
-
-
-def _torch() -> Any:
-    import torch
-
-    return torch
 
 
 def detached(array: Array) -> Array:
@@ -132,47 +127,6 @@ def detached(array: Array) -> Array:
         tensor: Any = array.detach()
         return tensor.rename(None) if named else tensor
     return np.asarray(array) if array_api_compat.is_numpy_array(array) else array
-
-
-def isolated(array: object) -> AbstractContextManager[object]:
-    """Return a context in which torch's autocast and inference mode do not affect the results.
-
-    Arrays made in it are ordinary tensors, of the same values as outside; nothing is recorded for
-    autograd. A no-op for the other libraries.
-    """
-    if not array_api_compat.is_torch_array(array):
-        return nullcontext()
-    torch = _torch()
-    recorded = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-    if not recorded and not _is_autocast(array):  # as in most updates of a model's learners
-        return nullcontext()
-    context = _recorded_nowhere()
-    context.enter_context(no_autocast(array))
-    return context
-
-
-def _recorded_nowhere() -> ExitStack:
-    """Return a context without torch's inference mode and autograd."""
-    torch = _torch()
-    context = ExitStack()
-    if torch.is_inference_mode_enabled():
-        context.enter_context(torch.inference_mode(False))
-    context.enter_context(torch.no_grad())
-    return context
-
-
-def no_autocast(array: Any) -> AbstractContextManager[object]:
-    """Return a context without torch's autocast on the device of ``array``, autograd untouched."""
-    if not array_api_compat.is_torch_array(array) or not _is_autocast(array):
-        return nullcontext()
-    disabled: AbstractContextManager[object] = _torch().autocast(array.device.type, enabled=False)
-    return disabled
-
-
-def _is_autocast(tensor: Any) -> bool:
-    """Return whether torch's autocast is on for the device of a tensor."""
-    torch, kind = _torch(), tensor.device.type
-    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
 def device(array: Array) -> Device:
@@ -208,8 +162,7 @@ def half_dtype(xp: Namespace, on: Device) -> DType | None:
     """
     if not array_api_compat.is_torch_namespace(xp) or getattr(on, "type", None) != "cpu":
         return None
-    import torch
-
+    torch = torch_module()
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return torch.bfloat16 if supported is not None and supported() else None
 
@@ -262,7 +215,7 @@ def to_host_async(array: Array) -> Callable[[], HostArray]:
     the device, which continues with later work. JAX is asynchronous by itself.
     """
     if array_api_compat.is_torch_array(array) and _has_streams(array.device):
-        torch = _torch()
+        torch = torch_module()
         host = torch.empty(array.shape, dtype=array.dtype, device="cpu", pin_memory=True)
         host.copy_(array.detach(), non_blocking=True)
         arrived = _accelerator().current_stream(array.device).record_event()
@@ -282,11 +235,11 @@ def _has_streams(on: Device) -> bool:
 
 def _accelerator() -> Any:
     """Return torch's module of accelerators, which is that of CUDA before torch 2.6."""
-    return getattr(_torch(), "accelerator", _torch().cuda)
+    return getattr(torch_module(), "accelerator", torch_module().cuda)
 
 
 def _accelerator_type() -> str | None:
-    if _accelerator() is _torch().cuda:
+    if _accelerator() is torch_module().cuda:
         return "cuda"
     current = _accelerator().current_accelerator()
     return None if current is None else str(current.type)
@@ -416,7 +369,7 @@ def convert(array: Array, xp: Namespace, on: Device | None, dtype: DType | None)
     SettingError
         If the library has no such device or dtype.
     """
-    with _recorded_nowhere() if array_api_compat.is_torch_namespace(xp) else nullcontext():
+    with recorded_nowhere() if array_api_compat.is_torch_namespace(xp) else nullcontext():
         try:
             if dtype is None:
                 dtype = _available_dtype(xp, array.dtype, on)

@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 
 import array_api_compat
 
+from ipa_core._torch_modes import torch_module
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Operations (rows x columns^2) up to which a decomposition is small: some milliseconds.
@@ -48,8 +50,7 @@ def _one_thread(matrix: Any) -> AbstractContextManager[object]:
 @contextmanager
 def _torch_thread() -> Iterator[None]:
     """Set the number of torch's threads, which each thread of a program has for itself."""
-    import torch
-
+    torch = torch_module()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipa_core import _array, _settings
+from ipa_core import _array, _settings, _torch_modes
 from ipa_core._array import Array, Namespace, cast, device, namespace, wide_dtype
 from ipa_core.errors import (
     EmptyStreamError,
@@ -64,7 +64,7 @@ def principal_angles(first: Projector, second: Projector) -> Array:
         second.components,
         "move a projector with projector.to(library, device=...)",
     )
-    with _array.isolated(first.components):
+    with _torch_modes.isolated(first.components):
         return _principal_angles(xp, first.components, second.components)
 
 
@@ -138,7 +138,7 @@ def _about_mean(projector: Projector, batch: Array) -> Array:
             f"expected batches of {projector.features} features, the projector's, "
             f"got shape {tuple(batch.shape)}"
         )
-    with _array.isolated(batch):
+    with _torch_modes.isolated(batch):
         rows = cast(xp, _array.detached(batch), _array.state_dtype(xp, batch))
         return rows - cast(xp, projector.mean, rows.dtype)
 

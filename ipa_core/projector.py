@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from ipa_core import _array, _settings
+from ipa_core import _array, _settings, _torch_modes
 from ipa_core._array import Array, Device, DType, namespace
 from ipa_core._weights import host_weights
 from ipa_core.errors import ArrayTypeError, EmptyStreamError, SettingError, ShapeError
@@ -114,7 +114,7 @@ class Projector:
             If ``x`` is not real floating, or of another library or device than ``components``.
         """
         x, components, mean = self._operands(x, self.features)
-        with _array.no_autocast(x):
+        with _torch_modes.no_autocast(x):
             return (x - mean) @ components.T
 
     def reconstruct(self, z: Array) -> Array:
@@ -128,7 +128,7 @@ class Projector:
             If ``z`` is not real floating, or of another library or device than ``components``.
         """
         z, components, mean = self._operands(z, self.rank)
-        with _array.no_autocast(z):
+        with _torch_modes.no_autocast(z):
             return z @ components + mean
 
     def reconstruction_error(self, x: Array, weights: Array | None = None) -> float:
@@ -156,7 +156,7 @@ class Projector:
         >>> round(fit_projector(x, rank=1).reconstruction_error(x), 6)
         0.75
         """
-        with _array.isolated(self.components):
+        with _torch_modes.isolated(self.components):
             rows, *_ = self._operands(x, self.features)
             residual = rows - self.reconstruct(self.project(rows))
             squares = _array.on_host(namespace(rows).vecdot(residual, residual)).reshape(-1)

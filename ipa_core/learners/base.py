@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ClassVar, Self, TypeVar, cast, final
 
-from ipa_core import _array, _settings, _sparse
+from ipa_core import _array, _settings, _sparse, _torch_modes
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import fixed_basis
 from ipa_core.errors import (
@@ -42,7 +42,7 @@ def isolated(method: Method) -> Method:
 
     @wraps(method)
     def run(learner: Learner, *args: Any) -> Any:
-        with _array.isolated(learner._template):
+        with _torch_modes.isolated(learner._template):
             return method(learner, *args)
 
     return cast(Method, run)
@@ -224,7 +224,7 @@ class Learner(ABC):
         if _sparse.is_sparse(batch):
             batch = _sparse.csr_rows(batch)
         template = self._template_for(batch)
-        with _array.isolated(template), _array.ignore_overflow():
+        with _torch_modes.isolated(template), _array.ignore_overflow():
             rows = validate(batch, weights, template)
             parts = align(rows.xp, self._pending, rows.x, self._block_rows)
             products = self._begin_sketch(rows.xp, parts)
@@ -393,7 +393,7 @@ class Learner(ABC):
         """Return what batches have to be like; the first one says it."""
         if self._template is not None:
             return self._template
-        with _array.isolated(batch):
+        with _torch_modes.isolated(batch):
             template = template_of(batch)
         if self.rank > template.shape[1]:
             raise RankError(
@@ -410,7 +410,7 @@ class Learner(ABC):
             )
         before = self.__dict__.copy()
         try:
-            with _array.isolated(update.template):
+            with _torch_modes.isolated(update.template):
                 self._learn(update)
         except BaseException:
             self.__dict__ = before
