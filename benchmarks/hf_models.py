@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.moe_models import OWN, SIZES
+from benchmarks.moe_models import OWN, SIZES, model_classes
 
 Kind = type[transformers.PreTrainedModel]
 #: Endings of class names, the preferred one first.
@@ -40,20 +40,17 @@ def families(names: Collection[str] | None = None) -> dict[str, list[Kind]]:
             continue
         name = f"transformers.models.{path.parent.name}.{path.stem}"
         with contextlib.suppress(ImportError):  # torchaudio, for example
-            kinds = _model_classes(importlib.import_module(name))
+            kinds = _own_models(importlib.import_module(name))
             found.setdefault(path.parent.name, []).extend(kinds)
     return {family: sorted(kinds, key=_preference) for family, kinds in found.items() if kinds}
 
 
-def _model_classes(module: Any) -> list[Kind]:
+def _own_models(module: Any) -> list[Kind]:
+    """Return the models of a module that have a forward pass of their own."""
     return [
         kind
-        for kind in vars(module).values()
-        if inspect.isclass(kind)
-        and issubclass(kind, transformers.PreTrainedModel)
-        and kind.__module__ == module.__name__
-        and kind.config_class
-        and "PreTrained" not in kind.__name__
+        for kind in model_classes(module)
+        if "PreTrained" not in kind.__name__
         and kind.forward is not transformers.PreTrainedModel.forward
     ]
 

@@ -108,16 +108,24 @@ def families() -> dict[str, ModuleType]:
     }
 
 
-def model_class(module: ModuleType) -> type[transformers.PreTrainedModel]:
-    """Return the first model with tokens as input, which is mostly the text model."""
-    return next(
+def model_classes(module: ModuleType) -> list[type[transformers.PreTrainedModel]]:
+    """Return the models that a module of transformers defines, base classes included."""
+    return [
         kind
         for kind in vars(module).values()
         if inspect.isclass(kind)
         and issubclass(kind, transformers.PreTrainedModel)
         and kind.__module__ == module.__name__
         and kind.config_class
-        and "input_ids" in inspect.signature(kind.forward).parameters
+    ]
+
+
+def model_class(module: ModuleType) -> type[transformers.PreTrainedModel]:
+    """Return the first model with tokens as input, which is mostly the text model."""
+    return next(
+        kind
+        for kind in model_classes(module)
+        if "input_ids" in inspect.signature(kind.forward).parameters
     )
 
 
