@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import numpy as np
 
-from ipa_core._sparse import is_sparse, squared_lengths
+from ipa_core._sparse_rows import is_sparse, squared_lengths
 from ipa_core._torch_modes import recorded_nowhere, torch_module
 from ipa_core.errors import ArrayTypeError, SettingError
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from ipa_core import _array, _settings, _torch_modes
 from ipa_core._array import Array, Device, DType, namespace
-from ipa_core._weights import host_weights
+from ipa_core._weight_validation import host_weights
 from ipa_core.errors import ArrayTypeError, EmptyStreamError, SettingError, ShapeError
 from ipa_core.whitening_transform import Whitening, whitening_of
 

@@ -28,7 +28,7 @@ CORE = {
 _LAYERS = CORE | {"ipa_torch.errors"}
 _CAPTURE = _LAYERS | {"ipa_torch._layers"}
 _DISTRIBUTED = _CAPTURE | {"ipa_torch._capture"}
-_WING = _DISTRIBUTED | {"ipa_torch._distributed", "ipa_torch.projectors"}
+_WING = _DISTRIBUTED | {"ipa_torch._distributed", "ipa_torch.layer_projectors"}
 _ALL_WINGS = _WING | {"ipa_torch._fit", "ipa_torch._gradient", "ipa_torch._adapters"}
 _BRIDGE = CORE | {"ipa_torch", "ipa_torch.extension"}
 
@@ -37,11 +37,11 @@ ROOMS = {
     "ipa_core.errors": set(),
     "ipa_core.text_table": set(),
     "ipa_core.dependencies": {"ipa_core.errors"},
-    "ipa_core._sparse": set(),
+    "ipa_core._sparse_rows": set(),
     "ipa_core._torch_modes": set(),
-    "ipa_core._array": {"ipa_core.errors", "ipa_core._sparse", "ipa_core._torch_modes"},
+    "ipa_core._array": {"ipa_core.errors", "ipa_core._sparse_rows", "ipa_core._torch_modes"},
     "ipa_core._settings": {"ipa_core.errors"},
-    "ipa_core._weights": {"ipa_core.errors", "ipa_core._array"},
+    "ipa_core._weight_validation": {"ipa_core.errors", "ipa_core._array"},
     "ipa_core._threads": {"ipa_core._torch_modes"},
     "ipa_core._linalg": {"ipa_core._array", "ipa_core._threads"},
     "ipa_core.rank_allocation": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
@@ -52,13 +52,13 @@ ROOMS = {
         "ipa_core._array",
         "ipa_core._torch_modes",
         "ipa_core._settings",
-        "ipa_core._weights",
+        "ipa_core._weight_validation",
         "ipa_core.whitening_transform",
     },
     "ipa_core.io": {
         "ipa_core.dependencies",
         "ipa_core.errors",
-        "ipa_core._sparse",
+        "ipa_core._sparse_rows",
         "ipa_core._array",
         "ipa_core._settings",
         "ipa_core.projector",
@@ -66,8 +66,8 @@ ROOMS = {
     "ipa_core.learners": {
         "ipa_core.errors",
         "ipa_core._settings",
-        "ipa_core._weights",
-        "ipa_core._sparse",
+        "ipa_core._weight_validation",
+        "ipa_core._sparse_rows",
         "ipa_core._array",
         "ipa_core._torch_modes",
         "ipa_core._linalg",
@@ -123,7 +123,7 @@ ROOMS = {
         "ipa_core.text_table",
     },
     "ipa_torch.errors": CORE,
-    "ipa_torch.projectors": _LAYERS,
+    "ipa_torch.layer_projectors": _LAYERS,
     "ipa_torch._layers": _LAYERS,
     "ipa_torch._capture": _CAPTURE,
     "ipa_torch._distributed": _DISTRIBUTED,
@@ -143,7 +143,7 @@ _BRIDGE_LIBRARIES = {"torch.*", "safetensors", "safetensors.torch"}
 #: ``?`` is an import by a name that is computed.
 LIBRARIES = {
     "ipa_core": set(),
-    "ipa_core._sparse": {"numpy"},
+    "ipa_core._sparse_rows": {"numpy"},
     "ipa_core._torch_modes": {"array_api_compat", "torch"},
     "ipa_core._array": {"array_api_compat", "numpy"},
     "ipa_core._threads": {"array_api_compat", "threadpoolctl"},

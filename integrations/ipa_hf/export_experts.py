@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ipa_core.errors import SettingError
-from ipa_hf.fused_experts import FusedParameter
-from ipa_hf.lora_experts import expert_A_and_B
-from ipa_hf.uniform_size import LoraPair, UniformSize
+from ipa_hf.expert_lora import expert_A_and_B
+from ipa_hf.export_rank import LoraPair, UniformSize
+from ipa_hf.fused_parameters import FusedParameter
 
 _MATRIX = re.compile(r"(?P<experts>.+)\.(?P<expert>\d+)\.(?P<matrix>\w+)\.weight")
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ipa_hf.adapter_holder import base_model
-from ipa_hf.expert_linear import expert_layers
-from ipa_hf.fused_experts import ExpertSharing
-from ipa_hf.lora_experts import layer_name
+from ipa_hf.expert_lora import layer_name
+from ipa_hf.fused_parameters import ExpertSharing
 from ipa_hf.lora_layers import base_model_only
+from ipa_hf.temporary_expert_layers import expert_layers
 from ipa_torch import FitOptions, LayerProjectors, fit_projectors
 
 

@@ -13,19 +13,11 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_hf.adapter_metadata import AdapterMetadata
 from ipa_hf.block_coverage import warn_of_small_coverage
+from ipa_hf.expert_lora import compact_names, layer_name, lost_on_loading
 from ipa_hf.fit import fit_lora_projectors
 from ipa_hf.freezing import Model, set_lora_A_frozen
-from ipa_hf.fused_experts import ExpertSharing
-from ipa_hf.lora_experts import compact_names, layer_name, lost_on_loading
-from ipa_hf.lora_init import (
-    check_fresh,
-    find_projectors,
-    lora_slots,
-    truncate_to_slot,
-    write_lora_A,
-)
+from ipa_hf.fused_parameters import ExpertSharing
 from ipa_hf.lora_layers import (
     layer_kind,
     lora_config,
@@ -34,7 +26,15 @@ from ipa_hf.lora_layers import (
     takes_projection,
 )
 from ipa_hf.lora_options import check_initializable
-from ipa_hf.model_methods import keep_metadata
+from ipa_hf.lora_slots import (
+    check_fresh,
+    find_projectors,
+    lora_slots,
+    truncate_to_slot,
+    write_lora_A,
+)
+from ipa_hf.metadata_file import AdapterMetadata
+from ipa_hf.save_pretrained import keep_metadata
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError, attention_mask
 from ipa_torch.extension import NEVER_RAN, OnMissing, Scaling, check_choice, check_scaling

@@ -7,9 +7,9 @@ import os
 import torch
 from peft import PeftModel
 
-from ipa_hf.adapter_metadata import AdapterMetadata
 from ipa_hf.freezing import freeze_projections
-from ipa_hf.model_methods import keep_metadata
+from ipa_hf.metadata_file import AdapterMetadata
+from ipa_hf.save_pretrained import keep_metadata
 
 
 def load_adapter(

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ipa_core.errors import SettingError, with_context
 from ipa_hf.adapter_holder import adapter_holder, base_model
-from ipa_hf.lora_experts import parameter_name, unsupported_reason
+from ipa_hf.expert_lora import parameter_name, unsupported_reason
 from ipa_torch import LayerError
 from ipa_torch.extension import execution_device, unwrap_model
 

@@ -14,7 +14,7 @@ from ipa_core.errors import SettingError
 from ipa_hf.freezing import set_lora_A_frozen
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 from ipa_hf.lora_options import PLAIN_LORA, unsupported_fields
-from ipa_hf.shared_lora import tie_lora_A
+from ipa_hf.shared_lora_layers import tie_lora_A
 
 
 def are_tied(peft_model: PeftModel, names: Iterable[str]) -> bool:

@@ -15,7 +15,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from ipa_core import Learner, RandomizedSVD, SettingError, rank_for_energy
 from ipa_sklearn._gaussian import canonical, log_likelihood
-from ipa_sklearn._rank import is_share, resolve_rank
+from ipa_sklearn._n_components import is_share, resolve_rank
 
 # Entries of the batches that `fit` cuts: some 32 MB where a batch has to be a copy.
 _BATCH_ENTRIES = 1 << 22

@@ -11,10 +11,10 @@ except Exception as error:  # a clash of versions raises RuntimeError and others
         error, "timm", "torch", "tqdm", extra="timm", user="ipa_timm"
     ) from error
 
+from ipa_timm.adapter_file import load_adapter, save_adapter
 from ipa_timm.adapters import adapt, attach, detach, merge_and_unload
 from ipa_timm.fit import fit_projectors
 from ipa_timm.preprocessing import preprocess
-from ipa_timm.serialization import load_adapter, save_adapter
 from ipa_timm.targets import default_targets
 
 __all__ = [

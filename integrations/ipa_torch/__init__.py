@@ -9,7 +9,7 @@ except Exception as error:  # a clash of versions raises RuntimeError and others
     raise _dependency_error(error, "torch", "tqdm", extra="torch", user="ipa_torch") from error
 
 from ipa_torch._adapters.adapter_file import load_adapter, save_adapter
-from ipa_torch._adapters.layer import AdapterLayer
+from ipa_torch._adapters.adapter_layer import AdapterLayer
 from ipa_torch._adapters.model import (
     attach,
     detach,
@@ -22,21 +22,21 @@ from ipa_torch._adapters.model import (
 from ipa_torch._adapters.online import OnlineLearning
 from ipa_torch._adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from ipa_torch._capture.row_weights import attention_mask
-from ipa_torch._fit.activation_store import store_activations
+from ipa_torch._fit.activation_writer import store_activations
 from ipa_torch._fit.checkpoint import CheckpointConfig
 from ipa_torch._fit.early_stopping import StoppingCriteria
-from ipa_torch._fit.fit import fit_projectors
+from ipa_torch._fit.fit_options import FitOptions
 from ipa_torch._fit.head_learners import HeadLearners
-from ipa_torch._fit.learners import fit_learners
-from ipa_torch._fit.memory import learner_bytes
-from ipa_torch._fit.options import FitOptions
-from ipa_torch._gradient.damped_sketch import DampedGradientSketch
-from ipa_torch._gradient.fit import fit_gradient_projectors
-from ipa_torch._gradient.sketch import GradientSketch
-from ipa_torch._gradient.weighted_inputs import GradientWeightedInputs
+from ipa_torch._fit.learner_fit import fit_learners
+from ipa_torch._fit.memory_passes import learner_bytes
+from ipa_torch._fit.projector_fit import fit_projectors
+from ipa_torch._gradient.damped_gradient_sketch import DampedGradientSketch
+from ipa_torch._gradient.gradient_fit import fit_gradient_projectors
+from ipa_torch._gradient.gradient_sketch import GradientSketch
+from ipa_torch._gradient.gradient_weighted_inputs import GradientWeightedInputs
 from ipa_torch._layers.targets import select_layers
 from ipa_torch.errors import LayerError, PeerError
-from ipa_torch.projectors import LayerLearners, LayerProjectors
+from ipa_torch.layer_projectors import LayerLearners, LayerProjectors
 
 __all__ = [
     "AdapterLayer",

@@ -4,15 +4,16 @@ They are no part of the interface for users, and may change in any release.
 """
 
 from ipa_torch._adapters.adapter_file import read_adapter_file, write_adapter_file
-from ipa_torch._adapters.projection import SharedProjection
 from ipa_torch._adapters.replace import adapter_layers
 from ipa_torch._adapters.scale import Scaling, check_scaling, energy_scale, resolve_scale
+from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.forward import device_of, on_device
 from ipa_torch._capture.row_weights import RowSelection
 from ipa_torch._fit.collector import NEVER_RAN
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
-from ipa_torch._layers.device import execution_device
-from ipa_torch._layers.lookup import get_layer
+from ipa_torch._layers.execution_device import execution_device
+from ipa_torch._layers.feature_counts import features_of, outputs_of
+from ipa_torch._layers.layer_lookup import get_layer
 from ipa_torch._layers.matmul_view import (
     Convolution,
     ConvView,
@@ -22,11 +23,10 @@ from ipa_torch._layers.matmul_view import (
 )
 from ipa_torch._layers.output_head import classifier_modules
 from ipa_torch._layers.row_subset import RowSubset
-from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch._layers.targets import Targets, is_linear
 from ipa_torch._layers.unwrap import is_conv1d, unwrap_model
 from ipa_torch.errors import check_choice
-from ipa_torch.projectors import resolve_rank
+from ipa_torch.layer_projectors import resolve_rank
 
 __all__ = [
     "NEVER_RAN",

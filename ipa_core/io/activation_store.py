@@ -20,7 +20,7 @@ from ipa_core import _settings
 from ipa_core._array import Array
 from ipa_core.dependencies import import_optional
 from ipa_core.errors import FileFormatError, IPAError
-from ipa_core.io.envelope import FileFormat
+from ipa_core.io.file_header import FileFormat
 from ipa_core.io.files import as_path, input_file, replace_file
 
 _FORMAT = FileFormat("ipa-activations", 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ipa_core import _sparse
+from ipa_core import _sparse_rows
 from ipa_core._array import (
     Array,
     HostArray,
@@ -57,20 +57,20 @@ class Rows:
         """Return the rows (dense copies) where a mask on the host is true."""
         index = from_numpy(xp, mask.nonzero()[0], device(self.x), xp.int64)
         weights = None if self.weights is None else xp.take(self.weights, index)
-        sparse = _sparse.is_sparse(self.x)
+        sparse = _sparse_rows.is_sparse(self.x)
         x = self.x[mask].toarray() if sparse else xp.take(self.x, index, axis=0)
         return Rows(x, weights, self.squares[mask], self.host_weights[mask])
 
     def dense(self) -> Rows:
         """Return the rows with a dense ``x``."""
-        if not _sparse.is_sparse(self.x):
+        if not _sparse_rows.is_sparse(self.x):
             return self
         return Rows(self.x.toarray(), self.weights, self.squares, self.host_weights)
 
     def copy(self, xp: Namespace) -> Rows:
         """Return a dense copy that no later change of the caller's array can reach."""
         weights = None if self.weights is None else xp.asarray(self.weights, copy=True)
-        x = self.x.toarray() if _sparse.is_sparse(self.x) else xp.asarray(self.x, copy=True)
+        x = self.x.toarray() if _sparse_rows.is_sparse(self.x) else xp.asarray(self.x, copy=True)
         return Rows(x, weights, self.squares, self.host_weights)
 
     def apply_weights(self, values: Array) -> Array:
@@ -79,7 +79,7 @@ class Rows:
 
     def sqrt_weighted(self, xp: Namespace) -> Array:
         """Return the rows times the roots of their weights: what an unweighted rule may take."""
-        x = _sparse.to_dense(self.x)
+        x = _sparse_rows.to_dense(self.x)
         return x if self.weights is None else x * xp.sqrt(self.weights)[:, None]
 
     def total_weight(self) -> float:
@@ -182,7 +182,7 @@ def align(xp: Namespace, waiting: tuple[Rows, ...], x: Array, block_rows: int) -
     missing = block_rows - sum(part.count for part in waiting)
     if not waiting or x.shape[0] < missing:
         return (x,)
-    block = xp.concat([*(part.x for part in waiting), _sparse.to_dense(x[:missing, :])])
+    block = xp.concat([*(part.x for part in waiting), _sparse_rows.to_dense(x[:missing, :])])
     return block, x[missing:, :]
 
 
@@ -207,5 +207,5 @@ def join(xp: Namespace, parts: tuple[Rows, ...], x: Array | None = None) -> Rows
         weights = xp.concat(ones)
     squares = host_concat([part.squares for part in parts])
     host_weights = host_concat([part.host_weights for part in parts])
-    x = xp.concat([_sparse.to_dense(part.x) for part in parts]) if x is None else x
+    x = xp.concat([_sparse_rows.to_dense(part.x) for part in parts]) if x is None else x
     return Rows(x, weights, squares, host_weights)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ipa_core import _array, _sparse
+from ipa_core import _array, _sparse_rows
 from ipa_core._array import Array, HostArray, Namespace
-from ipa_core._weights import host_weights
+from ipa_core._weight_validation import host_weights
 from ipa_core.errors import ArrayTypeError, NonFiniteError, ShapeError
 from ipa_core.learners._row_blocks import Rows
 
@@ -15,7 +15,7 @@ from ipa_core.learners._row_blocks import Rows
 def template_of(batch: Array) -> Array:
     """Return a (0, features) array that records library, device, dtype and features."""
     xp, features = _form_of(batch)
-    values = _sparse.stored(batch)
+    values = _sparse_rows.stored(batch)
     dtype = _array.state_dtype(xp, values)
     return xp.zeros((0, features), dtype=dtype, device=_array.device(values))
 
@@ -34,13 +34,17 @@ def validate(batch: Array, weights: Array | None, template: Array) -> PendingBat
         x, held = _drop_absent(xp, x, held)
     device = _array.device(template)
     on_device = None if held is None else _array.from_numpy(xp, held, device, template.dtype)
-    x = x.astype(template.dtype) if _sparse.is_sparse(x) else _array.cast(xp, x, template.dtype)
+    x = (
+        x.astype(template.dtype)
+        if _sparse_rows.is_sparse(x)
+        else _array.cast(xp, x, template.dtype)
+    )
     return PendingBatch(xp, x, on_device, held)
 
 
 def _as_rows(xp: Namespace, batch: Array, count: int) -> Array:
     """Return a batch as rows (count, features)."""
-    if _sparse.is_sparse(batch):
+    if _sparse_rows.is_sparse(batch):
         return batch
     return xp.reshape(_array.detached(batch), (count, batch.shape[-1]))
 
@@ -74,7 +78,7 @@ class PendingBatch:
 
 def _form_of(batch: Array) -> tuple[Namespace, int]:
     """Return library and number of features of a batch, if its form is valid."""
-    xp = _array.check_array(_sparse.stored(batch))
+    xp = _array.check_array(_sparse_rows.stored(batch))
     if batch.ndim < 1 or batch.shape[-1] < 1:
         raise ShapeError(f"expected a batch of shape (..., features), got {tuple(batch.shape)}")
     return xp, int(batch.shape[-1])
@@ -87,7 +91,7 @@ def match(batch: Array, template: Array) -> Namespace:
         raise ShapeError(
             f"expected batches of {template.shape[1]} features like the first one, got {features}"
         )
-    same_library, values = xp is _array.namespace(template), _sparse.stored(batch)
+    same_library, values = xp is _array.namespace(template), _sparse_rows.stored(batch)
     if not same_library or _array.device(values) != _array.device(template):
         raise ArrayTypeError(
             f"expected batches like the first one, {_array.describe(template)}, "
@@ -100,7 +104,7 @@ def _drop_absent(xp: Namespace, x: Array, weights: HostArray) -> tuple[Array, Ho
     """Return the rows of positive weight with their weights, None for weights that are all 1."""
     if not weights.all():
         (present,) = weights.nonzero()
-        if _sparse.is_sparse(x):
+        if _sparse_rows.is_sparse(x):
             x = x[present]
         else:
             x = xp.take(x, _array.index_array(xp, present, _array.device(x)), axis=0)
@@ -126,7 +130,7 @@ def _check_range(xp: Namespace, rows: Rows) -> None:
             "scale the data down or pass float64"
         )
     least = float(xp.finfo(dtype).smallest_normal) / float(xp.finfo(dtype).eps)
-    if energy < least * rows.count and bool(xp.any(_sparse.stored(rows.x) != 0)):
+    if energy < least * rows.count and bool(xp.any(_sparse_rows.stored(rows.x) != 0)):
         raise NonFiniteError(
             f"expected rows whose squares {dtype} can hold, got an underflow; "
             "scale the data up or pass float64"
@@ -135,6 +139,6 @@ def _check_range(xp: Namespace, rows: Rows) -> None:
 
 def _count_not_finite(xp: Namespace, x: Array) -> int:
     """Return how many rows hold values that are not finite."""
-    if _sparse.is_sparse(x):
-        return _sparse.rows_not_finite(x)
+    if _sparse_rows.is_sparse(x):
+        return _sparse_rows.rows_not_finite(x)
     return int(xp.count_nonzero(~xp.all(xp.isfinite(x), axis=1)))

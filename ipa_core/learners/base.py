@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ClassVar, Self, TypeVar, cast, final
 
-from ipa_core import _array, _settings, _sparse, _torch_modes
+from ipa_core import _array, _settings, _sparse_rows, _torch_modes
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import fixed_basis
 from ipa_core.errors import (
@@ -221,8 +221,8 @@ class Learner(ABC):
         >>> learner.samples, pending.finish().samples
         (0, 4)
         """
-        if _sparse.is_sparse(batch):
-            batch = _sparse.csr_rows(batch)
+        if _sparse_rows.is_sparse(batch):
+            batch = _sparse_rows.csr_rows(batch)
         template = self._template_for(batch)
         with _torch_modes.isolated(template), _array.ignore_overflow():
             rows = validate(batch, weights, template)

@@ -16,7 +16,7 @@ from ipa_core import (
     save_state,
 )
 from ipa_core.io import serialization
-from ipa_core.io.envelope import FileFormat
+from ipa_core.io.file_header import FileFormat
 from tests.core.contract import assert_frozen, frozen
 
 X = np.random.default_rng(0).standard_normal((300, 6)).astype("float32")

@@ -21,7 +21,7 @@ from ipa_core import (
     principal_angles,
     save_state,
 )
-from ipa_core.io import _sparse
+from ipa_core.io import _sparse_blocks
 from ipa_core.io.streams import iterate
 
 
@@ -63,7 +63,7 @@ def test_streams_of_sparse_batches_with_weights(rows):
 
 
 def test_blocks_are_bounded(rows, monkeypatch):
-    monkeypatch.setattr(_sparse, "_BLOCK_ENTRIES", 120 * 64)
+    monkeypatch.setattr(_sparse_blocks, "_BLOCK_ENTRIES", 120 * 64)
     shapes = [batch.shape for batch, _ in iterate(rows)]
     assert max(shapes) == (64, 120) and sum(shape[0] for shape in shapes) == 3000
 

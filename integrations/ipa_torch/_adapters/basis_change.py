@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ipa_core import Projector
-from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._adapters.shared_projection import SharedProjection
 
 
 def change_basis(

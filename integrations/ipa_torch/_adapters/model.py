@@ -11,9 +11,8 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_torch._adapters.layer import AdapterLayer
-from ipa_torch._adapters.projection import SharedProjection
-from ipa_torch._adapters.references import check_replaceable
+from ipa_torch._adapters.adapter_layer import AdapterLayer
+from ipa_torch._adapters.layer_replacement import check_replaceable
 from ipa_torch._adapters.replace import (
     adapter_layers,
     changing,
@@ -25,10 +24,11 @@ from ipa_torch._adapters.replace import (
     wrap,
 )
 from ipa_torch._adapters.scale import Scaling, resolve_scale
-from ipa_torch._layers.lookup import check_fit, get_layer
+from ipa_torch._adapters.shared_projection import SharedProjection
+from ipa_torch._layers.layer_lookup import check_fit, get_layer
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
-from ipa_torch.projectors import as_tensor
+from ipa_torch.layer_projectors import as_tensor
 
 
 def attach(

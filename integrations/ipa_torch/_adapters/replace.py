@@ -9,10 +9,10 @@ from typing import Any, cast
 from torch import nn
 
 from ipa_core.errors import SettingError
-from ipa_torch._adapters.layer import AdapterLayer
-from ipa_torch._adapters.module_hooks import move_hooks
+from ipa_torch._adapters.adapter_layer import AdapterLayer
+from ipa_torch._adapters.hook_transfer import move_hooks
+from ipa_torch._adapters.layer_replacement import replace_everywhere
 from ipa_torch._adapters.pass_lock import PassLock
-from ipa_torch._adapters.references import replace_everywhere
 from ipa_torch._distributed.process_group import is_sharded
 from ipa_torch._layers.unwrap import unwrap_model
 

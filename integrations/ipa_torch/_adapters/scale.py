@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_torch.projectors import as_tensor
+from ipa_torch.layer_projectors import as_tensor
 
 Scaling: TypeAlias = float | Literal["energy"]
 

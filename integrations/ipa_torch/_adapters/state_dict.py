@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from ipa_core.errors import FileFormatError, SettingError
+from ipa_torch._adapters.layer_replacement import check_replaceable
 from ipa_torch._adapters.model import (
     ProjectionSpec,
     add_adapter,
     check_new,
     list_adapters,
 )
-from ipa_torch._adapters.projection import SharedProjection
-from ipa_torch._adapters.references import check_replaceable
 from ipa_torch._adapters.replace import adapter_layers, changing, check_unwrapped
-from ipa_torch._layers.lookup import check_fit, get_layer
-from ipa_torch._layers.sizes import outputs_of
+from ipa_torch._adapters.shared_projection import SharedProjection
+from ipa_torch._layers.feature_counts import outputs_of
+from ipa_torch._layers.layer_lookup import check_fit, get_layer
 from ipa_torch._layers.unwrap import unwrap_model
 
 _LAYER, _PROJECTION = "layers", "projections"

@@ -13,7 +13,7 @@ from torch import nn
 from ipa_core.errors import ShapeError
 from ipa_torch._capture.forward import on_device
 from ipa_torch._capture.hooks import Hook
-from ipa_torch._capture.row_shapes import RowShapeCheck
+from ipa_torch._capture.row_weight_warnings import RowShapeCheck
 from ipa_torch._capture.tensor_ids import Key, storage_key
 from ipa_torch._layers.row_subset import GatherMemory, RowSubset
 

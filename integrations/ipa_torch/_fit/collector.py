@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from ipa_core.errors import IPAError
+from ipa_torch._capture.activation_rows import RowReader
+from ipa_torch._capture.async_update import is_async_device
 from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.hooks import Hook, HookSet
-from ipa_torch._capture.input_update import is_async_device
 from ipa_torch._capture.row_consumer import RowConsumer
-from ipa_torch._capture.row_reader import RowReader
 from ipa_torch._fit.shared_inputs import C, InputPrefix, SharedInputTree
 from ipa_torch._layers.matmul_view import RowView, check_rows, input_of, view_of
 from ipa_torch._layers.output_view import output_of, output_view
 from ipa_torch.errors import named_layer
-from ipa_torch.projectors import M, T
+from ipa_torch.layer_projectors import M, T
 
 Source: TypeAlias = Literal["inputs", "outputs"]
 

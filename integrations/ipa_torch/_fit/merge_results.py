@@ -16,7 +16,7 @@ from ipa_torch._capture.forward import device_of
 from ipa_torch._distributed.process_group import FitProcessGroup
 from ipa_torch._fit.collector import NEVER_RAN, ActivationCollector, CollectorState
 from ipa_torch._fit.head_learners import LayerLearner
-from ipa_torch.projectors import LayerLearners, LayerProjectors, M
+from ipa_torch.layer_projectors import LayerLearners, LayerProjectors, M
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from ipa_torch.errors import LayerError
-from ipa_torch.projectors import LayerMapping
+from ipa_torch.layer_projectors import LayerMapping
 
 OnMissing: TypeAlias = Literal["warn", "raise", "ignore"]
 

@@ -12,7 +12,7 @@ import torch
 
 from ipa_core.errors import SettingError, StreamError
 from ipa_torch._fit.batch_digest import chained
-from ipa_torch._fit.fingerprint import WeightFingerprint
+from ipa_torch._fit.weight_fingerprint import WeightFingerprint
 
 
 @dataclass

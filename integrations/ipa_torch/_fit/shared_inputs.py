@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ipa_torch._capture.input_update import InputUpdate
+from ipa_torch._capture.async_update import InputUpdate
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._fit.early_stopping import Convergence
 from ipa_torch._layers.matmul_view import WeightedRows

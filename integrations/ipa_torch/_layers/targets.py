@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ipa_core.errors import SettingError
+from ipa_torch._layers.feature_counts import named_sizes
 from ipa_torch._layers.matmul_view import Convolution
 from ipa_torch._layers.output_head import output_head
-from ipa_torch._layers.sizes import named_sizes
 from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
 from ipa_torch.errors import LayerError
 

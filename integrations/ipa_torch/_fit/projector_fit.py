@@ -13,12 +13,12 @@ from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._distributed.process_group import ProcessGroupArg
 from ipa_torch._fit.checkpoint import CheckpointLike
 from ipa_torch._fit.early_stopping import StoppingCriteria
+from ipa_torch._fit.fit_loop import run_fit
 from ipa_torch._fit.merge_results import PROJECTORS
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
-from ipa_torch._fit.run import run_fit
 from ipa_torch._layers.targets import ALL_LINEAR, Targets
 from ipa_torch.errors import check_choice
-from ipa_torch.projectors import LayerProjectors
+from ipa_torch.layer_projectors import LayerProjectors
 
 
 def fit_projectors(

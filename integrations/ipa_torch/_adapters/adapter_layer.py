@@ -8,14 +8,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ipa_torch._adapters.module_hooks import has_hooks
+from ipa_torch._adapters.hook_transfer import has_hooks
 from ipa_torch._adapters.pass_lock import PassLock
-from ipa_torch._adapters.projection import SharedProjection
+from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.eval_mode import autocast_dtype
-from ipa_torch._layers.device import execution_device, reference_tensor
-from ipa_torch._layers.linearity import merge_obstacle
+from ipa_torch._layers.adapter_support import merge_obstacle
+from ipa_torch._layers.execution_device import execution_device, reference_tensor
+from ipa_torch._layers.feature_counts import outputs_of
 from ipa_torch._layers.matmul_view import input_of, view_of
-from ipa_torch._layers.sizes import outputs_of
 from ipa_torch.errors import LayerError
 
 

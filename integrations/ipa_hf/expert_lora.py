@@ -12,7 +12,7 @@ from peft.utils.transformers_weight_conversion import (
 )
 
 from ipa_hf.adapter_holder import adapter_holder, base_model
-from ipa_hf.fused_experts import FusedParameter, base_name, refusal
+from ipa_hf.fused_parameters import FusedParameter, base_name, refusal
 
 
 def parameter_name(module_name: str, layer: ParamWrapper) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ipa_core.errors import SettingError
-from ipa_hf.fused_experts import ExpertSharing, fused_parameters
+from ipa_hf.fused_parameters import ExpertSharing, fused_parameters
 from ipa_torch.extension import LinearView, RowSelection, RowSubset, WeightedRows, view_of
 
 #: Name of `_forward` in transformers' registry.

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from ipa_core.errors import FileFormatError, SettingError
-from ipa_core.io.envelope import FileFormat
+from ipa_core.io.file_header import FileFormat
 from ipa_core.io.files import input_file, input_path, replace_file
-from ipa_hf.adapter_metadata import FILE_NAME, AdapterMetadata
+from ipa_hf.attached_metadata import write_metadata
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers
-from ipa_hf.model_metadata import write_metadata
-from ipa_hf.model_methods import keep_metadata
+from ipa_hf.metadata_file import FILE_NAME, AdapterMetadata
+from ipa_hf.save_pretrained import keep_metadata
 from ipa_hf.shared_adapters import checked_names
 from ipa_hf.tied_adapters import are_tied, tie_adapter
 

@@ -12,18 +12,18 @@ from torch import nn
 
 from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import SettingError, with_context
+from ipa_torch._capture.activation_rows import RowReader
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
-from ipa_torch._capture.row_reader import RowReader
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.shared_inputs import SharedInputTree
-from ipa_torch._layers.sizes import features_of, outputs_of
+from ipa_torch._layers.feature_counts import features_of, outputs_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError, named_layer
-from ipa_torch.projectors import resolve_rank
+from ipa_torch.layer_projectors import resolve_rank
 
 #: Rows of an update in a measurement: no divisor of a block, so that some rows are always pending.
 _UPDATE_ROWS = 127

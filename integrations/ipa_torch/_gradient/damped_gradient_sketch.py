@@ -10,7 +10,7 @@ import torch
 
 from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import SettingError
-from ipa_torch._gradient.sketch import GradientSketch
+from ipa_torch._gradient.gradient_sketch import GradientSketch
 
 #: Leading directions along which the inputs' second moment is known.
 _DIRECTIONS = 32

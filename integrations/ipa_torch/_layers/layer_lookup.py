@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from ipa_core.errors import ShapeError, with_context
-from ipa_torch._layers.device import execution_device
-from ipa_torch._layers.linearity import check_supported
-from ipa_torch._layers.sizes import features_of
+from ipa_torch._layers.adapter_support import check_supported
+from ipa_torch._layers.execution_device import execution_device
+from ipa_torch._layers.feature_counts import features_of
 from ipa_torch.errors import LayerError
 
 

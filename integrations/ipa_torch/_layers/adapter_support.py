@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ipa_core.errors import with_context
+from ipa_torch._layers.feature_counts import features_of, outputs_of
 from ipa_torch._layers.matmul_view import ConvView, LinearView, MatmulView, view_of
-from ipa_torch._layers.sizes import features_of, outputs_of
 from ipa_torch.errors import LayerError
 
 #: Classes of torch whose source is the proof.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ipa_core._array import Array
-from ipa_core._sparse import csr_rows
+from ipa_core._sparse_rows import csr_rows
 from ipa_core.errors import ShapeError
 
 # Entries of a dense block: 8 MB in float32.

@@ -19,16 +19,16 @@ from ipa_core import ActivationStore
 from ipa_core.errors import EmptyStreamError, NonFiniteError, SettingError
 from ipa_core.io.activation_store import INDEX, Index, Shard
 from ipa_core.io.files import replace_file
+from ipa_torch._capture.activation_rows import RowReader
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
-from ipa_torch._capture.row_reader import RowReader
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED
-from ipa_torch._fit.fingerprint import WeightFingerprint, code_digest
 from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
+from ipa_torch._fit.weight_fingerprint import WeightFingerprint, code_digest
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError, check_choice

@@ -15,13 +15,13 @@ from ipa_torch._distributed.process_group import ProcessGroupArg
 from ipa_torch._fit.checkpoint import CheckpointLike
 from ipa_torch._fit.collector import Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
+from ipa_torch._fit.fit_loop import run_fit
 from ipa_torch._fit.head_learners import HeadLearners
 from ipa_torch._fit.merge_results import LEARNERS
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
-from ipa_torch._fit.run import run_fit
 from ipa_torch._layers.targets import ALL_LINEAR, Targets
 from ipa_torch.errors import check_choice
-from ipa_torch.projectors import LayerLearners
+from ipa_torch.layer_projectors import LayerLearners
 
 
 def fit_learners(

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ipa_hf.adapter_metadata import FILE_NAME, AdapterMetadata
-from ipa_hf.lora_experts import layer_name
+from ipa_hf.expert_lora import layer_name
 from ipa_hf.lora_layers import lora_layers
+from ipa_hf.metadata_file import FILE_NAME, AdapterMetadata
 
 #: Difference of sums of A beyond rounding to bfloat16, relative to the norm of A.
 _TOLERANCE = 0.02
