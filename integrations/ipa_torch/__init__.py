@@ -8,17 +8,11 @@ try:
 except Exception as error:  # a clash of versions raises RuntimeError and others
     raise _dependency_error(error, "torch", "tqdm", extra="torch", user="ipa_torch") from error
 
+from ipa_torch._adapters.active_adapter import disable_adapter, list_adapters, set_adapter
 from ipa_torch._adapters.adapter_file import load_adapter, save_adapter
 from ipa_torch._adapters.adapter_layer import AdapterLayer
-from ipa_torch._adapters.model import (
-    attach,
-    detach,
-    disable_adapter,
-    list_adapters,
-    merge,
-    set_adapter,
-    unmerge,
-)
+from ipa_torch._adapters.attach import attach, detach
+from ipa_torch._adapters.merge import merge, unmerge
 from ipa_torch._adapters.online import OnlineLearning
 from ipa_torch._adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from ipa_torch._capture.row_weights import attention_mask

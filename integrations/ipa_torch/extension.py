@@ -4,7 +4,7 @@ They are no part of the interface for users, and may change in any release.
 """
 
 from ipa_torch._adapters.adapter_file import read_adapter_file, write_adapter_file
-from ipa_torch._adapters.replace import adapter_layers
+from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.scale import Scaling, check_scaling, energy_scale, resolve_scale
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.forward import device_of, on_device
@@ -14,17 +14,12 @@ from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._layers.execution_device import execution_device
 from ipa_torch._layers.feature_counts import features_of, outputs_of
 from ipa_torch._layers.layer_lookup import get_layer
-from ipa_torch._layers.matmul_view import (
-    Convolution,
-    ConvView,
-    LinearView,
-    WeightedRows,
-    view_of,
-)
+from ipa_torch._layers.layer_type import Convolution, is_conv1d, is_linear
+from ipa_torch._layers.matmul_view import ConvView, LinearView, WeightedRows, view_of
 from ipa_torch._layers.output_head import classifier_modules
 from ipa_torch._layers.row_subset import RowSubset
-from ipa_torch._layers.targets import Targets, is_linear
-from ipa_torch._layers.unwrap import is_conv1d, unwrap_model
+from ipa_torch._layers.targets import Targets
+from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import check_choice
 from ipa_torch.layer_projectors import resolve_rank
 

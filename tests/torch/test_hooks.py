@@ -64,9 +64,12 @@ def test_all_are_removed_after_an_error():
 
 
 def test_one_file_registers_hooks():
-    """Apart from the permanent hook that marks an adapter layer."""
+    """Apart from the permanent hooks of adapter layers and of their lock."""
     pattern = re.compile(r"register_(?:module_)?(?:full_)?(?:forward|backward)\w*\(")
     files = [path for path in PACKAGE.rglob("*.py") if pattern.search(path.read_text())]
     found = {path.relative_to(PACKAGE).as_posix() for path in files}
-    assert found == {"_adapters/replace.py"}  # and hooks.py, by a name
+    assert found == {
+        "_adapters/layer_replacement.py",
+        "_adapters/pass_lock.py",
+    }  # and hooks.py, by a name
     assert "register_forward" in (PACKAGE / "_capture" / "hooks.py").read_text()

@@ -12,7 +12,7 @@ from ipa_torch._fit import collector
 from .models import Transformer
 
 #: Files that an activation passes, from the hook to the learner.
-PATH = ("_fit/collector", "_fit/shared_inputs", "_fit/early_stopping", "_capture/input_update",
+PATH = ("_fit/collector", "_fit/shared_inputs", "_fit/convergence", "_capture/async_update",
         "ipa_core/learners/")  # fmt: skip
 
 

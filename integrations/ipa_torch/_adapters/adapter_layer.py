@@ -8,14 +8,16 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ipa_torch._adapters.hook_transfer import has_hooks
 from ipa_torch._adapters.pass_lock import PassLock
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.eval_mode import autocast_dtype
+from ipa_torch._capture.hooks import has_hooks
+from ipa_torch._layers.activation_tensor import input_of
 from ipa_torch._layers.adapter_support import merge_obstacle
 from ipa_torch._layers.execution_device import execution_device, reference_tensor
 from ipa_torch._layers.feature_counts import outputs_of
-from ipa_torch._layers.matmul_view import input_of, view_of
+from ipa_torch._layers.matmul_view import view_of
+from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
 
 
@@ -217,3 +219,10 @@ def _moved(old: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
         old.data = data.detach()
         return old
     return nn.Parameter(data, requires_grad=old.requires_grad)
+
+
+def adapter_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
+    """Return the adapter layers of a model by name."""
+    return [
+        (name, m) for name, m in unwrap_model(model).named_modules() if isinstance(m, AdapterLayer)
+    ]

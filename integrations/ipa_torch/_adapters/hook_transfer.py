@@ -7,17 +7,15 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as global_hooks
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+from ipa_torch._capture.hooks import HOOKS
+
 _FLAGS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_is_full_backward_hook",
 )
-_GLOBAL = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_hooks",
-           "_global_backward_pre_hooks")  # fmt: skip
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -25,11 +23,11 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
 
     The dictionaries themselves change place, so that handles still remove their hooks.
     """
-    for name in (*_HOOKS, *_FLAGS):
+    for name in (*HOOKS, *_FLAGS):
         moved, others = getattr(source, name), getattr(target, name)
         setattr(source, name, others)
         setattr(target, name, moved)
-    for name in _HOOKS:
+    for name in HOOKS:
         hooks = getattr(target, name)
         for key, hook in hooks.items():
             hooks[key] = hook.args[0] if _is_bound(hook) else partial(_call_with, hook, source)
@@ -41,16 +39,3 @@ def _is_bound(hook: Callable[..., Any]) -> bool:
 
 def _call_with(hook: Callable[..., Any], module: nn.Module, _: nn.Module, *args: Any) -> Any:
     return hook(module, *args)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether any hook sees the input, output or gradients of a module.
-
-    Examples
-    --------
-    >>> has_hooks(nn.Linear(2, 2))
-    False
-    """
-    return any(getattr(module, name) for name in _HOOKS) or any(
-        getattr(global_hooks, name) for name in _GLOBAL
-    )

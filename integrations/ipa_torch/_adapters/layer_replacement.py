@@ -1,16 +1,22 @@
-"""Replacement of layers at all places from which a model calls them."""
+"""Replacement of layers by adapter layers, at all places from which a model calls them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from ipa_torch._adapters.adapter_layer import AdapterLayer
+from ipa_torch._adapters.hook_transfer import move_hooks
+from ipa_torch._adapters.pass_lock import pass_lock_of
 from ipa_torch.errors import LayerError
+
+#: Name of the attribute of an adapter layer with the handle of its hook.
+_NOOP = "_ipa_noop_hook"
 
 _Replace = Callable[[nn.Module], None]
 
@@ -104,3 +110,44 @@ def _held(holder: Any) -> Iterator[tuple[Any, _Replace | None, str]]:
 def _is_of_torch(key: str) -> bool:
     """Return whether an attribute of a module has its tensors and hooks, which keep the layer."""
     return key in ("_parameters", "_buffers") or "_hook" in key or key.startswith("_ipa_")
+
+
+def wrap(model: nn.Module, names: Iterable[str]) -> dict[str, AdapterLayer]:
+    """Return the adapter layers of some names; wrap the layers that are not wrapped yet."""
+    layers = {name: model.get_submodule(name) for name in names}
+    fresh = {
+        layer: AdapterLayer(layer, pass_lock_of(model))
+        for layer in layers.values()
+        if not isinstance(layer, AdapterLayer)
+    }
+    on_fast_path = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
+    for layer, adapter_layer in fresh.items():
+        move_hooks(layer, adapter_layer)
+        if on_fast_path:
+            _keep_off_fast_path(adapter_layer)
+    replace_everywhere(model, fresh)
+    return {name: cast(AdapterLayer, fresh.get(layer, layer)) for name, layer in layers.items()}
+
+
+def unwrap(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
+    """Restore the base layers."""
+    layers = list(layers)
+    for layer in layers:
+        if layer.base_layer.training != layer.training:
+            layer.base_layer.train(layer.training)
+        if (noop := layer.__dict__.pop(_NOOP, None)) is not None:
+            noop.remove()
+        move_hooks(layer, layer.base_layer)
+    replace_everywhere(model, {layer: layer.base_layer for layer in layers})
+
+
+def _keep_off_fast_path(layer: AdapterLayer) -> None:
+    """Register a hook, with which nn.TransformerEncoderLayer calls its layers.
+
+    Without hooks it calls a fused kernel in evaluation mode, with the weights of its layers.
+    """
+    vars(layer)[_NOOP] = layer.register_forward_pre_hook(_noop_hook)
+
+
+def _noop_hook(module: nn.Module, args: Any) -> None:
+    return None

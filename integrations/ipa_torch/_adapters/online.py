@@ -11,9 +11,9 @@ from torch import nn
 
 from ipa_core import IncrementalPCA, Learner
 from ipa_core.errors import SettingError
-from ipa_torch._adapters.adapter_layer import AdapterLayer
+from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
 from ipa_torch._adapters.basis_change import change_basis
-from ipa_torch._adapters.replace import adapter_layers, changing
+from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.activation_rows import RowReader
@@ -21,7 +21,7 @@ from ipa_torch._capture.async_update import InputUpdate, is_async_device
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._distributed.tree_reduce import merge_across_ranks, world
-from ipa_torch._layers.matmul_view import check_rows, input_of
+from ipa_torch._layers.activation_tensor import check_rows, input_of
 from ipa_torch.errors import named_layer
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ipa_core.errors import SettingError
+from ipa_torch._layers.unwrap import unwrap_model
+
+#: Name of the attribute of a model with its lock.
+_LOCK = "_ipa_pass_lock"
 
 _PATIENCE = 60.0
 
@@ -116,3 +120,38 @@ class PassLock:
         """End a pass, also after an exception."""
         if not torch.compiler.is_compiling():
             self.leave_pass()
+
+
+@contextmanager
+def changing(model: nn.Module) -> Iterator[None]:
+    """Enclose a change of adapters: passes of other threads end before it or begin after it.
+
+    The passes are those of the module that adapters were attached to, and of single layers.
+    """
+    locks = {
+        id(lock): lock
+        for module in unwrap_model(model).modules()
+        if isinstance(lock := getattr(module, "pass_lock", None), PassLock)
+    }
+    with ExitStack() as stack:
+        for key in sorted(locks):
+            stack.enter_context(locks[key].change())
+        yield
+
+
+def pass_lock_of(model: nn.Module) -> PassLock:
+    """Return the lock of a model; at first, give it one with its hooks."""
+    if _LOCK not in vars(model):
+        lock = PassLock()
+        pre = model.register_forward_pre_hook(lock.pre_hook, prepend=True)
+        post = model.register_forward_hook(lock.post_hook, always_call=True)
+        vars(model)[_LOCK] = lock, pre, post
+    lock, *_ = vars(model)[_LOCK]
+    return cast(PassLock, lock)
+
+
+def remove_pass_lock(model: nn.Module) -> None:
+    """Remove the lock of a model that has no adapters any more."""
+    _, *handles = vars(model).pop(_LOCK, (None,))
+    for handle in handles:
+        handle.remove()

@@ -9,17 +9,16 @@ import torch
 from torch import nn
 
 from ipa_core.errors import FileFormatError, SettingError
+from ipa_torch._adapters.active_adapter import list_adapters
+from ipa_torch._adapters.adapter_layer import adapter_layers
+from ipa_torch._adapters.attach import ProjectionSpec, add_adapter, check_new
 from ipa_torch._adapters.layer_replacement import check_replaceable
-from ipa_torch._adapters.model import (
-    ProjectionSpec,
-    add_adapter,
-    check_new,
-    list_adapters,
-)
-from ipa_torch._adapters.replace import adapter_layers, changing, check_unwrapped
+from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.shared_projection import SharedProjection
+from ipa_torch._distributed.parallel_wrappers import check_unwrapped
+from ipa_torch._layers.adapter_support import check_fit
 from ipa_torch._layers.feature_counts import outputs_of
-from ipa_torch._layers.layer_lookup import check_fit, get_layer
+from ipa_torch._layers.layer_lookup import get_layer
 from ipa_torch._layers.unwrap import unwrap_model
 
 _LAYER, _PROJECTION = "layers", "projections"

@@ -1,4 +1,4 @@
-"""Forward hooks on modules, registered and removed together."""
+"""Hooks on modules: registered and removed together, and their detection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.modules import module as global_hooks
 from torch.utils.hooks import RemovableHandle
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_hooks",
+           "_global_backward_pre_hooks")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,3 +105,16 @@ class HookSet:
     def _remove_all(self) -> None:
         for name in list(self._handles):
             self.remove(name)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether any hook sees the input, output or gradients of a module.
+
+    Examples
+    --------
+    >>> has_hooks(nn.Linear(2, 2))
+    False
+    """
+    return any(getattr(module, name) for name in HOOKS) or any(
+        getattr(global_hooks, name) for name in _GLOBAL
+    )

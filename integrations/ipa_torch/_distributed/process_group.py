@@ -1,4 +1,4 @@
-"""Process group of a fit: lockstep of sharded models, exchange of errors and of reports."""
+"""Process group of a fit: exchange of errors and of reports, merge of learners."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import nn
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_torch._distributed.comm import Communicator, ProcessGroup
+from ipa_torch._distributed.lockstep import Lockstep
+from ipa_torch._distributed.parallel_wrappers import is_sharded
 from ipa_torch._distributed.tree_reduce import (
     L,
     ProjectorLearner,
@@ -36,7 +38,7 @@ class FitProcessGroup:
         group = world() if process_group == "world" else process_group
         self.group: ProcessGroup | None = group
         self._comm = None if group is None else Communicator(group)
-        self._lockstep: _Lockstep | None = None
+        self._lockstep: Lockstep | None = None
         self._over = False
         #: Whether any rank was interrupted.
         self.interrupted = False
@@ -62,7 +64,7 @@ class FitProcessGroup:
     def begin(self, model: nn.Module) -> None:
         """Start lockstep if the model is sharded, as all ranks take part in each forward pass."""
         if self._comm is not None:
-            self._lockstep = _Lockstep(self._comm) if is_sharded(model) else None
+            self._lockstep = Lockstep(self._comm) if is_sharded(model) else None
 
     def lockstep(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Return the batches; of a sharded model, as many as every rank has."""
@@ -166,40 +168,3 @@ class FitProcessGroup:
     def _stop_lockstep(self) -> None:
         if self._lockstep is not None:
             self._lockstep.leave()
-
-
-class _Lockstep:
-    """Lockstep of all ranks: they exchange a number before each step.
-
-    A rank that stops sends 0; then all ranks stop.
-    """
-
-    def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
-        self._over = False
-
-    def all_reduce_min(self, value: int) -> int:
-        """Return the smallest number of all ranks."""
-        smallest = 0 if self._over else self._comm.all_reduce_min(value)
-        self._over = not smallest
-        return smallest
-
-    def common(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield batches as long as every rank has another."""
-        for batch in batches:
-            if not self.all_reduce_min(1):
-                return
-            yield batch
-        self.leave()
-
-    def leave(self) -> None:
-        """Stop, on all ranks."""
-        self.all_reduce_min(0)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether each rank holds a part of the model's weights (FSDP)."""
-    return any(
-        hasattr(parameter, "full_tensor") or hasattr(parameter, "_is_flat_param")
-        for parameter in model.parameters()
-    )

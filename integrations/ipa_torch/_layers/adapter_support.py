@@ -1,4 +1,4 @@
-"""Proof on a probe input that an adapter may be added to a layer, and merged into its weight."""
+"""Check on a probe input that an adapter may be added to a layer, and merged into its weight."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ipa_core.errors import with_context
+from ipa_core.errors import ShapeError, with_context
+from ipa_torch._layers.execution_device import execution_device
 from ipa_torch._layers.feature_counts import features_of, outputs_of
+from ipa_torch._layers.layer_type import is_stock
 from ipa_torch._layers.matmul_view import ConvView, LinearView, MatmulView, view_of
 from ipa_torch.errors import LayerError
 
-#: Classes of torch whose source is the proof.
-_STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Share of the change of the output by which adding and merging may differ.
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2
 
@@ -121,18 +121,6 @@ def _check_output(layer: nn.Module, view: MatmulView, outputs: int) -> None:
         return
 
 
-def is_stock(layer: nn.Module) -> bool:
-    """Return whether a layer computes as the class of torch does: no hook, no forward of its own.
-
-    Examples
-    --------
-    >>> is_stock(nn.Linear(4, 2)), is_stock(nn.LayerNorm(4))
-    (True, False)
-    """
-    changed = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in _STOCK and not changed
-
-
 def _probes(
     view: MatmulView, layer: nn.Module, generator: torch.Generator, like: torch.Tensor
 ) -> Iterator[torch.Tensor]:
@@ -174,3 +162,26 @@ def _evaluating_copy(module: nn.Module) -> nn.Module:
         for key, child in module._modules.items()
     }
     return twin
+
+
+def check_fit(name: str, layer: nn.Module, features: int) -> None:
+    """Check that a layer supports adapters and has the features of its projector.
+
+    Raises
+    ------
+    ShapeError
+        If they differ.
+    LayerError
+        If the layer is neither linear nor a plain convolution, returns no tensor of its outputs,
+        or has no weights yet.
+    """
+    check_supported(name, layer)
+    try:
+        execution_device(layer)
+    except LayerError as error:
+        raise with_context(error, f"layer {name!r}") from error
+    if (expected := features_of(layer)) != features:
+        raise ShapeError(
+            f"layer {name!r}: expected a projector of {expected} features, got {features}; "
+            "was it learned on another model?"
+        )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
-from ipa_torch._layers.matmul_view import Convolution
-from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
+from ipa_torch._layers.layer_type import Convolution, is_conv1d, named_sizes
+from ipa_torch._layers.unwrap import unwrap_layer
 from ipa_torch.errors import LayerError
 
 
@@ -43,32 +42,3 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
             "the targets"
         )
     return sizes
-
-
-def named_sizes(layer: nn.Module) -> tuple[int, int] | None:
-    """Return the numbers that a layer has as attributes; None if it is not linear by them.
-
-    Graph libraries name them in_channels and out_channels, as convolutions do: these count where
-    the weight is a matrix of that shape.
-
-    Examples
-    --------
-    >>> named_sizes(nn.Linear(4, 2)), named_sizes(nn.LayerNorm(4))
-    ((4, 2), None)
-    """
-    sizes = _integers(layer, "in_features", "out_features")
-    if sizes is not None:
-        return sizes
-    sizes = _integers(layer, "in_channels", "out_channels")
-    weight = getattr(layer, "weight", None)
-    fits = (
-        sizes is not None
-        and isinstance(weight, torch.Tensor)
-        and tuple(weight.shape) == sizes[::-1]
-    )
-    return sizes if fits else None
-
-
-def _integers(layer: nn.Module, first: str, second: str) -> tuple[int, int] | None:
-    before, after = getattr(layer, first, None), getattr(layer, second, None)
-    return (before, after) if isinstance(before, int) and isinstance(after, int) else None

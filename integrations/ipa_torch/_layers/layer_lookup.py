@@ -1,13 +1,9 @@
-"""Lookup and validation of a layer by name."""
+"""Lookup of a layer by name."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ipa_core.errors import ShapeError, with_context
-from ipa_torch._layers.adapter_support import check_supported
-from ipa_torch._layers.execution_device import execution_device
-from ipa_torch._layers.feature_counts import features_of
 from ipa_torch.errors import LayerError
 
 
@@ -37,26 +33,3 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
             "nn.MultiheadAttention, which uses its weight without calling it; leave it out"
         )
     return layer
-
-
-def check_fit(name: str, layer: nn.Module, features: int) -> None:
-    """Check that a layer supports adapters and has the features of its projector.
-
-    Raises
-    ------
-    ShapeError
-        If they differ.
-    LayerError
-        If the layer is neither linear nor a plain convolution, returns no tensor of its outputs,
-        or has no weights yet.
-    """
-    check_supported(name, layer)
-    try:
-        execution_device(layer)
-    except LayerError as error:
-        raise with_context(error, f"layer {name!r}") from error
-    if (expected := features_of(layer)) != features:
-        raise ShapeError(
-            f"layer {name!r}: expected a projector of {expected} features, got {features}; "
-            "was it learned on another model?"
-        )

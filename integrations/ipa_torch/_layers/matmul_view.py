@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Protocol, TypeAlias
@@ -13,14 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ipa_core.errors import ArrayTypeError
+from ipa_torch._layers.layer_type import Convolution, is_conv1d
 from ipa_torch._layers.row_samples import stratified_indices
 from ipa_torch._layers.row_subset import RowSubset
-from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
+from ipa_torch._layers.unwrap import unwrap_layer
 from ipa_torch.errors import LayerError
 
 WeightedRows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
-Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _STOCK = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -238,54 +235,3 @@ def conv_view_of(module: Convolution) -> ConvView:
         padding=tuple(padding),
         mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
     )
-
-
-def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """Return the first floating tensor among the arguments of a call.
-
-    Raises
-    ------
-    ArrayTypeError
-        If there is none.
-    """
-    for value in (*args, *_in_order(module, kwargs)):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            if value.layout not in (torch.strided, torch.jagged):
-                raise ArrayTypeError(
-                    f"expected a dense input of {type(module).__name__}, got a tensor of layout "
-                    f"{value.layout}; give it dense tensors, or leave it out of the targets"
-                )
-            return value
-    raise ArrayTypeError(
-        f"expected a floating tensor among the inputs of {type(module).__name__}, got none; "
-        "leave the layer out of the targets"
-    )
-
-
-def check_rows(module: nn.Module, activation: torch.Tensor) -> None:
-    """Check that an activation is an ordinary tensor, of which rows can be read.
-
-    Raises
-    ------
-    ArrayTypeError
-        If it is nested, or one that `torch.func` transforms.
-    """
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor(activation)
-    if activation.is_nested or transformed:
-        kind, cure = (
-            ("a transformed tensor", "learn outside of torch.func")
-            if transformed
-            else ("a nested tensor", "give padded batches with row_weights")
-        )
-        raise ArrayTypeError(
-            f"expected an ordinary tensor as input of {type(module).__name__}, got {kind}; {cure}, "
-            "or leave it out of the targets"
-        )
-
-
-def _in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return keyword arguments in the order of the module's signature."""
-    if len(kwargs) < 2:
-        return list(kwargs.values())
-    known = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
-    return [kwargs[name] for name in (*known, *(name for name in kwargs if name not in known))]

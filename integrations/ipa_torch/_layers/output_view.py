@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from ipa_core.errors import ArrayTypeError
-from ipa_torch._layers.matmul_view import Convolution, LinearView, WeightedRows
+from ipa_torch._layers.layer_type import Convolution
+from ipa_torch._layers.matmul_view import LinearView, WeightedRows
 from ipa_torch._layers.row_subset import RowSubset
 from ipa_torch._layers.unwrap import unwrap_layer
 
@@ -36,20 +35,3 @@ def output_view(module: nn.Module) -> OutputView:
     module = unwrap_layer(module)
     axes = len(module.kernel_size) if isinstance(module, Convolution) else 0
     return OutputView(-1 - axes)
-
-
-def output_of(module: nn.Module, output: Any) -> torch.Tensor:
-    """Return the first floating tensor among the outputs of a layer.
-
-    Raises
-    ------
-    ArrayTypeError
-        If there is none.
-    """
-    for value in output if isinstance(output, (tuple, list)) else (output,):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value
-    raise ArrayTypeError(
-        f"expected a floating tensor among the outputs of {type(module).__name__}, got none; "
-        "leave the layer out of the targets"
-    )

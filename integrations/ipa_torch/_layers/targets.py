@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from ipa_core.errors import SettingError
-from ipa_torch._layers.feature_counts import named_sizes
-from ipa_torch._layers.matmul_view import Convolution
+from ipa_torch._layers.layer_type import is_linear
 from ipa_torch._layers.output_head import output_head
-from ipa_torch._layers.unwrap import is_conv1d, unwrap_layer
 from ipa_torch.errors import LayerError
 
 Targets: TypeAlias = "str | Iterable[str] | Callable[[str, nn.Module], bool]"
@@ -69,23 +67,6 @@ def select_layers(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, 
             f"its layers are {_shortened(names)}"
         )
     return named
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer, as far as its class and attributes show.
-
-    These are ``nn.Linear``, transformers' ``Conv1D``, layers that wrap them as ``base_layer``, and
-    modules with ``in_features`` that contain neither another such module nor a convolution:
-    quantized layers are of a dozen classes of as many packages.
-    """
-    module = unwrap_layer(module)
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return True
-    return named_sizes(module) is not None and not any(
-        named_sizes(inner) is not None or isinstance(inner, Convolution)
-        for inner in module.modules()
-        if inner is not module
-    )
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:

@@ -25,11 +25,3 @@ def unwrap_layer(layer: nn.Module) -> nn.Module:
     while isinstance(base := getattr(layer, "base_layer", None), nn.Module):
         layer = base
     return layer
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Return whether a layer is transformers' ``Conv1D``: linear, with a transposed weight.
-
-    Known by its name, as transformers may not be installed.
-    """
-    return type(layer).__name__ == "Conv1D"

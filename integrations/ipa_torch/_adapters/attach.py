@@ -1,9 +1,8 @@
-"""Adapters of a model: attach, switch, merge, detach."""
+"""Attach adapters to a model, and detach them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,23 +10,17 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
-from ipa_torch._adapters.adapter_layer import AdapterLayer
-from ipa_torch._adapters.layer_replacement import check_replaceable
-from ipa_torch._adapters.replace import (
-    adapter_layers,
-    changing,
-    check_unwrapped,
-    freeze,
-    remove_pass_lock,
-    unfreeze,
-    unwrap,
-    wrap,
-)
+from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters, set_adapter
+from ipa_torch._adapters.adapter_layer import adapter_layers
+from ipa_torch._adapters.freezing import freeze, unfreeze
+from ipa_torch._adapters.layer_replacement import check_replaceable, unwrap, wrap
+from ipa_torch._adapters.pass_lock import changing, remove_pass_lock
 from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._adapters.shared_projection import SharedProjection
-from ipa_torch._layers.layer_lookup import check_fit, get_layer
+from ipa_torch._distributed.parallel_wrappers import check_unwrapped
+from ipa_torch._layers.adapter_support import check_fit
+from ipa_torch._layers.layer_lookup import get_layer
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.errors import LayerError
 from ipa_torch.layer_projectors import as_tensor
 
 
@@ -163,156 +156,6 @@ def check_new(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def list_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the adapters of a model.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from ipa_torch import list_adapters, attach, fit_projectors
-    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
-    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
-    >>> list_adapters(model)
-    ['default']
-    """
-    return list(dict.fromkeys(name for _, layer in adapter_layers(model) for name in layer.lora_B))
-
-
-def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
-    """Activate an adapter, and train only its parameters; None for none.
-
-    Raises
-    ------
-    SettingError
-        If the model has no such adapter.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from ipa_torch import attach, fit_projectors, set_adapter
-    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
-    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
-    >>> set_adapter(model, None)
-    >>> any(parameter.requires_grad for parameter in model.parameters())
-    False
-    """
-    if adapter_name is not None:
-        _existing(model, adapter_name)
-    with changing(model):
-        for _, layer in adapter_layers(model):
-            layer.active = (
-                adapter_name if adapter_name is not None and adapter_name in layer.lora_B else None
-            )
-            for parameter in layer.adapter_parameters():
-                parameter.requires_grad_(False)
-        for _, layer in adapter_layers(model):
-            if layer.active is not None:
-                for parameter in layer.adapter_parameters(layer.active):
-                    parameter.requires_grad_(True)
-
-
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Disable all adapters, also merged ones, within a context. Their tensors do not change.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from ipa_torch import disable_adapter
-    >>> model = torch.nn.Linear(2, 2)
-    >>> with disable_adapter(model):
-    ...     y = model(torch.ones(1, 2))
-    """
-    with changing(model):
-        before = [(layer, layer.active, layer.merged) for _, layer in adapter_layers(model)]
-        for layer, _, _ in before:
-            layer.active = None
-            layer.unmerge()
-    try:
-        yield
-    finally:
-        with changing(model):
-            for layer, active, merged in before:
-                layer.active = active
-                if merged is not None:
-                    layer.merge(merged)
-
-
-def merge(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Merge an adapter into the weights: no cost at inference until `unmerge`.
-
-    No weight is written: each layer gets a new weight and keeps the old one.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    adapter_name : str, optional
-        By default the active adapter.
-
-    Raises
-    ------
-    LayerError
-        If a layer does not compute W x + b with a floating weight of its own, as far as a probe
-        input shows; nothing is merged then.
-    SettingError
-        If the model has no such adapter, or no adapter is active.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from ipa_torch import attach, fit_projectors, merge, unmerge
-    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
-    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
-    >>> merge(model)
-    >>> unmerge(model)
-    """
-    selected = [
-        (name, layer, wanted)
-        for name, layer in adapter_layers(model)
-        if (wanted := adapter_name or layer.active or "") in layer.lora_B
-    ]
-    if not selected:
-        raise SettingError(
-            f"expected an adapter among {list_adapters(model)}, got {adapter_name!r}"
-        )
-    for name, layer, _ in selected:
-        if (reason := layer.merge_obstacle()) is not None:
-            raise LayerError(f"layer {name!r}: {reason}; leave the adapters unmerged")
-    before = [(layer, layer.merged) for _, layer, _ in selected]
-    with changing(model):
-        try:
-            for _, layer, wanted in selected:
-                layer.merge(wanted)
-        except BaseException:
-            _restore_merged(before)
-            raise
-
-
-def _restore_merged(before: Iterable[tuple[AdapterLayer, str | None]]) -> None:
-    """Put back the weights of layers as they were before a merge that failed."""
-    for layer, merged in before:
-        if layer.merged != merged:
-            layer.unmerge()
-            if merged is not None:
-                layer.merge(merged)
-
-
-def unmerge(model: nn.Module) -> None:
-    """Restore the old weights, bit by bit.
-
-    Examples
-    --------
-    See `merge`.
-
-    >>> import torch
-    >>> from ipa_torch import unmerge
-    >>> unmerge(torch.nn.Linear(2, 2))  # no effect without a merged adapter
-    """
-    with changing(model):
-        for _, layer in adapter_layers(model):
-            layer.unmerge()
-
-
 def detach(model: nn.Module, adapter_name: str | None = None) -> None:
     """Remove an adapter, or all; without adapters the model has its original layers again.
 
@@ -338,7 +181,9 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
     """
     with changing(model):
         for name in (
-            list_adapters(model) if adapter_name is None else [_existing(model, adapter_name)]
+            list_adapters(model)
+            if adapter_name is None
+            else [existing_adapter(model, adapter_name)]
         ):
             for _, layer in adapter_layers(model):
                 if name in layer.lora_B:
@@ -347,9 +192,3 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
         if not adapter_layers(model):
             unfreeze(unwrap_model(model))
             remove_pass_lock(unwrap_model(model))
-
-
-def _existing(model: nn.Module, adapter_name: str) -> str:
-    if adapter_name not in (known := list_adapters(model)):
-        raise SettingError(f"expected an adapter among {known}, got {adapter_name!r}")
-    return adapter_name

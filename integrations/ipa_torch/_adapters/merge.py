@@ -1,0 +1,88 @@
+"""Merge an adapter into the weights of a model, and restore these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ipa_core.errors import SettingError
+from ipa_torch._adapters.active_adapter import list_adapters
+from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
+from ipa_torch._adapters.pass_lock import changing
+from ipa_torch.errors import LayerError
+
+
+def merge(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Merge an adapter into the weights: no cost at inference until `unmerge`.
+
+    No weight is written: each layer gets a new weight and keeps the old one.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    adapter_name : str, optional
+        By default the active adapter.
+
+    Raises
+    ------
+    LayerError
+        If a layer does not compute W x + b with a floating weight of its own, as far as a probe
+        input shows; nothing is merged then.
+    SettingError
+        If the model has no such adapter, or no adapter is active.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ipa_torch import attach, fit_projectors, merge, unmerge
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    >>> attach(model, fit_projectors(model, [torch.randn(8, 16)], rank=2, progress=False))
+    >>> merge(model)
+    >>> unmerge(model)
+    """
+    selected = [
+        (name, layer, wanted)
+        for name, layer in adapter_layers(model)
+        if (wanted := adapter_name or layer.active or "") in layer.lora_B
+    ]
+    if not selected:
+        raise SettingError(
+            f"expected an adapter among {list_adapters(model)}, got {adapter_name!r}"
+        )
+    for name, layer, _ in selected:
+        if (reason := layer.merge_obstacle()) is not None:
+            raise LayerError(f"layer {name!r}: {reason}; leave the adapters unmerged")
+    before = [(layer, layer.merged) for _, layer, _ in selected]
+    with changing(model):
+        try:
+            for _, layer, wanted in selected:
+                layer.merge(wanted)
+        except BaseException:
+            _restore_merged(before)
+            raise
+
+
+def _restore_merged(before: Iterable[tuple[AdapterLayer, str | None]]) -> None:
+    """Put back the weights of layers as they were before a merge that failed."""
+    for layer, merged in before:
+        if layer.merged != merged:
+            layer.unmerge()
+            if merged is not None:
+                layer.merge(merged)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore the old weights, bit by bit.
+
+    Examples
+    --------
+    See `merge`.
+
+    >>> import torch
+    >>> from ipa_torch import unmerge
+    >>> unmerge(torch.nn.Linear(2, 2))  # no effect without a merged adapter
+    """
+    with changing(model):
+        for _, layer in adapter_layers(model):
+            layer.unmerge()
