@@ -19,7 +19,7 @@ import ipa_hf
 from benchmarks import record
 from ipa_core import RandomizedSVD
 from ipa_torch import fit_projectors
-from ipa_torch._fit.memory_passes import measure_learner_bytes
+from ipa_torch._fit.learner_bytes import measure_learner_bytes
 
 RANK = 8
 TOKENS = 2048

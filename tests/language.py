@@ -36,7 +36,7 @@ NAMES = {
     "Standing": "CollectorState",
     "Turn": "MemoryPass",
     "WeightWatch": "WeightUseTracer",
-    "_Kept": "_RowBuffer",
+    "_Kept": "RowBuffer",
     "_Open": "PendingUpdate",
     "_Sizes": "_ShapeProbe",
     "_Steps": "_Lockstep",

@@ -21,8 +21,8 @@ from ipa_torch._fit.checkpoint import CheckpointConfig
 from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.fit_options import FitOptions
 from ipa_torch._fit.head_learners import HeadLearners
+from ipa_torch._fit.learner_bytes import learner_bytes
 from ipa_torch._fit.learner_fit import fit_learners
-from ipa_torch._fit.memory_passes import learner_bytes
 from ipa_torch._fit.projector_fit import fit_projectors
 from ipa_torch._gradient.damped_gradient_sketch import DampedGradientSketch
 from ipa_torch._gradient.gradient_fit import fit_gradient_projectors

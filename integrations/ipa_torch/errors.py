@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
 
-from ipa_core.errors import IPAError, SettingError, with_context
+from ipa_core.errors import IPAError, with_context
 
 
 class LayerError(IPAError, LookupError):
@@ -28,16 +27,3 @@ def named_layer(name: str) -> Iterator[None]:
         yield
     except IPAError as error:
         raise with_context(error, f"layer {name!r}") from error
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Check that an argument is one of the values of a ``Literal``.
-
-    Raises
-    ------
-    SettingError
-        If it is not.
-    """
-    if value not in get_args(choices):
-        listed = " or ".join(map(repr, get_args(choices)))
-        raise SettingError(f"expected {name} to be {listed}, got {value!r}")

@@ -7,8 +7,8 @@ from ipa_torch._adapters.adapter_file import read_adapter_file, write_adapter_fi
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.scale import Scaling, check_scaling, energy_scale, resolve_scale
 from ipa_torch._adapters.shared_projection import SharedProjection
-from ipa_torch._capture.forward import device_of, on_device
-from ipa_torch._capture.row_weights import RowSelection
+from ipa_torch._capture.batch_device import device_of, on_device
+from ipa_torch._capture.row_selection import RowSelection
 from ipa_torch._fit.collector import NEVER_RAN
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._layers.execution_device import execution_device
@@ -20,8 +20,7 @@ from ipa_torch._layers.output_head import classifier_modules
 from ipa_torch._layers.row_subset import RowSubset
 from ipa_torch._layers.targets import Targets
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.errors import check_choice
-from ipa_torch.layer_projectors import resolve_rank
+from ipa_torch._settings import check_choice, resolve_rank
 
 __all__ = [
     "NEVER_RAN",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,12 +12,9 @@ import ipa_core
 from ipa_core import Projector, allocate_ranks
 from ipa_core.errors import FileFormatError
 from ipa_core.text_table import align
-from ipa_torch.errors import LayerError
+from ipa_torch._settings import resolve_rank
 
 T = TypeVar("T")
-
-#: Reason why a layer of a later memory pass has no result after an interruption.
-ENDED_BEFORE = "learning ended before its pass"
 
 
 class LayerMapping(Mapping[str, T]):
@@ -224,35 +221,6 @@ class LayerProjectors(LayerMapping[Projector]):
                 "read it with ipa_core.load"
             )
         return cls(loaded)
-
-
-def join_passes(passes: Sequence[M], layers: Iterable[str], kind: type[M]) -> M:
-    """Return the results of all memory passes, in the order of ``layers``."""
-    learned: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    stopped: dict[str, str] = {}
-    for memory_pass in passes:
-        learned.update(memory_pass)
-        missing.update(memory_pass.missing)
-        stopped.update(memory_pass.stopped)
-    ordered = {name: learned[name] for name in layers if name in learned}
-    unreached = {name: ENDED_BEFORE for name in layers if name not in learned | missing}
-    return kind(ordered, missing=missing | unreached, stopped=stopped, passes=len(passes))
-
-
-def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:
-    """Return the rank of a layer, from a rank for all layers or a mapping.
-
-    Raises
-    ------
-    LayerError
-        If the mapping has no rank for it.
-    """
-    if not isinstance(rank, Mapping):
-        return rank
-    if name not in rank:
-        raise LayerError(f"expected a rank for layer {name!r}, got none; add it to the mapping")
-    return rank[name]
 
 
 def as_tensor(array: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 from ipa_core import HebbianRule, RandomizedSVD, load_state, save_state
 from ipa_core.errors import FileFormatError, SettingError, StreamError
 from ipa_torch import CheckpointConfig, LayerProjectors, StoppingCriteria, fit_projectors
-from ipa_torch._fit.memory_passes import measure_learner_bytes
+from ipa_torch._fit.learner_bytes import measure_learner_bytes
 from tests.scale import fit_run, runs
 
 

@@ -18,8 +18,8 @@ from ipa_core.errors import FileFormatError, SettingError, StreamError
 from ipa_core.io import activation_store as core_store
 from ipa_torch import CheckpointConfig, StoppingCriteria, fit_projectors, store_activations
 from ipa_torch._fit import checkpoint as checkpoint_module
+from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.folder_lock import lock_folder
-from ipa_torch._fit.weight_fingerprint import code_digest
 from tests.scale import runs
 
 DATA = [torch.randn(32, 16, generator=torch.Generator().manual_seed(i)) for i in range(6)]

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from ipa_core import ExactCovariance, IncrementalPCA, RandomizedSVD
 from ipa_core.errors import EmptyStreamError, RankError, SettingError, StreamError
 from ipa_torch import StoppingCriteria, fit_projectors, learner_bytes
-from ipa_torch._fit.memory_passes import measure_learner_bytes
+from ipa_torch._fit.learner_bytes import measure_learner_bytes
 
 from .models import Transformer, decaying
 

@@ -20,8 +20,8 @@ from ipa_torch import (
     attach,
     fit_projectors,
 )
-from ipa_torch._capture.row_weights import RowSelection
-from ipa_torch._fit.early_stopping import Convergence
+from ipa_torch._capture.row_selection import RowSelection
+from ipa_torch._fit.convergence import Convergence
 from ipa_torch._layers.matmul_view import view_of
 
 from .models import Transformer, decaying

@@ -10,7 +10,7 @@ from torch import nn
 
 from ipa_torch._adapters.pass_lock import PassLock
 from ipa_torch._adapters.shared_projection import SharedProjection
-from ipa_torch._capture.eval_mode import autocast_dtype
+from ipa_torch._capture.autocast import autocast_dtype
 from ipa_torch._capture.hooks import has_hooks
 from ipa_torch._layers.activation_tensor import input_of
 from ipa_torch._layers.adapter_support import merge_obstacle

@@ -16,7 +16,7 @@ from ipa_torch._adapters.basis_change import change_basis
 from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._adapters.shared_projection import SharedProjection
-from ipa_torch._capture.activation_rows import RowReader
+from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.async_update import InputUpdate, is_async_device
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
@@ -97,7 +97,7 @@ class OnlineLearning:
         self._model = model
         self._adapter = adapter_name
         self._scaling = scaling
-        self._reader = RowReader(model, row_weights, max_patches)
+        self._reader = ActivationRows(model, row_weights, max_patches)
         self._groups: dict[SharedProjection, dict[str, AdapterLayer]] = {}
         for name, layer in adapter_layers(model):
             if adapter_name in layer.lora_B:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipa_torch._capture.eval_mode import autocast_dtype
+from ipa_torch._capture.autocast import autocast_dtype
 from ipa_torch._layers.matmul_view import ConvView, LinearView
 
 

@@ -1,4 +1,4 @@
-"""Reader of the rows of activations in a batch."""
+"""Rows of the activations in a batch, with their weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipa_torch._capture.tensor_ids import TensorIds
 from ipa_torch._layers.matmul_view import RowView, WeightedRows
 
 
-class RowReader:
+class ActivationRows:
     """Rows of the activations of a batch, with weights, and keys of equal rows."""
 
     def __init__(

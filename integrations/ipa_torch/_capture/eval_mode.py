@@ -1,11 +1,11 @@
-"""Contexts of a forward pass: evaluation mode, and no autocast."""
+"""Evaluation mode of a model in a forward pass, with the random states kept."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -99,23 +99,3 @@ def _random_states_kept() -> AbstractContextManager[None]:
     module = getattr(torch, kind)
     in_use = hasattr(module, "is_initialized") and module.is_initialized()  # not MPS
     return torch.random.fork_rng(range(module.device_count()) if in_use else (), device_type=kind)
-
-
-@contextmanager
-def no_autocast(device: torch.device) -> Iterator[None]:
-    """Disable gradients and the model's autocast.
-
-    In half precision a learner's decomposition would lose its small singular values.
-    """
-    # Entered for each layer and batch: a context without an effect would cost time.
-    active = autocast_dtype(device) is not None
-    with torch.no_grad(), torch.autocast(device.type, enabled=False) if active else nullcontext():
-        yield
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of the autocast that is active on a device, None without one."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)

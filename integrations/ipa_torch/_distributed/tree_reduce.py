@@ -11,7 +11,7 @@ from torch import distributed
 
 from ipa_core import Projector
 from ipa_core.io.serialization import pack_state, unpack_state
-from ipa_torch._capture.eval_mode import no_autocast
+from ipa_torch._capture.autocast import no_grad_or_autocast
 from ipa_torch._distributed.comm import Communicator, ProcessGroup
 from ipa_torch.errors import PeerError
 
@@ -181,14 +181,14 @@ def _device(learner: MergeableLearner) -> torch.device:
 
 
 def _finalized(learner: ProjectorLearner) -> Projector:
-    with no_autocast(_device(learner)):
+    with no_grad_or_autocast(_device(learner)):
         return learner.finalize()
 
 
 def _attempt(call: Callable[[], Any], learner: MergeableLearner) -> Any:
     """Return the result of a call, or its error as text, since other ranks wait for a message."""
     try:
-        with no_autocast(_device(learner)):
+        with no_grad_or_autocast(_device(learner)):
             return call()
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -6,7 +6,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,22 +15,25 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ipa_core import ActivationStore
-from ipa_core.errors import EmptyStreamError, NonFiniteError, SettingError
+from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_core.io.activation_store import INDEX, Index, Shard
 from ipa_core.io.files import replace_file
-from ipa_torch._capture.activation_rows import RowReader
+from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
+from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED
 from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.resumable_pass import ResumablePass
+from ipa_torch._fit.row_buffer import RowBuffer
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
-from ipa_torch._fit.weight_fingerprint import WeightFingerprint, code_digest
+from ipa_torch._fit.weight_fingerprint import WeightFingerprint
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.errors import LayerError, check_choice
+from ipa_torch._settings import check_choice
+from ipa_torch.errors import LayerError
 
 Half: TypeAlias = Literal["float16", "bfloat16"]
 # Largest size of a shard's header.
@@ -111,11 +113,11 @@ def store_activations(
     model = unwrap_model(model)
     layers = select_layers(model, targets)
     half = torch.float16 if dtype == "float16" else torch.bfloat16
-    inputs = SharedInputTree(dict.fromkeys(layers, 1), lambda _: _RowBuffer(half), None)
+    inputs = SharedInputTree(dict.fromkeys(layers, 1), lambda _: RowBuffer(half), None)
     collector = ActivationCollector(
         layers,
         inputs,
-        RowReader(model, row_weights, max_patches),
+        ActivationRows(model, row_weights, max_patches),
         max_rows=None,
         drop_failed=False,
     )
@@ -144,73 +146,13 @@ def store_activations(
     return ActivationStore(folder)
 
 
-class _RowBuffer:
-    """Buffer of rows in half precision on the host."""
-
-    passes = 1
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._parts: tuple[tuple[torch.Tensor, torch.Tensor | None], ...] = ()
-        self.samples = 0
-        self.bytes = 0
-
-    def begin_update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> _PendingCopy:
-        """Copy the rows; `_PendingCopy.finish` checks and adds them."""
-        # A copy also without a conversion: the model may change its input later.
-        return _PendingCopy(self, rows.to(self._dtype, copy=True).cpu(), weights)
-
-    def add(self, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
-        """Add rows on the host.
-
-        Raises
-        ------
-        NonFiniteError
-            If a value is not finite.
-        """
-        finite = torch.isfinite(rows).all(1)
-        if not bool(finite.all()):
-            raise NonFiniteError(
-                f"expected finite values within the range of {self._dtype}, got others in "
-                f"{int((~finite).sum())} of {len(rows)} rows; store bfloat16, or check the model"
-            )
-        weights = None if weights is None else weights.to(torch.float32).cpu()
-        self._parts += ((rows, weights),)
-        self.samples += rows.shape[0]
-        self.bytes += rows.nbytes + (0 if weights is None else weights.nbytes)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all rows, and their weights unless all are 1."""
-        tensors = {"rows": torch.cat([rows for rows, _ in self._parts])}
-        if any(weights is not None for _, weights in self._parts):
-            tensors["weights"] = torch.cat(
-                [
-                    torch.ones(len(rows), device="cpu") if weights is None else weights
-                    for rows, weights in self._parts
-                ]
-            )
-        return tensors
-
-
-@dataclass(frozen=True)
-class _PendingCopy:
-    """Copy of rows for a buffer."""
-
-    buffer: _RowBuffer
-    rows: torch.Tensor
-    weights: torch.Tensor | None
-
-    def finish(self) -> None:
-        self.buffer.add(self.rows, self.weights)
-
-
 class _Writer:
     """Writer of the buffered rows in shards; the index lists complete shards only."""
 
     def __init__(
         self,
         folder: Path,
-        inputs: SharedInputTree[_RowBuffer],
+        inputs: SharedInputTree[RowBuffer],
         dtype: Half,
         position: ResumablePass,
         max_bytes: int | None,
@@ -243,7 +185,7 @@ class _Writer:
             self._position.skip(remaining, self.index.writer_state, self._folder)
         return remaining if self.index.ended is None else iter(())
 
-    def record_batch(self, batch: Any, before: Mapping[str, InputPrefix[_RowBuffer]]) -> bool:
+    def record_batch(self, batch: Any, before: Mapping[str, InputPrefix[RowBuffer]]) -> bool:
         """Count a batch; return whether there is room for more."""
         pending = [node.learner.bytes + _HEADER for node in self._nodes()]
         if self._max_bytes is not None and self._bytes_written + sum(pending) > self._max_bytes:
@@ -267,7 +209,7 @@ class _Writer:
         if self.index.ended is None:
             self._flush(self._reason)
 
-    def _nodes(self) -> list[InputPrefix[_RowBuffer]]:
+    def _nodes(self) -> list[InputPrefix[RowBuffer]]:
         nodes = {id(node): node for node in self._inputs.node_of.values() if node.learner.samples}
         return list(nodes.values())
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ipa_torch._layers.row_samples import strided_sample
+from ipa_torch._fit.tensor_digest import tensor_parts
 
-_ENTRIES = 4096
 _PLAIN = (str, bytes, bytearray, int, float, complex, bool, type(None), type(...))
 
 
@@ -40,17 +39,6 @@ def chained(before: str, batch: Any) -> str:
     return total.hexdigest()
 
 
-def tensor_digest(tensor: torch.Tensor, entries: int = _ENTRIES) -> str:
-    """Return the digest of a tensor's dtype, shape and some evenly spaced entries.
-
-    Examples
-    --------
-    >>> tensor_digest(torch.zeros(3)) == tensor_digest(torch.zeros(4))
-    False
-    """
-    return hashlib.sha256(b"".join(_tensor_parts(tensor, entries))).hexdigest()
-
-
 def _parts(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
     """Yield the bytes that a digest covers; ``above`` are the objects that contain the value."""
     yield f"\n{type(value).__qualname__} ".encode()
@@ -59,9 +47,9 @@ def _parts(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
         return
     above = (*above, id(value))
     if isinstance(value, torch.Tensor):
-        yield from _tensor_parts(value, _ENTRIES)
+        yield from tensor_parts(value)
     elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        yield from _tensor_parts(_as_tensor(value), _ENTRIES)
+        yield from tensor_parts(_as_tensor(value))
     elif isinstance(value, np.ndarray):
         yield from _parts([str(value.dtype), *value.shape, *value.ravel().tolist()], above)
     elif isinstance(value, _PLAIN):
@@ -99,37 +87,6 @@ def _object_parts(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
     for item in state:
         is_iterator = item is not None and hasattr(item, "__next__")
         yield from _parts(list(item) if is_iterator else item, above)
-
-
-def _tensor_parts(tensor: torch.Tensor, entries: int) -> Iterator[bytes]:
-    tensor = tensor.detach()
-    shape = "nested" if tensor.is_nested else tuple(tensor.shape)
-    yield f"{tensor.dtype} {tensor.layout} {shape} ".encode()
-    if tensor.is_nested:
-        for part in tensor.unbind():
-            yield from _tensor_parts(part, entries)
-    elif tensor.is_meta:
-        return
-    elif tensor.is_quantized:
-        yield from _tensor_parts(tensor.int_repr(), entries)
-    elif tensor.layout == torch.strided:
-        sample = strided_sample(tensor.reshape(-1), entries).resolve_neg().resolve_conj()
-        yield sample.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    else:
-        for part in _stored_tensors(tensor):
-            yield from _tensor_parts(part, entries)
-
-
-def _stored_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the dense tensors of which a sparse one consists."""
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-        return [tensor.indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor.to_dense()]
 
 
 def _as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:

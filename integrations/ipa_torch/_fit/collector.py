@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ipa_core.errors import IPAError
-from ipa_torch._capture.activation_rows import RowReader
+from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.async_update import is_async_device
 from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.hooks import Hook, HookSet
@@ -80,7 +80,7 @@ class ActivationCollector(Generic[C]):
         self,
         layers: Mapping[str, nn.Module],
         inputs: SharedInputTree[C],
-        reader: RowReader,
+        reader: ActivationRows,
         *,
         max_rows: int | None,
         drop_failed: bool,

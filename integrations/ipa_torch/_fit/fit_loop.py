@@ -16,25 +16,28 @@ from tqdm.auto import tqdm
 
 from ipa_core.errors import EmptyStreamError, StreamError
 from ipa_core.io.streams import is_one_shot
-from ipa_torch._capture.activation_rows import RowReader
+from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
 from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, CheckpointWriter
+from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.collector import ActivationCollector, Source
-from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, Convergence, StoppingCriteria
+from ipa_torch._fit.convergence import Convergence
+from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, StoppingCriteria
 from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.head_learners import LayerLearner
-from ipa_torch._fit.memory_passes import MemoryPass, split_by_memory
+from ipa_torch._fit.memory_passes import MemoryPass, join_passes, split_by_memory
 from ipa_torch._fit.merge_results import PROJECTORS, ResultKind, merge_results
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import SharedInputTree
-from ipa_torch._fit.weight_fingerprint import WeightFingerprint, code_digest
+from ipa_torch._fit.weight_fingerprint import WeightFingerprint
 from ipa_torch._layers.adapter_support import check_supported
 from ipa_torch._layers.targets import Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.layer_projectors import M, join_passes, resolve_rank
+from ipa_torch._settings import resolve_rank
+from ipa_torch.layer_projectors import M
 
 _NO_BATCH = (
     "expected at least one batch, got none; check that the loader is neither empty nor used up"
@@ -103,7 +106,7 @@ def run_fit(
             collector = ActivationCollector(
                 memory_pass.layers,
                 SharedInputTree(pass_ranks, learner, convergence),
-                RowReader(model, row_weights, max_patches),
+                ActivationRows(model, row_weights, max_patches),
                 max_rows=stop.max_rows,
                 drop_failed=stop.on_error == "return",
                 source=source,

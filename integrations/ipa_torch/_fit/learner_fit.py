@@ -20,7 +20,7 @@ from ipa_torch._fit.head_learners import HeadLearners
 from ipa_torch._fit.merge_results import LEARNERS
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._layers.targets import ALL_LINEAR, Targets
-from ipa_torch.errors import check_choice
+from ipa_torch._settings import check_choice
 from ipa_torch.layer_projectors import LayerLearners
 
 

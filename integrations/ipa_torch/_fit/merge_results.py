@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ipa_core import Learner, Projector
-from ipa_torch._capture.forward import device_of
+from ipa_torch._capture.batch_device import device_of
 from ipa_torch._distributed.process_group import FitProcessGroup
 from ipa_torch._fit.collector import NEVER_RAN, ActivationCollector, CollectorState
 from ipa_torch._fit.head_learners import LayerLearner

@@ -17,7 +17,7 @@ from ipa_torch._fit.fit_loop import run_fit
 from ipa_torch._fit.merge_results import PROJECTORS
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._layers.targets import ALL_LINEAR, Targets
-from ipa_torch.errors import check_choice
+from ipa_torch._settings import check_choice
 from ipa_torch.layer_projectors import LayerProjectors
 
 

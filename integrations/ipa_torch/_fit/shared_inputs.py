@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from ipa_torch._capture.async_update import InputUpdate
 from ipa_torch._capture.row_consumer import RowConsumer
-from ipa_torch._fit.early_stopping import Convergence
+from ipa_torch._fit.convergence import Convergence
 from ipa_torch._layers.matmul_view import WeightedRows
 
 C = TypeVar("C", bound=RowConsumer)

@@ -1,13 +1,10 @@
-"""Fingerprint of a run: the weights before its target layers, and the code of its callables."""
+"""Fingerprint of the weights before the target layers of a run."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -15,11 +12,10 @@ from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_torch._capture.hooks import Hook, HookSet
-from ipa_torch._fit.batch_digest import tensor_digest
+from ipa_torch._fit.tensor_digest import tensor_digest
 
 #: Entries of each weight that are compared, and letters of a digest that are kept.
 _ENTRIES, _LETTERS = 256, 16
-_PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 class WeightFingerprint:
@@ -99,45 +95,6 @@ class WeightFingerprint:
                 "folder, or delete this folder to start over"
             )
         self._names = list(expected)
-
-
-def code_digest(call: Callable[..., Any] | None) -> str:
-    """Return a short digest of the code of a callable, and of its plain bound arguments.
-
-    Variables from outside of a function do not count: they may be counters or models.
-
-    Examples
-    --------
-    >>> code_digest(lambda x: x + 1) == code_digest(lambda x: x + 1)
-    True
-    >>> code_digest(lambda x: x + 1) == code_digest(lambda x: x + 2)
-    False
-    """
-    return hashlib.sha256(repr(_callable_contents(call)).encode()).hexdigest()[:_LETTERS]
-
-
-def _callable_contents(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, (tuple, list, frozenset)):
-        items = [_callable_contents(item) for item in value]
-        return sorted(items, key=repr) if isinstance(value, frozenset) else items
-    if isinstance(value, Mapping):
-        return [(key, _callable_contents(item)) for key, item in value.items()]
-    if isinstance(value, CodeType):
-        return value.co_code.hex(), value.co_names, _callable_contents(value.co_consts)
-    if isinstance(value, FunctionType):
-        return _callable_contents((value.__code__, value.__defaults__, value.__kwdefaults__))
-    if isinstance(value, MethodType):
-        return _callable_contents(value.__func__)
-    if isinstance(value, partial):
-        return _callable_contents((value.func, value.args, value.keywords))
-    if isinstance(value, type) or hasattr(value, "__qualname__"):
-        return value.__qualname__
-    call = vars(type(value)).get("__call__")
-    return type(value).__qualname__, _callable_contents(call) if isinstance(
-        call, FunctionType
-    ) else None
 
 
 def _weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

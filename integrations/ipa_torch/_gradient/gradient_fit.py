@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ipa_core.errors import EmptyStreamError
-from ipa_torch._capture.eval_mode import eval_mode, no_autocast
-from ipa_torch._capture.forward import device_of, on_device
+from ipa_torch._capture.autocast import no_grad_or_autocast
+from ipa_torch._capture.batch_device import device_of, on_device
+from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
 from ipa_torch._gradient.gradient_sketch import GradientLearner, GradientSketch
@@ -20,8 +21,9 @@ from ipa_torch._layers.activation_tensor import input_of
 from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
+from ipa_torch._settings import resolve_rank
 from ipa_torch.errors import LayerError, named_layer
-from ipa_torch.layer_projectors import LayerProjectors, resolve_rank
+from ipa_torch.layer_projectors import LayerProjectors
 
 Loss: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -165,7 +167,7 @@ def _forward_hook(
     x = input_of(module, args, kwargs).detach()
 
     def update(g: torch.Tensor) -> None:
-        with named_layer(name), no_autocast(x.device):
+        with named_layer(name), no_grad_or_autocast(x.device):
             learner.update(*view_of(module).rows_and_grads(x, g, limit))
 
     output.register_hook(update)
