@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ipa_core import RandomizedSVD, _array
+from ipa_core._array import async_transfer, validation
 
 ROWS = 512
 CONVERSIONS = ("__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__",
@@ -107,7 +108,9 @@ def on_meta(value):
 def test_first_half_of_an_update_asks_for_nothing(factory, monkeypatch, seen, kind):
     """torch's meta device has no values: whatever asks for one raises."""
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(_array, "_unsupported_form", lambda array: None)  # it refuses the device
+    monkeypatch.setattr(
+        validation, "_unsupported_form", lambda array: None
+    )  # it refuses the device
     learner = factory(3)
     if seen:
         learner = copy.copy(learner.update(torch.as_tensor(rows(seen))))
@@ -124,7 +127,7 @@ def test_first_half_of_an_update_asks_for_nothing(factory, monkeypatch, seen, ki
 
 def test_weights_on_a_device_are_asked_for(monkeypatch):
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(_array, "_unsupported_form", lambda array: None)
+    monkeypatch.setattr(validation, "_unsupported_form", lambda array: None)
     batch, weights = torch.empty(ROWS, 200, device="meta"), torch.ones(ROWS, device="meta")
     with pytest.raises(NotImplementedError, match="no data"):
         RandomizedSVD(3).begin_update(batch, weights)
@@ -137,7 +140,7 @@ def test_accelerators_of_torch_with_streams(monkeypatch):
         device = None if kind is None else torch.device(kind)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
         kinds = ("cpu", "cuda", "xpu", "mps", "meta")
-        assert [k for k in kinds if _array._has_streams(torch.device(k))] == answers
+        assert [k for k in kinds if async_transfer._has_streams(torch.device(k))] == answers
 
 
 def test_an_accelerator_is_waited_for_by_an_event(monkeypatch):
@@ -146,8 +149,8 @@ def test_an_accelerator_is_waited_for_by_an_event(monkeypatch):
     event = SimpleNamespace(synchronize=lambda: events.append("waited"))
     stream = SimpleNamespace(record_event=lambda: events.append("recorded") or event)
     accelerator = SimpleNamespace(current_stream=lambda device: events.append(device) or stream)
-    monkeypatch.setattr(_array, "_has_streams", lambda device: True)
-    monkeypatch.setattr(_array, "_accelerator", lambda: accelerator)
+    monkeypatch.setattr(async_transfer, "_has_streams", lambda device: True)
+    monkeypatch.setattr(async_transfer, "_accelerator", lambda: accelerator)
 
     def pinned(*shape, pin_memory=False, **kwargs):
         events.append("pinned" if pin_memory else "pageable")

@@ -208,11 +208,11 @@ def test_accelerators_leave_small_decompositions_to_the_host(monkeypatch, learne
     torch = pytest.importorskip("torch")
     from array_api_compat import torch as xp
 
-    from ipa_core import _array
+    from ipa_core._array import symmetric_eigen
 
     x = spectrum_rows()
     plain = fitted(xp, learner_class, x, "float32")
-    monkeypatch.setattr(_array, "_on_accelerator", lambda array: True)
+    monkeypatch.setattr(symmetric_eigen, "_on_accelerator", lambda array: True)
     monkeypatch.setattr(xp.linalg, "eigh", None)
     projector = fitted(xp, learner_class, x, "float32")
     assert projector.components.dtype == torch.float32

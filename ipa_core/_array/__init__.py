@@ -1,0 +1,67 @@
+"""Seam to the array libraries: the only room that names them."""
+
+from ipa_core._array.async_transfer import squared_norms_async, to_host_async
+from ipa_core._array.conversion_hints import conversion_hint
+from ipa_core._array.dtypes import cast, dtype_name, half_dtype, state_dtype, wide_dtype
+from ipa_core._array.host_numbers import (
+    group_sums,
+    host_concat,
+    host_ones,
+    ignore_overflow,
+    rounded,
+)
+from ipa_core._array.masks import zero_rows, zero_where
+from ipa_core._array.namespaces import as_namespace, describe, detached, device, is_array, namespace
+from ipa_core._array.random_numbers import random_normal, random_signs
+from ipa_core._array.symmetric_eigen import eigh
+from ipa_core._array.transfer import (
+    convert,
+    from_numpy,
+    host_values,
+    index_array,
+    on_host,
+    to_numpy,
+)
+from ipa_core._array.types import Array, Device, DType, HostArray, HostMask, Namespace
+from ipa_core._array.validation import check_array, check_home
+
+__all__ = [
+    "Array",
+    "DType",
+    "Device",
+    "HostArray",
+    "HostMask",
+    "Namespace",
+    "as_namespace",
+    "cast",
+    "check_array",
+    "check_home",
+    "conversion_hint",
+    "convert",
+    "describe",
+    "detached",
+    "device",
+    "dtype_name",
+    "eigh",
+    "from_numpy",
+    "group_sums",
+    "half_dtype",
+    "host_concat",
+    "host_ones",
+    "host_values",
+    "ignore_overflow",
+    "index_array",
+    "is_array",
+    "namespace",
+    "on_host",
+    "random_normal",
+    "random_signs",
+    "rounded",
+    "squared_norms_async",
+    "state_dtype",
+    "to_host_async",
+    "to_numpy",
+    "wide_dtype",
+    "zero_rows",
+    "zero_where",
+]

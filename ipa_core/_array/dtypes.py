@@ -1,0 +1,64 @@
+"""Dtypes of any library: choice, names and casts."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import array_api_compat
+
+from ipa_core._array.types import Array, Device, DType, Namespace
+from ipa_core._torch_modes import torch_module
+
+HOST_DTYPES = frozenset(
+    ("bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64")
+    + ("uint8", "uint16", "uint32", "uint64")
+)
+
+
+def state_dtype(xp: Namespace, array: Array) -> DType:
+    """Return the dtype of a learner's state: float64 for inputs wider than float32, else float32.
+
+    Long doubles and other byte orders become the library's float64.
+    """
+    return xp.float64 if xp.finfo(array.dtype).bits > 32 else xp.float32
+
+
+@cache
+def wide_dtype(xp: Namespace, on: Device) -> DType:
+    """Return float64 where library and device have it, else float32 (JAX by default, MPS)."""
+    available = xp.__array_namespace_info__().dtypes(device=on, kind="real floating")
+    return available.get("float64", xp.float32)
+
+
+@cache
+def half_dtype(xp: Namespace, on: Device) -> DType | None:
+    """Return bfloat16 where the device multiplies it faster than float32, else None.
+
+    Known of processors with bfloat16 instructions, through torch. The sums of a product are taken
+    in float32 there, and its result is rounded.
+    """
+    if not array_api_compat.is_torch_namespace(xp) or getattr(on, "type", None) != "cpu":
+        return None
+    torch = torch_module()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return torch.bfloat16 if supported is not None and supported() else None
+
+
+def dtype_name(dtype: DType) -> str:
+    """Return a dtype's name in the array API, such as "float32"."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    return str(name or str(dtype).rpartition(".")[2])
+
+
+def available_dtype(xp: Namespace, dtype: DType, on: Device | None) -> DType:
+    """Return the dtype of the same name in another library, or float32 in place of a float."""
+    name = dtype_name(dtype)
+    available = xp.__array_namespace_info__().dtypes(device=on)
+    half = {"bfloat16", "float16"}  # not in the standard, but in some libraries
+    if name in available or (name in half and hasattr(xp, name)):
+        return getattr(xp, name)
+    return xp.float32
+
+
+def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
+    return array if array.dtype == dtype else xp.astype(array, dtype)

@@ -1,0 +1,34 @@
+"""Eigenvalues and eigenvectors of a symmetric matrix."""
+
+from __future__ import annotations
+
+import array_api_compat
+import numpy as np
+
+from ipa_core._array.namespaces import device
+from ipa_core._array.transfer import from_numpy, to_numpy
+from ipa_core._array.types import Array, Namespace
+
+# Features up to which a symmetric matrix of an accelerator is decomposed on the host.
+_SMALL = 512
+
+
+def eigh(xp: Namespace, matrix: Array) -> tuple[Array, Array]:
+    """Return eigenvalues, increasing, and eigenvectors of a symmetric matrix.
+
+    Small matrices of an accelerator are decomposed on the host: LAPACK and the transfer are faster
+    than the device's solvers, some of which fail on zeros and on equal eigenvalues.
+    """
+    if matrix.shape[0] > _SMALL or not _on_accelerator(matrix):
+        values, vectors = xp.linalg.eigh(matrix)
+        return values, vectors
+    decomposition = np.linalg.eigh(to_numpy(matrix))
+    values, vectors = (from_numpy(xp, part, device(matrix), matrix.dtype) for part in decomposition)
+    return values, vectors
+
+
+def _on_accelerator(array: Array) -> bool:
+    """Return whether an array is on a device with solvers other than LAPACK."""
+    if array_api_compat.is_torch_array(array):
+        return bool(array.device.type != "cpu")
+    return bool(array_api_compat.is_cupy_array(array))
