@@ -31,9 +31,9 @@ from ipa_core import (
 )
 from ipa_core._array import to_numpy
 from ipa_core.errors import PathError, StreamError, page_path
-from ipa_core.io._formats import split_key
+from ipa_core.io._formats.named_arrays import split_key
 from ipa_core.io.activation_files import files_of
-from ipa_core.io.files import check_writable, replace_file
+from ipa_core.io.atomic_write import check_writable, replace_file
 from ipa_core.io.streams import LabeledBatch, labeled_batches
 from ipa_core.text_table import align
 

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 from ipa_core.dependencies import dependency_error
 from ipa_core.errors import IPAError, StreamError, with_context
-from ipa_core.io.activation_files import files_of, prefetch
+from ipa_core.io.activation_files import files_of
 from ipa_core.io.activation_store import StoredLayer
+from ipa_core.io.prefetch import prefetch
 from ipa_core.io.streams import labeled_batches
 from ipa_core.learners.base import Learner
 from ipa_core.learners.factory import make_learner

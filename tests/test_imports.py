@@ -150,7 +150,7 @@ LIBRARIES = {
     "ipa_core._threads": {"array_api_compat", "threadpoolctl"},
     "ipa_core.dependencies": {"?"},  # optional packages, by an argument
     "ipa_core.io": {"numpy", "safetensors", "safetensors.numpy", "safetensors.torch"},
-    "ipa_core.io._formats": {"numpy", "pyarrow.*", "?"},
+    "ipa_core.io._formats": {"numpy", "pyarrow.*", "safetensors", "?"},
     "ipa_core.dask_backend": {"dask.*", "distributed"},
     "ipa_core.__main__": {"tqdm.*"},
     "ipa_torch": {"numpy", "torch.*", "tqdm.*", "safetensors", "safetensors.torch"},

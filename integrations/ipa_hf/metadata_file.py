@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ipa_core.errors import FileFormatError
-from ipa_core.io.files import replace_file
+from ipa_core.io.atomic_write import replace_file
 from ipa_torch.extension import Scaling
 
 FILE_NAME = "ipa_adapter.json"

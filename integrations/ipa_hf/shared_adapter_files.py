@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from ipa_core.errors import FileFormatError, SettingError
+from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.file_header import FileFormat
-from ipa_core.io.files import input_file, input_path, replace_file
+from ipa_core.io.paths import input_file, input_path
 from ipa_hf.attached_metadata import write_metadata
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers
 from ipa_hf.metadata_file import FILE_NAME, AdapterMetadata

@@ -17,8 +17,9 @@ from safetensors.numpy import save as to_bytes
 from ipa_core import _array
 from ipa_core._array import Array, Device
 from ipa_core.errors import ArrayTypeError, FileFormatError, IPAError
+from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.file_header import FileFormat
-from ipa_core.io.files import input_file, replace_file
+from ipa_core.io.paths import input_file
 from ipa_core.projector import Projector
 
 _PROJECTORS = FileFormat("ipa-projectors", 1)

@@ -12,9 +12,9 @@ from ipa_core._array import Array, check_array, conversion_hint, is_array
 from ipa_core._sparse_rows import is_sparse
 from ipa_core.errors import ArrayTypeError, StreamError
 from ipa_core.io._data_frames import frame_blocks, is_frame
-from ipa_core.io._formats import ROWS_AT_A_TIME
+from ipa_core.io._formats.named_arrays import ROWS_AT_A_TIME, read_in_blocks
 from ipa_core.io._sparse_blocks import dense_blocks, sparse_blocks
-from ipa_core.io.activation_files import read_in_blocks, read_path
+from ipa_core.io.activation_files import read_path
 from ipa_core.io.activation_store import ActivationStore
 
 Batch: TypeAlias = "Array | tuple[Array, Array]"

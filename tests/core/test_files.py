@@ -20,8 +20,8 @@ from ipa_core import (
     save_state,
 )
 from ipa_core.__main__ import main
-from ipa_core.io import files
-from ipa_core.io.files import check_writable, replace_file
+from ipa_core.io import atomic_write, paths
+from ipa_core.io.atomic_write import check_writable, replace_file
 
 X = np.random.default_rng(0).standard_normal((300, 6)).astype("float32")
 PROJECTOR = fit_projector(X, 2)
@@ -80,7 +80,7 @@ def test_devices_are_not_replaced(tmp_path, write, monkeypatch, kind):
             return result
         return os.stat_result((kind | 0o666, *result[1:]))
 
-    monkeypatch.setattr(files.os, "stat", device_stat)
+    monkeypatch.setattr(paths.os, "stat", device_stat)
     with pytest.raises(PathError, match="got a device"):
         write(path)
     monkeypatch.undo()
@@ -111,7 +111,7 @@ def test_paths_that_cannot_be_written(tmp_path, write, monkeypatch):
         with pytest.raises(PathError):
             write(path)
     (tmp_path / "read-only").write_bytes(b"kept")
-    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(paths.os, "access", lambda path, mode: False)
     with pytest.raises(PathError, match="read-only"):
         write(tmp_path / "read-only")
     assert (tmp_path / "read-only").read_bytes() == b"kept"
@@ -121,7 +121,7 @@ def test_folders_that_cannot_be_written(tmp_path, write, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(files.os, "open", refuse)
+    monkeypatch.setattr(atomic_write.os, "open", refuse)
     with pytest.raises(PathError, match="may be written to, got Permission denied"):
         write(tmp_path / "p")
 
@@ -131,7 +131,7 @@ def test_full_disks_leave_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     replace_file(tmp_path / "p", b"old")
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic_write.os, "fsync", full)
     with pytest.raises(PathError, match="No space left"):
         replace_file(tmp_path / "p", b"new")
     assert os.listdir(tmp_path) == ["p"] and (tmp_path / "p").read_bytes() == b"old"

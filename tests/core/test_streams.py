@@ -18,7 +18,7 @@ from ipa_core import (
     StreamError,
     fit_projector,
 )
-from ipa_core.io import activation_files, streams
+from ipa_core.io import prefetch, streams
 from tests.core import oracle
 
 X = np.random.default_rng(0).standard_normal((20_000, 5)).astype("float32") * [5, 4, 3, 2, 1]
@@ -206,7 +206,7 @@ def test_the_next_bytes_are_prefetched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     beginning = 3 << 20  # a batch and a half
-    monkeypatch.setattr(activation_files.prefetch, "__defaults__", (0, beginning))
+    monkeypatch.setattr(prefetch.prefetch, "__defaults__", (0, beginning))
     sizes = {file.name: file.stat().st_size for file in files}
     for number, (batch, _) in enumerate(streams.iterate(tmp_path)):
         assert advised["0.npy"] >= min((number + 2) * batch.nbytes, sizes["0.npy"])

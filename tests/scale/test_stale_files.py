@@ -15,7 +15,7 @@ from torch import nn
 
 from ipa_core import ActivationStore
 from ipa_core.errors import FileFormatError, SettingError, StreamError
-from ipa_core.io import activation_store as core_store
+from ipa_core.io import store_index
 from ipa_torch import CheckpointConfig, StoppingCriteria, fit_projectors, store_activations
 from ipa_torch._fit import checkpoint as checkpoint_module
 from ipa_torch._fit.code_digest import code_digest
@@ -276,9 +276,9 @@ def test_result_outlives_a_last_checkpoint_that_cannot_be_written(tmp_path, monk
 def test_index_cannot_leave_its_folder(tmp_path, name):
     store(two(), tmp_path / "store")
     index = tmp_path / "store" / "index.json"
-    content = core_store._FORMAT.unseal(json.loads(index.read_bytes()), index)
+    content = store_index._FORMAT.unseal(json.loads(index.read_bytes()), index)
     next(iter(content["shards"].values()))["file"] = name
-    index.write_text(json.dumps(core_store._FORMAT.seal(content)))
+    index.write_text(json.dumps(store_index._FORMAT.seal(content)))
     with pytest.raises(FileFormatError, match="no name of a file in its folder"):
         ActivationStore(tmp_path / "store")
 
@@ -287,9 +287,9 @@ def test_index_cannot_leave_its_folder(tmp_path, name):
 def test_incomplete_index_is_refused(tmp_path, missing):
     store(two(), tmp_path)
     index = tmp_path / "index.json"
-    content = core_store._FORMAT.unseal(json.loads(index.read_bytes()), index)
+    content = store_index._FORMAT.unseal(json.loads(index.read_bytes()), index)
     del content[missing]
-    index.write_text(json.dumps(core_store._FORMAT.seal(content)))
+    index.write_text(json.dumps(store_index._FORMAT.seal(content)))
     with pytest.raises(FileFormatError, match="expected the index"):
         ActivationStore(tmp_path)
 
@@ -299,7 +299,7 @@ def test_shard_that_has_grown_is_not_read(tmp_path, monkeypatch):
     shard = opened["0"].shards[0]
     with open(tmp_path / shard.file, "ab") as file:
         file.truncate(3 << 30)  # sparse: it takes no space
-    monkeypatch.setattr(core_store.Path, "read_bytes", lambda path: pytest.fail("was read"))
+    monkeypatch.setattr(store_index.Path, "read_bytes", lambda path: pytest.fail("was read"))
     with pytest.raises(FileFormatError, match=f"expected {shard.bytes:,} bytes"):
         opened.read(shard)
 

@@ -13,8 +13,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ipa_core.errors import FileFormatError
+from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.file_header import FileFormat
-from ipa_core.io.files import input_file, replace_file
+from ipa_core.io.paths import input_file
 from ipa_torch._adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 
 _FORMAT = FileFormat("ipa-adapter-tensors", 1)

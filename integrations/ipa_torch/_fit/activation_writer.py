@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from ipa_core import ActivationStore
 from ipa_core.errors import EmptyStreamError, SettingError
-from ipa_core.io.activation_store import INDEX, Index, Shard
-from ipa_core.io.files import replace_file
+from ipa_core.io.atomic_write import replace_file
+from ipa_core.io.store_index import INDEX, Index, Shard
 from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward

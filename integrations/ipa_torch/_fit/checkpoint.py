@@ -17,7 +17,7 @@ import torch
 
 from ipa_core import load_state
 from ipa_core.errors import FileFormatError, SettingError, with_context
-from ipa_core.io.files import replace_file
+from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.serialization import pack_state, unpack_state
 from ipa_torch._fit.collector import ActivationCollector, CollectorState
 from ipa_torch._fit.head_learners import LayerLearner
