@@ -144,7 +144,14 @@ MODULES = {
 _MODULE = re.compile("|".join(rf"\b{p}[./](?:{names})\b(?!\()" for p, names in MODULES.items()))
 
 #: Modules named by an activity that is a term of the field.
-ACTIVITIES = {"early_stopping", "freezing", "plotting", "preprocessing", "same_padding"}
+ACTIVITIES = {
+    "early_stopping",
+    "expert_routing",
+    "freezing",
+    "plotting",
+    "preprocessing",
+    "same_padding",
+}
 
 #: First words of a docstring that ask a question or refer to an unnamed thing.
 _OPENING = re.compile(

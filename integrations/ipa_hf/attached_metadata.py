@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ipa_hf.expert_lora import layer_name
+from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_layers
 from ipa_hf.metadata_file import FILE_NAME, AdapterMetadata
 

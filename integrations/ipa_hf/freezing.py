@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
-from ipa_hf.expert_lora import layer_name
+from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 
 Model = TypeVar("Model", bound=torch.nn.Module)

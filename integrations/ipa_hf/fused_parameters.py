@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ipa_hf.layer_names import base_name
 from ipa_torch import LayerError
 
 ExpertSharing = Literal["never", "unreached", "always"]
@@ -107,17 +108,6 @@ def refusal(module: nn.Module, parameter: str) -> str | None:
     if weight.dtype not in _FLOATING:
         return f"{kind}, whose weights are {weight.dtype}"
     return None
-
-
-def base_name(name: str) -> str:
-    """Return the name of a module before PEFT wrapped it.
-
-    Examples
-    --------
-    >>> base_name("model.layers.0.mlp.experts.base_layer.base_layer")
-    'model.layers.0.mlp.experts'
-    """
-    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

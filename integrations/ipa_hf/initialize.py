@@ -14,26 +14,16 @@ from peft.tuners.lora.layer import ParamWrapper
 from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_hf.block_coverage import warn_of_small_coverage
-from ipa_hf.expert_lora import compact_names, layer_name, lost_on_loading
 from ipa_hf.fit import fit_lora_projectors
 from ipa_hf.freezing import Model, set_lora_A_frozen
 from ipa_hf.fused_parameters import ExpertSharing
-from ipa_hf.lora_layers import (
-    layer_kind,
-    lora_config,
-    lora_layers,
-    materialize,
-    takes_projection,
-)
-from ipa_hf.lora_options import check_initializable
-from ipa_hf.lora_slots import (
-    check_fresh,
-    find_projectors,
-    lora_slots,
-    truncate_to_slot,
-    write_lora_A,
-)
+from ipa_hf.init_checks import check_fresh, check_initializable
+from ipa_hf.layer_names import compact_names, layer_name
+from ipa_hf.lora_layers import layer_kind, lora_config, lora_layers, takes_projection
+from ipa_hf.lora_slots import find_projectors, lora_slots, truncate_to_slot, write_lora_A
+from ipa_hf.lost_lora import lost_on_loading
 from ipa_hf.metadata_file import AdapterMetadata
+from ipa_hf.offloaded_lora import materialize
 from ipa_hf.save_pretrained import keep_metadata
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError, attention_mask

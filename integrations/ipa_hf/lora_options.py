@@ -8,8 +8,6 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ipa_core.errors import SettingError
-
 #: Fields that do not change what an adapter computes: z = W x + alpha / r * B A x.
 PLAIN_LORA = frozenset(
     {
@@ -53,26 +51,6 @@ TRAINABLE_LORA = PLAIN_LORA | {
 
 #: Methods of initialization that leave the base weights as they are.
 KEEPING_BASE_WEIGHTS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-def check_initializable(config: LoraConfig) -> None:
-    """Check that PEFT injects the adapter with B = 0 and leaves the base weights as they are.
-
-    Raises
-    ------
-    SettingError
-        If a field of the configuration is neither supported nor at its default.
-    """
-    if config.init_lora_weights not in (True, "gaussian"):
-        raise SettingError(
-            "expected a LoraConfig with init_lora_weights=True, which keeps B zero and the base "
-            f"weights, got {config.init_lora_weights!r}"
-        )
-    if used := unsupported_fields(config, TRAINABLE_LORA):
-        raise SettingError(
-            f"expected a LoraConfig of plain LoRA, got {used}, which may change the base weights "
-            "or the shape of A; remove these fields"
-        )
 
 
 def unsupported_fields(config: LoraConfig, supported: Collection[str]) -> list[str]:

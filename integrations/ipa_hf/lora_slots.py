@@ -6,39 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
-from ipa_core.errors import RankError, SettingError, ShapeError
-from ipa_hf.expert_lora import expert_A_and_B, layer_name
+from ipa_core.errors import RankError, ShapeError
+from ipa_hf.expert_lora import expert_A_and_B
+from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_A_and_B
-from ipa_hf.lora_options import check_initializable
 from ipa_hf.metadata_file import LayerMetadata
 from ipa_torch.extension import Scaling, resolve_scale
-
-
-def check_fresh(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    """Check that the adapter is untrained and unmerged and that its base weights are unchanged.
-
-    Raises
-    ------
-    SettingError
-        If initialization would overwrite training or change the outputs of the base model.
-    """
-    check_initializable(config)
-    for name, layer in layers.items():
-        if layer.merged:
-            raise SettingError(
-                f"layer {name!r}: expected a model without merged adapters, got "
-                f"{layer.merged_adapters} merged; call unmerge_adapter() first"
-            )
-        if adapter_name in layer.lora_B and lora_A_and_B(layer, adapter_name)[1].any():
-            raise SettingError(
-                f"layer {name!r}: expected a fresh adapter with B = 0, got a trained one; add "
-                "another adapter with add_adapter() and initialize it"
-            )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from ipa_core import Projector
 from ipa_core.errors import RankError
-from ipa_hf.expert_lora import layer_name
+from ipa_hf.layer_names import layer_name
 
 
 def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> LoraConfig:

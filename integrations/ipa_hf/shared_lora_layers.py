@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Linear
 from torch import nn
 
 from ipa_core.errors import SettingError
@@ -58,14 +58,3 @@ class SharedLoraLinear(Linear):
         else:  # under autocast, or over a base model in half precision
             result += torch.bmm(projected, weights).view_as(result).to(result.dtype)
         return result
-
-
-def tie_lora_A(layer: LoraLayer, source: str, adapter_name: str) -> None:
-    """Make A of an adapter that of another one: the same module."""
-    a = layer.lora_A[source]
-    layer.lora_A[adapter_name] = a
-    # PEFT makes these modules; their classes change afterwards, as for parametrized modules.
-    if type(a) is nn.Linear:
-        a.__class__ = SharedLoraA
-    if type(layer) is Linear:
-        layer.__class__ = SharedLoraLinear

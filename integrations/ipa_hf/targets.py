@@ -12,7 +12,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from ipa_core.errors import SettingError
-from ipa_hf.expert_lora import renamed_on_loading
+from ipa_hf.lost_lora import renamed_on_loading
 from ipa_torch.extension import features_of, is_conv1d, is_linear, outputs_of
 
 #: Layers that PEFT refuses in models of these types, as Mamba's kernels read their weights.

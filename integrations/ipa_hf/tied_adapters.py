@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_hf.freezing import set_lora_A_frozen
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 from ipa_hf.lora_options import PLAIN_LORA, unsupported_fields
-from ipa_hf.shared_lora_layers import tie_lora_A
+from ipa_hf.shared_lora_layers import SharedLoraA, SharedLoraLinear
 
 
 def are_tied(peft_model: PeftModel, names: Iterable[str]) -> bool:
@@ -87,3 +88,14 @@ def _check_equal_A(
                 f"layer {layer_name!r}: expected adapters with the same A, got other values in "
                 f"{name!r} than in {source!r}; train them over one A, with ipa_hf.share"
             )
+
+
+def tie_lora_A(layer: LoraLayer, source: str, adapter_name: str) -> None:
+    """Make A of an adapter that of another one: the same module."""
+    a = layer.lora_A[source]
+    layer.lora_A[adapter_name] = a
+    # PEFT makes these modules; their classes change afterwards, as for parametrized modules.
+    if type(a) is nn.Linear:
+        a.__class__ = SharedLoraA
+    if type(layer) is Linear:
+        layer.__class__ = SharedLoraLinear

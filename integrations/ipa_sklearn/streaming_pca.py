@@ -14,7 +14,8 @@ from sklearn.utils._array_api import get_namespace
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from ipa_core import Learner, RandomizedSVD, SettingError, rank_for_energy
-from ipa_sklearn._gaussian import canonical, log_likelihood
+from ipa_sklearn._canonical_components import canonical
+from ipa_sklearn._log_likelihood import log_likelihood
 from ipa_sklearn._n_components import is_share, resolve_rank
 
 # Entries of the batches that `fit` cuts: some 32 MB where a batch has to be a copy.

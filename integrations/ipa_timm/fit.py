@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Unpack
 
-import torch
 from torch import nn
 
 import ipa_timm.same_padding  # noqa: F401  (registers the view of Conv2dSame)
 import ipa_torch
 from ipa_timm.fused_qkv import separate_qkv_bias
-from ipa_timm.preprocessing import images_of, preprocess
+from ipa_timm.preprocessing import images_of, preprocess, valid_patches
 from ipa_timm.targets import resolve_targets
 from ipa_torch import FitOptions, LayerProjectors
 from ipa_torch.extension import (
@@ -94,7 +93,7 @@ def fit_projectors(
     if not supported:
         report_missing(LayerProjectors({}, missing=unsupported), on_missing)
     options.setdefault("forward", _forward)
-    options.setdefault("row_weights", partial(_valid_patches, model))
+    options.setdefault("row_weights", partial(valid_patches, model))
     with separate_qkv_bias(model, supported):
         fitted = ipa_torch.fit_projectors(
             model,
@@ -123,16 +122,3 @@ def _ranks(features: Mapping[str, int], rank: int | Mapping[str, int]) -> dict[s
 
 def _forward(model: nn.Module, batch: Any) -> object:
     return model(preprocess(model, images_of(batch)))
-
-
-def _valid_patches(model: nn.Module, batch: Any) -> list[torch.Tensor] | None:
-    """Return the padding masks of a NaFlex batch, None for other batches.
-
-    They are those of the patches, and of the patches behind the model's class and register tokens.
-    """
-    images = images_of(batch)
-    valid = images.get("patch_valid") if isinstance(images, Mapping) else None
-    if valid is None:
-        return None
-    prefix = valid.new_ones(len(valid), getattr(model, "num_prefix_tokens", 0))
-    return [valid, torch.cat([prefix, valid], dim=1)]

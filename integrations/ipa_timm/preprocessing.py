@@ -10,8 +10,12 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
+import ipa_timm.same_padding  # noqa: F401  (registers the view of Conv2dSame)
 from ipa_core.errors import ArrayTypeError, ShapeError
-from ipa_torch.extension import device_of, on_device
+from ipa_torch.extension import (
+    device_of,
+    on_device,
+)
 
 #: Keys of the images in batches that are mappings.
 IMAGE_KEYS = ("image", "images", "pixel_values", "input", "x")
@@ -99,3 +103,16 @@ def _normalize(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
         torch.tensor(config[key], device=images.device)[:, None, None] for key in ("mean", "std")
     )
     return (images - mean) / deviation
+
+
+def valid_patches(model: nn.Module, batch: Any) -> list[torch.Tensor] | None:
+    """Return the padding masks of a NaFlex batch, None for other batches.
+
+    They are those of the patches, and of the patches behind the model's class and register tokens.
+    """
+    images = images_of(batch)
+    valid = images.get("patch_valid") if isinstance(images, Mapping) else None
+    if valid is None:
+        return None
+    prefix = valid.new_ones(len(valid), getattr(model, "num_prefix_tokens", 0))
+    return [valid, torch.cat([prefix, valid], dim=1)]
