@@ -12,9 +12,10 @@ import sys
 from dataclasses import replace
 
 import transformers
+from torch import nn
 
 from benchmarks.assets import AssetError
-from benchmarks.evidence.cells import FOLDER, Cells
+from benchmarks.evidence.cells import FOLDER, Cell, Cells
 from benchmarks.evidence.labeled import Labeled
 from benchmarks.evidence.methods import BEYOND, COMPARED, LEARNED, METHODS, Adapter
 from benchmarks.evidence.study import Study
@@ -23,6 +24,7 @@ from benchmarks.evidence.texts import SOURCES, TextTask
 from ipa_core.errors import MissingDependencyError
 
 RESULTS = FOLDER / "classification.jsonl"
+LOSSES = FOLDER / "classification_loss.jsonl"
 
 #: Reviews are twice as long as headlines.
 SETTINGS = {
@@ -46,7 +48,24 @@ DEFAULTS = {
         "damped gradient, frozen",
     ],
     "share": ["IPA, frozen"],
+    "loss": ["LoRA", "random A, frozen", "IPA, frozen", "LoRA, half rank"],
 }
+
+
+class LossStudy(Study):
+    """A study whose figures are nats for each label: small ones are good."""
+
+    task: Labeled
+
+    def merit(self, cell: Cell) -> float:
+        return -cell.validation[self.task.name]
+
+    def measured(self, model: nn.Module, part: str) -> dict[str, float]:
+        return self.task.nats(model, part)
+
+    def shown(self, cell: Cell) -> str:
+        tested = "" if cell.test is None else f", test {cell.test[self.task.name]:.4f}"
+        return f"validation {cell.validation[self.task.name]:.4f}{tested}"
 
 
 def main() -> int:
@@ -63,12 +82,15 @@ def main() -> int:
     except (AssetError, MissingDependencyError) as error:
         print(error)
         return 1
-    cells = Cells(RESULTS, shlex.join(["python", "-m", "benchmarks.classification", *sys.argv[1:]]))
+    by_loss = arguments.study == "loss"
+    command = shlex.join(["python", "-m", "benchmarks.classification", *sys.argv[1:]])
+    cells = Cells(LOSSES if by_loss else RESULTS, command)
     settings, seeds = SETTINGS[task.name], range(arguments.seeds)
-    study = Study("main", task, settings, cells, arguments.tuned_on)
+    kind, name = (LossStudy, "loss") if by_loss else (Study, "main")
+    study = kind(name, task, settings, cells, arguments.tuned_on)
     methods = arguments.methods or DEFAULTS[arguments.study]
     adapter = Adapter(task, settings)
-    if arguments.study in ("main", "beyond"):
+    if arguments.study in ("main", "beyond", "loss"):
         study.run(methods, seeds)
     elif arguments.study == "learned":
         study.run_at(dict.fromkeys(methods, study.best_rate(adapter, "IPA, frozen")), seeds)

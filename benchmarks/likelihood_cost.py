@@ -25,7 +25,7 @@ from benchmarks.likelihood import OTHER, SIZES
 from benchmarks.memory import saved_for_backward
 from benchmarks.timing import interleaved, medians, ratio
 
-METHODS = ("LoRA", "random A, frozen")
+METHODS = ("LoRA", "LoRA, upper half of the blocks", "random A, frozen")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 15
 BASE = "LoRA, rank 8"

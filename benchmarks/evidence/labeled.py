@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -90,14 +90,28 @@ class Labeled:
     def size(self, part: str) -> int:
         return len(self._parts[part])
 
-    @torch.inference_mode()
     def accuracy(self, model: nn.Module, part: str) -> dict[str, float]:
-        examples, right = self._parts[part], 0
+        right = sum(
+            int((logits.argmax(-1) == labels).sum()) for logits, labels in self._logits(model, part)
+        )
+        return {self.name: right / self.size(part)}
+
+    def nats(self, model: nn.Module, part: str) -> dict[str, float]:
+        """Return the mean negative log-likelihood of the labels of a part, in nats."""
+        total = sum(
+            float(functional.cross_entropy(logits, labels, reduction="sum"))
+            for logits, labels in self._logits(model, part)
+        )
+        return {self.name: total / self.size(part)}
+
+    @torch.inference_mode()
+    def _logits(self, model: nn.Module, part: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield logits and labels of a part, in batches."""
+        examples = self._parts[part]
         order = by_length(examples)
         for start in range(0, len(order), 100):
             batch = collate([examples[place] for place in order[start : start + 100]])
-            right += int((model(batch).argmax(-1) == batch["labels"]).sum())
-        return {self.name: right / len(examples)}
+            yield model(batch), batch["labels"]
 
     def _warm_head(self, model: Classifier, seed: int) -> dict[str, torch.Tensor]:
         some = sample(self.training(seed), 32, 320, seed)

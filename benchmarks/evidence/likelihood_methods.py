@@ -122,9 +122,11 @@ STARTED: dict[str, Method] = {
     ),
     "EVA, equal ranks": Method("eva", options={"eva_config": EvaConfig(rho=1.0)}),
 }
+#: LoRA that keeps about as much for the backward pass as a frozen A in all adapted blocks.
+NARROWED = {"LoRA, upper half of the blocks": Method(layers=0.5)}
 #: One criterion for inputs and gradient, by the weight of the inputs.
 MIXED = {
     f"inputs and gradient, beta {beta:g}, frozen": of_gradient(captured.mixed, beta=beta)
     for beta in (0.1, 1.0, 10.0)
 }
-LIKELIHOOD = MAIN | TRAINING | STARTED | MIXED
+LIKELIHOOD = MAIN | TRAINING | STARTED | NARROWED | MIXED

@@ -9,6 +9,8 @@ from benchmarks.evidence.likelihood_methods import LIKELIHOOD
 from benchmarks.evidence.statistics import mean_and_deviation, of_method, paired
 
 STUDY = "likelihood"
+#: Study of the likelihood of labels, by a classifier.
+CLASSIFICATION = "loss"
 LORA, RANDOM = "LoRA", "random A, frozen"
 #: Settings of the main comparison: rank, steps, texts that P is chosen from.
 MAIN = (8, 80, 128)
@@ -58,11 +60,17 @@ CHOSEN = [
         for other in ("IPA without first token, trainable", "EVA", LORA)
     ],
     ("EVA, equal ranks", "EVA"),
+    ("EVA, equal ranks", LORA),
+    ("IPA without first token, trainable", "EVA, equal ranks"),
+    ("IPA without first token, long rows, trainable", "EVA, equal ranks"),
+    ("LoRA, upper half of the blocks", LORA),
+    ("IPA without first token, frozen", "LoRA, upper half of the blocks"),
 ]
 
 
 def tables(cells: Iterable[Cell]) -> dict[str, str]:
-    """Return the tables by a name for the file: one for each kind of text, and the differences."""
+    """Return the tables by a name for the file: each kind of text, differences, classification."""
+    cells = list(cells)
     own = [cell for cell in cells if cell.study == STUDY and _settings(cell) == MAIN]
     tested = main_cells(own)
     found = {}
@@ -76,6 +84,9 @@ def tables(cells: Iterable[Cell]) -> dict[str, str]:
     tuned = [cell for cell in own if cell.test is None]
     if tuned:
         found["validation"] = validation(tuned)
+    classified = [cell for cell in cells if cell.study == CLASSIFICATION and cell.test]
+    if classified:
+        found["classification"] = classification(classified)
     return found
 
 
@@ -120,6 +131,30 @@ def comparison(cells: Sequence[Cell]) -> str:
                 ]
             )
     return record.table(HEADER, rows)
+
+
+def classification(cells: Sequence[Cell]) -> str:
+    """Return nats for each label of a classification set, differences and shares of the gap."""
+    rows = []
+    for task in dict.fromkeys(cell.task for cell in cells):
+        tested = [cell for cell in cells if cell.task == task]
+        lora, random = of_method(tested, LORA), of_method(tested, RANDOM)
+        for method in dict.fromkeys(cell.method for cell in tested):
+            own = of_method(tested, method)
+            rows.append(
+                [
+                    task,
+                    method,
+                    _spread([nats(cell) for cell in own]),
+                    str(len(own)),
+                    difference(own, lora),
+                    difference(own, random),
+                    _share(own, lora, random),
+                    f"{own[0].rate:g}",
+                ]
+            )
+    header = ["set", "method", "nats", "seeds", "to LoRA", "to random A, frozen"]
+    return record.table([*header, "share of the gap", "rate"], rows)
 
 
 def differences(cells: Sequence[Cell], tasks: Sequence[str]) -> str:

@@ -34,6 +34,8 @@ class Method:
         As in `ipa_hf.initialize_lora_ipa_weights`; of a rule, a number times its rows.
     rank : float
         Times the rank of the settings.
+    layers : float
+        Share of the layers to adapt, the last ones, that get adapters.
     refresh : Refresh, optional
         Whether a frozen P is chosen anew early in training.
     texts : sequence of str
@@ -52,6 +54,7 @@ class Method:
     trainable: bool = True
     scaling: str | float = "energy"
     rank: float = 1
+    layers: float = 1
     refresh: Refresh | None = None
     texts: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -220,7 +223,9 @@ def _steps(passes: int, batches: list[Batch]) -> float:
 def _config(model: nn.Module, method: Method, rank: int) -> LoraConfig:
     begin = {"init_lora_weights": "eva", "eva_config": EvaConfig()}
     options = (begin if method.projection == "eva" else {}) | {**method.options}
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=target_names(model), **options)
+    names = target_names(model)
+    names = names[-round(method.layers * len(names)) :]
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=names, **options)
 
 
 def _eva(

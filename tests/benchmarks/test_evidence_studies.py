@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
+from benchmarks.classification import LossStudy
 from benchmarks.evidence import claims, figures, vision
 from benchmarks.evidence.cells import TUNING, Cell, Cells, read
 from benchmarks.evidence.methods import BEYOND, COMPARED, LEARNED, METHODS, Adapter
 from benchmarks.evidence.statistics import Difference, of_method, paired
 from benchmarks.evidence.study import RATES, Study
 from benchmarks.evidence.tables import tables
-from benchmarks.evidence.task import Settings
+from benchmarks.evidence.task import Settings, collate
 from benchmarks.evidence.texts import TextTask
 from tests.benchmarks import evidence_models as tiny
 
@@ -94,6 +95,21 @@ def test_rate_is_the_best_on_average_over_seeds(study):
     (tested,) = (cell for cell in found if cell.seed < TUNING)
     assert means[tested.rate] == max(means.values())
     assert of_method(found, "LoRA") == [tested]
+
+
+def test_study_of_losses_takes_the_rate_of_least_loss(study):
+    losses = LossStudy("loss", study.task, SETTINGS, study.cells)
+    losses.run(["LoRA"], range(1))
+    found = list(read(study.cells.path))
+    tuning = [cell for cell in found if cell.seed >= TUNING]
+    (tested,) = (cell for cell in found if cell.seed < TUNING)
+    assert tested.rate == min(tuning, key=lambda cell: cell.validation["toy"]).rate
+
+
+def test_loss_of_a_part_is_the_mean_over_its_examples(study):
+    model, part = study.task.fresh(0), study.task._parts["test"]
+    each = [float(study.task.loss(model, collate([example])).detach()) for example in part]
+    assert study.task.nats(model, "test")["toy"] == pytest.approx(sum(each) / len(part), rel=1e-4)
 
 
 def test_study_goes_on_where_it_was(study):

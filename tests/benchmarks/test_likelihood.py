@@ -281,6 +281,8 @@ def test_cost_of_steps(task):
     for rank in (1, 8):
         frozen, lora = (found[f"{name}, rank {rank}"] for name in ("random A, frozen", "LoRA"))
         assert frozen["trained"] < lora["trained"] and frozen["MiB"] < lora["MiB"]
+        upper = found[f"LoRA, upper half of the blocks, rank {rank}"]
+        assert 2 * upper["trained"] == lora["trained"] and upper["MiB"] < lora["MiB"]
     assert found["LoRA, rank 8"]["time"] == 1
 
 
@@ -319,6 +321,26 @@ def test_tables_of_likelihood(monkeypatch):
     with pytest.raises(ValueError, match="expected a tested cell, got one of tuning"):
         likelihood_tables.nats(cell("LoRA", 100, None))
     assert figures.likelihood(likelihood_tables.main_cells(cells)).axes
+
+
+def test_table_of_classification():
+    def cell(method, seed, test):
+        return Cell(
+            "loss", "toy", method, 8, 100, 320, seed, 0.1, {"toy": 1.0},
+            test, 4.0, 1234, 1.0, 1.0, 1.0,
+        )  # fmt: skip
+
+    nats = {"LoRA": 0.5, "random A, frozen": 0.7, "IPA, frozen": 0.55}
+    tested = [
+        cell(name, seed, {"toy": value + seed}) for name, value in nats.items() for seed in (0, 1)
+    ]
+    tuning = [cell("EVA", 100, None)]
+    found = likelihood_tables.tables([*tested, *tuning])
+    assert list(found) == ["classification"] and "EVA" not in found["classification"]
+    line = found["classification"].splitlines()[-1]
+    assert line == (
+        "| toy | IPA, frozen | 1.050 ± 0.707 | 2 | **+0.050 ± 0.000** | **-0.150 ± 0.000** | 75 % | 0.1 |"
+    )
 
 
 def test_cells_at_the_best_rate_of_their_kind():
