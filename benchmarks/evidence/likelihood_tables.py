@@ -6,7 +6,13 @@ from statistics import mean
 from benchmarks import record
 from benchmarks.evidence.cells import Cell
 from benchmarks.evidence.likelihood_methods import LIKELIHOOD
-from benchmarks.evidence.statistics import mean_and_deviation, of_method, paired
+from benchmarks.evidence.statistics import (
+    Difference,
+    mean_and_deviation,
+    of_method,
+    paired,
+    pooled,
+)
 
 STUDY = "likelihood"
 #: Study of the likelihood of labels, by a classifier.
@@ -158,7 +164,7 @@ def classification(cells: Sequence[Cell]) -> str:
 
 
 def differences(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
-    """Return the differences chosen beforehand, a column for each kind of text."""
+    """Return the differences chosen beforehand, a column for each kind of text, and their mean."""
     rows = []
     for first, second in CHOSEN:
         row = [f"{first} - {second}"]
@@ -166,8 +172,17 @@ def differences(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
             some = [cell for cell in cells if cell.task == task]
             row.append(difference(of_method(some, first), of_method(some, second)))
         if any(cell != "-" for cell in row[1:]):
-            rows.append(row)
-    return record.table(["difference of", *tasks], rows)
+            rows.append([*row, _over_tasks(cells, tasks, first, second)])
+    return record.table(["difference of", *tasks, "mean of all kinds"], rows)
+
+
+def _over_tasks(cells: Sequence[Cell], tasks: Sequence[str], first: str, second: str) -> str:
+    """Return the mean difference over tasks, "-" unless both methods were run on all."""
+    by_task = [[cell for cell in cells if cell.task == task] for task in tasks]
+    groups = [(of_method(some, first), of_method(some, second)) for some in by_task]
+    if len(tasks) < 2 or any(difference(*group) == "-" for group in groups):
+        return "-"
+    return _shown(pooled(groups, nats))
 
 
 def resolved(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
@@ -234,7 +249,10 @@ def difference(own: Sequence[Cell], others: Sequence[Cell]) -> str:
     """Return a paired difference with its interval, bold if it excludes zero."""
     if own == others or len({c.seed for c in own} & {c.seed for c in others}) < 2:
         return "-"
-    found = paired(own, others, nats)
+    return _shown(paired(own, others, nats))
+
+
+def _shown(found: Difference) -> str:
     shown = f"{found.mean:+.3f} ± {found.half:.3f}"
     return f"**{shown}**" if found.clear else shown
 

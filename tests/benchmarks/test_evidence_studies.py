@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -10,7 +11,7 @@ from benchmarks.classification import LossStudy
 from benchmarks.evidence import claims, figures, vision
 from benchmarks.evidence.cells import TUNING, Cell, Cells, read
 from benchmarks.evidence.methods import BEYOND, COMPARED, LEARNED, METHODS, Adapter
-from benchmarks.evidence.statistics import Difference, of_method, paired
+from benchmarks.evidence.statistics import Difference, of_method, paired, pooled
 from benchmarks.evidence.study import RATES, Study
 from benchmarks.evidence.tables import tables
 from benchmarks.evidence.task import Settings, collate
@@ -144,6 +145,21 @@ def test_paired_difference():
     assert not found.clear
     with pytest.raises(ValueError, match="expected at least 2 seeds in common, got 1"):
         paired(cells("IPA, frozen", one), cells("LoRA", other[:1]))
+
+
+def test_mean_difference_over_tasks():
+    """With the task as a factor, it is the intercept of least squares; tested against the fit."""
+    values = [[1.0, 2.0, 4.0], [5.0, 5.5], [-1.0, 0.0, 0.5, 2.0]]
+    groups = [(cells("LoRA", some), cells("IPA, frozen", [0.0] * len(some))) for some in values]
+    found = pooled(groups, lambda cell: cell.test["toy"])
+    design = np.zeros((9, 3))
+    for row, task in enumerate([0] * 3 + [1] * 2 + [2] * 4):
+        design[row] = [1, *{0: (1, 0), 1: (0, 1), 2: (-1, -1)}[task]]
+    y = np.concatenate(values)
+    solution, squares, *_ = np.linalg.lstsq(design, y, rcond=None)
+    error = np.sqrt(squares[0] / 6 * np.linalg.inv(design.T @ design)[0, 0])
+    assert found.mean == pytest.approx(solution[0]) and found.pairs == 9
+    assert found.half == pytest.approx(error * stats.t.ppf(0.975, 6))
 
 
 def test_a_cell_of_tuning_has_no_accuracy():
