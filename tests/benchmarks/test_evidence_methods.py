@@ -1,8 +1,12 @@
 """The methods: each begins as the base model, trains what it says, and costs what it says."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
+import ipa_hf
 from benchmarks.evidence import texts
 from benchmarks.evidence.methods import METHODS, Adapter, Method
 from benchmarks.evidence.projections import (
@@ -24,6 +28,7 @@ from benchmarks.evidence.similarity import matrix, of_a, of_b, of_features, of_u
 from benchmarks.evidence.task import Settings, sample
 from benchmarks.evidence.texts import TextTask
 from benchmarks.evidence.training import train
+from ipa_hf.__main__ import _parser
 from ipa_torch import DampedGradientSketch
 from tests.benchmarks import evidence_models as tiny
 
@@ -240,6 +245,19 @@ def test_refresh_comes_after_its_steps(task, adapter):
         end = pairs_of(model.body)
         changed[refresh] = [not torch.equal(start[name].a, end[name].a) for name in start]
     assert not any(changed[False]) and all(changed[True])
+
+
+def test_recommended_call_is_the_method_of_the_tables():
+    """The README's call and the command line, without options, are "IPA, frozen"."""
+    method = METHODS["IPA, frozen"]
+    call = inspect.signature(ipa_hf.get_ipa_model).parameters
+    line = _parser().parse_args(["fit", "model", "texts.jsonl", "--out", "adapter"])
+    for name in ("trainable", "scaling"):
+        assert call[name].default == getattr(line, name) == getattr(method, name)
+    assert not line.without_first_token and line.alpha is None
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    assert "LoraConfig(r=8, lora_alpha=8, " in readme and line.rank == Settings().rank == 8
+    assert "get_ipa_model(model, config, loader)" in readme
 
 
 def test_texts_that_p_is_chosen_from(task, adapter):
