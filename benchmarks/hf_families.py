@@ -132,7 +132,7 @@ def adapt(model: Any, batch: dict[str, torch.Tensor] | None, base: torch.Tensor)
         targets = ipa_hf.default_targets(model)
     except SettingError as error:
         return Found(kind.__name__, ran=batch is not None, refused=str(error).partition(";")[0])
-    coverage = ipa_hf.block_coverage(model, targets)
+    coverage = ipa_hf.target_coverage(model, targets)
     lora = LoraConfig(r=RANK, lora_alpha=RANK)
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")

@@ -126,10 +126,10 @@ def test_heads_and_tied_layers_are_no_targets():
 
 def test_coverage_of_other_targets():
     model = tiny_llama()
-    assert ipa_hf.block_coverage(model, ipa_hf.default_targets(model)) == 1
+    assert ipa_hf.target_coverage(model, ipa_hf.default_targets(model)) == 1
     # Query and value of a block: 2 * 16 * 16 of 4 * 16 * 16 + 3 * 16 * 32 weights.
-    assert ipa_hf.block_coverage(model, r".*\.(q|v)_proj") == pytest.approx(0.2)
-    assert ipa_hf.block_coverage(torch.nn.Linear(2, 2), ".*") == 0
+    assert ipa_hf.target_coverage(model, r".*\.(q|v)_proj") == pytest.approx(0.2)
+    assert ipa_hf.target_coverage(torch.nn.Linear(2, 2), ".*") == 0
 
 
 def test_the_warning_names_what_is_left_out_and_the_cure():
