@@ -11,9 +11,9 @@ from ipa_core.learners._row_blocks import Product
 from ipa_core.learners._validation import PendingBatch
 
 if TYPE_CHECKING:
-    from ipa_core.learners.base import Learner
+    from ipa_core.learners._block_learner import BlockLearner
 
-LearnerT = TypeVar("LearnerT", bound="Learner")
+LearnerT = TypeVar("LearnerT", bound="BlockLearner")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Entries of a learner's state: their form, and dataclasses of arrays and numbers."""
+"""State of a learner: its entries, their form, and dataclasses of arrays and numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ipa_core import _array
-from ipa_core.errors import ArrayTypeError, FileFormatError
+from ipa_core.errors import ArrayTypeError, FileFormatError, SettingError
 
 
 def flatten(name: str, value: Any) -> dict[str, Any]:
@@ -41,6 +41,61 @@ def entries_of(name: str, cls: type) -> tuple[list[str], list[str]]:
     for field in fields(cls):
         keys["Array" in str(field.type)].append(f"{name}.{field.name}")
     return keys
+
+
+def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Check that a state was learned with these settings.
+
+    Raises
+    ------
+    SettingError
+        If a setting differs.
+    """
+    for name, value in settings.items():
+        if repr(state.get(name)) != repr(value):
+            raise SettingError(
+                f"expected a state learned with {name}={value!r}, got {state.get(name)!r}; "
+                "build the learner with the state's settings"
+            )
+
+
+def check_state(
+    state: Mapping[str, Any],
+    *,
+    numbers: Iterable[str],
+    arrays: Iterable[str],
+    values: Mapping[str, type],
+) -> None:
+    """Check the form of the entries of a state.
+
+    Parameters
+    ----------
+    state : mapping
+        From `Learner.state_dict`.
+    numbers, arrays : iterable of str
+        Names of the entries.
+    values : mapping of str to type
+        Dataclasses of which the fields are entries.
+
+    Raises
+    ------
+    FileFormatError
+        If an entry is missing or of another form.
+    """
+    check_numbers(state, numbers)
+    template = state.get("template")
+    if template is None:
+        if state["samples"]:
+            raise FileFormatError("expected the arrays of a learner with rows, got none")
+        return
+    if not _array.is_array(template) or template.ndim != 2 or template.shape[0] != 0:
+        raise FileFormatError("expected a template of shape (0, features) in the state")
+    check_arrays(state, ["template", "pending.x", "pending.weights", *arrays])
+    for name, cls in values.items():
+        inner_numbers, inner_arrays = entries_of(name, cls)
+        if any(key in state for key in (*inner_numbers, *inner_arrays)):
+            check_numbers(state, inner_numbers)
+            check_arrays(state, inner_arrays)
 
 
 def check_numbers(state: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -1,23 +1,43 @@
-"""Validation of a batch and its weights."""
+"""Validation of a batch and its weights, and of learners that are to be merged."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ipa_core import _array, _sparse_rows
+from ipa_core import _array, _sparse_rows, _torch_modes
 from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._weight_validation import host_weights
-from ipa_core.errors import ArrayTypeError, NonFiniteError, ShapeError
+from ipa_core.errors import (
+    ArrayTypeError,
+    NonFiniteError,
+    RankError,
+    SettingError,
+    ShapeError,
+)
 from ipa_core.learners._row_blocks import Rows
 
 
-def template_of(batch: Array) -> Array:
-    """Return a (0, features) array that records library, device, dtype and features."""
-    xp, features = _form_of(batch)
-    values = _sparse_rows.stored(batch)
-    dtype = _array.state_dtype(xp, values)
-    return xp.zeros((0, features), dtype=dtype, device=_array.device(values))
+def template_of(batch: Array, rank: int) -> Array:
+    """Return a (0, features) array that records library, device, dtype and features.
+
+    Raises
+    ------
+    RankError
+        If the batch has fewer features than the rank.
+    """
+    with _torch_modes.isolated(batch):
+        xp, features = _form_of(batch)
+        values = _sparse_rows.stored(batch)
+        dtype = _array.state_dtype(xp, values)
+        template = xp.zeros((0, features), dtype=dtype, device=_array.device(values))
+    if rank > features:
+        raise RankError(
+            f"expected a rank of at most {features}, the number of features, got {rank}; "
+            "ask for a smaller rank"
+        )
+    return template
 
 
 def validate(batch: Array, weights: Array | None, template: Array) -> PendingBatch:
@@ -98,6 +118,26 @@ def match(batch: Array, template: Array) -> Namespace:
             f"got {_array.describe(values)}"
         )
     return xp
+
+
+def check_mergeable(first: object, second: object, settings: Iterable[str]) -> None:
+    """Check that two learners are of one class and equal in some settings.
+
+    Raises
+    ------
+    SettingError
+        If they differ.
+    """
+    if type(second) is not type(first):
+        raise SettingError(
+            f"expected a {type(first).__name__} to merge with, got {type(second).__name__}"
+        )
+    for name in settings:
+        if getattr(first, name) != getattr(second, name):
+            raise SettingError(
+                f"expected learners of equal {name} to merge, got {getattr(first, name)!r} "
+                f"and {getattr(second, name)!r}"
+            )
 
 
 def _drop_absent(xp: Namespace, x: Array, weights: HostArray) -> tuple[Array, HostArray | None]:

@@ -7,10 +7,11 @@ from typing import ClassVar, Self
 
 from ipa_core._array import Array, Namespace
 from ipa_core.errors import EmptyStreamError
+from ipa_core.learners._block_learner import isolated
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners._second_moment import SecondMoment
 from ipa_core.learners._validation import match
-from ipa_core.learners.base import Learner, isolated
+from ipa_core.learners.base import Learner
 from ipa_core.learners.guarantee import Guarantee
 from ipa_core.projector import Projector, check_projector
 

@@ -1,0 +1,191 @@
+"""Absorption of rows by a learner in blocks of a fixed size, however batches cut them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ClassVar, Self, TypeVar, cast
+
+from ipa_core import _array, _settings, _torch_modes
+from ipa_core._array import Array, Namespace
+from ipa_core.errors import IPAError
+from ipa_core.learners._pending_update import PendingUpdate
+from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, align_rows, join
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def isolated(method: Method) -> Method:
+    """Let a learner's method run outside torch's autocast and inference mode."""
+
+    @wraps(method)
+    def run(learner: BlockLearner, *args: Any) -> Any:
+        with _torch_modes.isolated(learner._template):
+            return method(learner, *args)
+
+    return cast(Method, run)
+
+
+class BlockLearner(ABC):
+    """Learner as its algorithm sees it: blocks of rows, whatever the batches.
+
+    Rows wait until they fill a block. With ``center=True`` a block comes about its own mean, and
+    the jump of the mean as one more row. The parameters are those of `Learner`.
+    """
+
+    #: Number of passes over the stream that the learner asks for.
+    passes: int = 1
+
+    _settings: ClassVar[tuple[str, ...]] = ("rank", "center", "seed")
+    _numbers: ClassVar[tuple[str, ...]] = ("samples", "_weight", "_energy")
+    _arrays: ClassVar[tuple[str, ...]] = ("_mean",)
+    #: Attributes that hold a dataclass (or None), and its class.
+    _values: ClassVar[Mapping[str, type]] = {}
+
+    def __init__(self, rank: int, *, center: bool = False, seed: int = 0) -> None:
+        self.rank = _settings.rank(rank)
+        self.center = _settings.boolean("center", center)
+        self.seed = _settings.integer("seed", seed, least=0)
+        self.samples = 0
+        self._weight = 0.0
+        self._energy = 0.0
+        self._template: Array = None  # (0, features): library, device, dtype, features
+        self._mean: Array = None
+        self._pending: tuple[Rows, ...] = ()
+
+    # Methods of a subclass ----------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def _block_rows(self) -> int:
+        """Number of rows in a block, however the batches are cut."""
+
+    @abstractmethod
+    def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
+        """Fold a block of rows into the summary, by rebinding attributes."""
+
+    def _absorb_chunks(self, xp: Namespace, chunks: RowChunks) -> None:
+        """Fold whole blocks into the summary. Default: one by one."""
+        for start in range(0, chunks.count, self._block_rows):
+            self._absorb_block(xp, chunks.cut(start, start + self._block_rows).joined(xp))
+
+    def _begin_sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> tuple[Product, ...]:
+        """Start products of rows that are not validated yet. Default: none."""
+        return ()
+
+    def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
+        """Fold in the one row that stands for the distance of two means."""
+        self._absorb_rows(xp, shift)
+
+    @abstractmethod
+    def _absorb_summary(self, xp: Namespace, other: Self) -> None:
+        """Fold the summary of another learner, which has nothing pending, into this one's."""
+
+    def _condense(self, xp: Namespace) -> None:
+        """Reduce the state to its smallest form. Default: it is already."""
+        return None
+
+    @abstractmethod
+    def _solve(self, xp: Namespace) -> tuple[Array, Array]:
+        """Return ``rank`` orthogonal directions of any length, and energies summed over rows."""
+
+    # Internals ----------------------------------------------------------------------------------
+
+    @property
+    def features(self) -> int | None:
+        """Features of a row; None before the first batch."""
+        return None if self._template is None else int(self._template.shape[1])
+
+    @property
+    def _xp(self) -> Namespace:
+        return _array.namespace(self._template)
+
+    def _finish_update(self, update: PendingUpdate[Self]) -> Self:
+        if self.samples != update.begun[0] or self._template is not update.begun[1]:
+            raise IPAError(
+                "expected an update to be finished before another one of the same learner begins, "
+                "got rows learned in between; finish the first one first"
+            )
+        before = self.__dict__.copy()
+        try:
+            with _torch_modes.isolated(update.template):
+                self._learn(update)
+        except BaseException:
+            self.__dict__ = before
+            raise
+        return self
+
+    def _learn(self, update: PendingUpdate[Self]) -> None:
+        """Wait for the norms of the rows, and absorb the rows."""
+        with _array.ignore_overflow():
+            squares, *seen = update.squares()
+            rows = update.batch.result(squares)
+        self._template = update.template
+        self.samples += rows.count
+        sketch = Sketch(update.products, _array.host_concat(seen)) if seen else None
+        self._absorb_whole_blocks(update.batch.xp, rows, update.parts, sketch)
+
+    def _absorb_whole_blocks(
+        self, xp: Namespace, rows: Rows, parts: tuple[Array, ...], sketch: Sketch | None
+    ) -> None:
+        """Absorb rows in blocks of the fixed size; the rest waits."""
+        chunks = align_rows(xp, self._pending, rows, parts)
+        full = self._whole_rows(chunks.count)
+        if full:
+            self._absorb_chunks(xp, RowChunks(chunks.parts, sketch).cut(0, full))
+            rest = chunks.cut(full, chunks.count).parts
+            self._pending = tuple(part.copy(xp) for part in rest)
+        elif rows.count:
+            self._pending = (*self._pending, rows.copy(xp))
+
+    def _whole_rows(self, count: int) -> int:
+        """Return how many of so many rows are in whole blocks."""
+        return count - count % self._block_rows
+
+    def _flushed(self) -> Self:
+        """Return a copy with nothing pending."""
+        done = copy.copy(self)
+        if done._pending:
+            xp = done._xp
+            block, done._pending = join(xp, done._pending), ()
+            done._absorb_block(xp, block)
+        return done
+
+    def _absorb_block(self, xp: Namespace, rows: Rows) -> None:
+        weight = rows.total_weight()
+        if self.center:
+            rows = self._centered(xp, rows, weight)
+        self._weight += weight
+        self._energy += rows.energy()
+        self._absorb_rows(xp, rows)
+
+    def _centered(self, xp: Namespace, rows: Rows, weight: float) -> Rows:
+        """Return the block about its own mean, and the jump of the mean as one more row.
+
+        The scatter of two groups about their common mean is the sum of the scatters about their
+        own means and of W w / (W + w) times the outer square of the difference of the means: one
+        row, after which no algorithm needs to handle centering.
+        """
+        # About its first row the block is small, whatever the mean: no digits cancel.
+        pilot = rows.x[0, :]
+        x = rows.x - pilot
+        offset = xp.sum(rows.apply_weights(x), axis=0) / weight
+        x = x - offset
+        wide = _array.wide_dtype(xp, _array.device(x))
+        mean = _array.cast(xp, pilot, wide) + _array.cast(xp, offset, wide)
+        centered = Rows.of(xp, x, rows.weights)
+        if self._mean is None:
+            self._mean = mean
+            return centered
+        return join(xp, (centered, self._move_mean(xp, mean, weight)))
+
+    def _move_mean(self, xp: Namespace, mean: Array, weight: float) -> Rows:
+        """Take another group's mean into the running one; return the row that stands for it."""
+        total = self._weight + weight
+        difference = mean - self._mean
+        self._mean = self._mean + difference * (weight / total)
+        row = difference * math.sqrt(self._weight * weight / total)
+        return Rows.of(xp, _array.cast(xp, row, self._template.dtype)[None, :])
