@@ -52,7 +52,7 @@ test-search: .venv/.installed-test  ## search longer, from a fresh seed, for cou
 	$(PYTEST) --hypothesis-profile=search tests/core
 
 test-jax: .venv/.installed-jax  ## the core tests with JAX among the array libraries
-	$(PYTEST) --hypothesis-profile=jax tests/core -k jax
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) --hypothesis-profile=jax tests/core -k jax
 
 test-quantized: .venv/.installed-quantized  ## PEFT on bases in 4 and 8 bits
 	$(PYTEST) tests/hf/test_quantized.py

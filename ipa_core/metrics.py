@@ -121,7 +121,10 @@ def excess_error(projector: Projector, held_out: ActivationStream) -> float:
         except IPAError as error:
             raise with_context(error, label) from error
     if oracle.samples == 0:
-        raise EmptyStreamError("expected a held-out stream with rows, got none")
+        raise EmptyStreamError(
+            "expected a held-out stream with rows of positive weight, got none; check that the "
+            "stream is not used up and that the mask keeps some rows"
+        )
     residual = oracle.residual(projector)
     best = oracle.residual(oracle.finalize())
     if best <= 0.0:

@@ -165,7 +165,10 @@ class Projector:
         else:
             held = host_weights(weights, tuple(rows.shape[:-1]), rows.dtype)
         if not held.sum() > 0.0:
-            raise EmptyStreamError("expected at least one row of positive weight, got none")
+            raise EmptyStreamError(
+                "expected at least one row of positive weight, got none; check that the mask keeps "
+                "some rows"
+            )
         return float((held * squares).sum() / held.sum())
 
     def captured(self, rank: int | None = None) -> float:

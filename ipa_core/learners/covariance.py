@@ -116,5 +116,7 @@ class ExactCovariance(Learner):
     def _nonempty(self) -> Self:
         """Return a copy with nothing pending."""
         if self.samples == 0:
-            raise EmptyStreamError("expected at least one row of positive weight, got none")
+            raise EmptyStreamError(
+                "expected at least one row of positive weight, got none; update() the learner first"
+            )
         return self._flushed()

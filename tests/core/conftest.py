@@ -1,6 +1,7 @@
 """Fixtures: the array libraries and the learners of the laws."""
 
 import importlib
+import sys
 from functools import partial
 
 import pytest
@@ -21,6 +22,12 @@ LEARNERS = [
     RandomizedSVD,
     ReconstructionAutoencoder,
 ]
+
+
+def pytest_runtest_teardown():
+    """Drop what JAX has compiled: hundreds of megabytes in a law, as each shape is new."""
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
 
 
 def _library(name):

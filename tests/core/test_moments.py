@@ -42,7 +42,7 @@ def test_moment_and_mean_are_those_of_the_rows(xp, center):
 
 def test_moments_need_rows():
     for name in ("moment", "mean"):
-        with pytest.raises(EmptyStreamError, match="at least one row"):
+        with pytest.raises(EmptyStreamError, match=r"at least one row.*update\(\)"):
             getattr(ExactCovariance(1), name)
 
 

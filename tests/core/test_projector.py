@@ -123,7 +123,7 @@ def test_excess_error(xp):
         pytest.approx(0.0, abs=1e-10)
     )
     assert excess_error(plain(xp, np.eye(9)[:1]), xp.asarray(np.eye(9)[1:2])) == np.inf
-    with pytest.raises(EmptyStreamError):
+    with pytest.raises(EmptyStreamError, match="keeps some rows"):
         excess_error(projector, [])
 
 

@@ -157,7 +157,7 @@ def test_a_bad_batch_is_named():
 
 @pytest.mark.parametrize("stream", [[], iter([]), np.ones((0, 4)), [np.ones((0, 4))]])
 def test_nothing_to_learn_from(stream):
-    with pytest.raises(EmptyStreamError):
+    with pytest.raises(EmptyStreamError, match="keeps some rows"):
         fit(stream)
 
 

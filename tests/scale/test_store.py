@@ -242,7 +242,7 @@ def test_another_run_is_refused(tmp_path):
 
 
 def test_nothing_to_store(tmp_path):
-    with pytest.raises(EmptyStreamError):
+    with pytest.raises(EmptyStreamError, match="neither empty nor used up"):
         store(tmp_path / "a", [])
 
     class Skipped(nn.Module):

@@ -24,7 +24,7 @@ from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.collector import ActivationCollector
-from ipa_torch._fit.early_stopping import DATA_EXHAUSTED
+from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, NO_BATCH
 from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.row_buffer import RowBuffer
@@ -205,7 +205,7 @@ class _Writer:
     def end(self) -> None:
         """Write the remaining rows, and the reason of the end, unless the store is finished."""
         if not self._position.seen:
-            raise EmptyStreamError("expected at least one batch, got none")
+            raise EmptyStreamError(NO_BATCH)
         if self.index.ended is None:
             self._flush(self._reason)
 

@@ -14,6 +14,10 @@ OnError: TypeAlias = Literal["raise", "return"]
 
 #: Reason to stop of a fit that used all batches.
 DATA_EXHAUSTED = "the batches ended"
+#: Message of the error for data without any batch.
+NO_BATCH = (
+    "expected at least one batch, got none; check that the loader is neither empty nor used up"
+)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, Checkpoi
 from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.convergence import Convergence
-from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, StoppingCriteria
+from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, NO_BATCH, StoppingCriteria
 from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.memory_passes import MemoryPass, join_passes, split_by_memory
@@ -38,10 +38,6 @@ from ipa_torch._layers.targets import Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch._settings import resolve_rank
 from ipa_torch.layer_projectors import M
-
-_NO_BATCH = (
-    "expected at least one batch, got none; check that the loader is neither empty nor used up"
-)
 
 
 def run_fit(
@@ -171,7 +167,7 @@ def _run_pass(
         checkpoints.record_batch(batch)
     checkpoints.write_last()
     if not position.seen and fit_group.group is None:
-        raise EmptyStreamError(_NO_BATCH)
+        raise EmptyStreamError(NO_BATCH)
     return reason or DATA_EXHAUSTED
 
 
@@ -214,7 +210,7 @@ def _first(batches: Iterable[Any]) -> Any:
     with torch.random.fork_rng([]):  # keeps the shuffling of the passes
         for batch in batches:
             return batch
-    raise EmptyStreamError(_NO_BATCH)
+    raise EmptyStreamError(NO_BATCH)
 
 
 def _bar(progress: bool, memory_passes: Sequence[MemoryPass], number: int) -> tqdm[Any]:
