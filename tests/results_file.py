@@ -3,7 +3,12 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from benchmarks import record
+
+#: Packages whose versions are written with the figures.
+PACKAGES = ["torch", "transformers", "peft"]
 
 
 class ResultsFile:
@@ -17,11 +22,11 @@ class ResultsFile:
         """Add a row; its first two cells identify it."""
         self.rows["/".join(row[:2])] = [*row]
 
-    def write(self, packages: list[str]) -> None:
+    def write(self) -> None:
         """Write the table, unless no folder is named or no test added a row."""
         if not (folder := os.environ.get("IPA_RESULTS")) or not self.rows:
             return
-        facts = record.circumstances(self.command, packages)
+        facts = record.circumstances(self.command, PACKAGES)
         machine = facts["machine"]
         versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
         text = (
@@ -30,3 +35,14 @@ class ResultsFile:
         )
         table = record.table(self.header, list(self.rows.values()))
         Path(folder, f"{self.name}.md").write_text(text + table + "\n", encoding="utf-8")
+
+
+def results_fixture(table: ResultsFile):
+    """Return a fixture of a table that is written at the end of the session."""
+
+    @pytest.fixture(scope="session")
+    def results():
+        yield table
+        table.write()
+
+    return results

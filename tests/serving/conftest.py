@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.results_file import ResultsFile
+from tests.results_file import ResultsFile, results_fixture
 
 from . import served_models
 from .served_models import difference
@@ -19,7 +19,6 @@ from .served_models import difference
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = Path(os.environ.get("IPA_SERVING", ROOT / ".venv" / "serving"))
 HEADER = ["server", "case", "version", "log-probabilities, largest difference", "greedy text"]
-PACKAGES = ["torch", "transformers", "peft"]
 QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"}
 
 
@@ -78,11 +77,7 @@ class Results(ResultsFile):
             assert difference(expected, served.expected["base"]) > 0.5
 
 
-@pytest.fixture(scope="session")
-def results():
-    table = Results("serving", "make test-serving", HEADER)
-    yield table
-    table.write(PACKAGES)
+results = results_fixture(Results("serving", "make test-serving", HEADER))
 
 
 @pytest.fixture(scope="session")

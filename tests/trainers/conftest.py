@@ -9,13 +9,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ipa_hf
-from tests.results_file import ResultsFile
+from tests.results_file import ResultsFile, results_fixture
 from tests.tiny_model import write_model
 
 from .outcome import check_loads, check_trained
 
 HEADER = ["trainer", "case", "version", "A after training", "loads in stock PEFT"]
-PACKAGES = ["torch", "transformers", "peft"]
 FIT = "-m ipa_hf fit MODEL texts.jsonl --out adapter --rank 4 --targets q_proj,v_proj"
 
 
@@ -47,11 +46,7 @@ class Task:
         self.results.add(trainer, case, version, unchanged, "yes")
 
 
-@pytest.fixture(scope="session")
-def results():
-    table = ResultsFile("trainers", "make test-trainers", HEADER)
-    yield table
-    table.write(PACKAGES)
+results = results_fixture(ResultsFile("trainers", "make test-trainers", HEADER))
 
 
 @pytest.fixture(scope="session")
