@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from ipa_core.errors import BrokenDependencyError, IPAError, MissingDependencyError
+from ipa_core.errors import BrokenDependencyError, IPAError, MissingDependencyError, first_cause
 
 
 def import_optional(name: str, *, extra: str, user: str) -> Any:
@@ -59,22 +59,3 @@ def dependency_error(error: Exception, *names: str, extra: str, user: str) -> IP
         f"{user} needs {' and '.join(packages)}, but importing them failed: {first_cause(error)}; "
         f"install versions that fit with: pip install --upgrade 'ipa-projectors[{extra}]'"
     )
-
-
-def first_cause(error: BaseException) -> str:
-    """Return the class and first line of the error that an error followed from.
-
-    Examples
-    --------
-    >>> try:
-    ...     try:
-    ...         raise RuntimeError("operator torchvision::nms does not exist")
-    ...     except RuntimeError as error:
-    ...         raise ModuleNotFoundError("Could not import module 'PreTrainedModel'.") from error
-    ... except ModuleNotFoundError as error:
-    ...     print(first_cause(error))
-    RuntimeError: operator torchvision::nms does not exist
-    """
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -119,3 +119,22 @@ def with_context(error: IPAError, context: str) -> IPAError:
     RankError("layer 'fc1': expected a rank ..., got 9")
     """
     return type(error)(f"{context}: {error}")
+
+
+def first_cause(error: BaseException) -> str:
+    """Return the class and first line of the error that an error followed from.
+
+    Examples
+    --------
+    >>> try:
+    ...     try:
+    ...         raise RuntimeError("operator torchvision::nms does not exist")
+    ...     except RuntimeError as error:
+    ...         raise ModuleNotFoundError("Could not import module 'PreTrainedModel'.") from error
+    ... except ModuleNotFoundError as error:
+    ...     print(first_cause(error))
+    RuntimeError: operator torchvision::nms does not exist
+    """
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -20,7 +20,8 @@ from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.async_update import InputUpdate, is_async_device
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
-from ipa_torch._distributed.tree_reduce import merge_across_ranks, world
+from ipa_torch._distributed.process_group import world
+from ipa_torch._distributed.tree_reduce import merge_across_ranks
 from ipa_torch._layers.activation_tensor import check_rows, input_of
 from ipa_torch.errors import named_layer
 

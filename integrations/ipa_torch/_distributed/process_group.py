@@ -8,20 +8,14 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
-from torch import nn
+from torch import distributed, nn
 
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_torch._distributed.comm import Communicator, ProcessGroup
 from ipa_torch._distributed.lockstep import Lockstep
 from ipa_torch._distributed.parallel_wrappers import is_sharded
-from ipa_torch._distributed.tree_reduce import (
-    L,
-    ProjectorLearner,
-    merge_across_ranks,
-    merge_states,
-    world,
-)
+from ipa_torch._distributed.tree_reduce import L, ProjectorLearner, merge_across_ranks, merge_states
 from ipa_torch.errors import PeerError
 
 ProcessGroupArg: TypeAlias = "ProcessGroup | Literal['world'] | None"
@@ -168,3 +162,10 @@ class FitProcessGroup:
     def _stop_lockstep(self) -> None:
         if self._lockstep is not None:
             self._lockstep.leave()
+
+
+def world() -> ProcessGroup | None:
+    """Return the group of all ranks; None in a single process."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.group.WORLD
+    return None

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from torch import distributed
 
 from ipa_core import Projector
 from ipa_core.io.serialization import pack_state, unpack_state
@@ -58,13 +57,6 @@ class ProjectorLearner(MergeableLearner, Protocol):
 
 
 L = TypeVar("L", bound=MergeableLearner)
-
-
-def world() -> ProcessGroup | None:
-    """Return the group of all ranks; None in a single process."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.group.WORLD
-    return None
 
 
 def merge_across_ranks(

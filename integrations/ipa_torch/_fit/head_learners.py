@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, overload
 
@@ -12,6 +12,7 @@ import torch
 from ipa_core import Learner
 from ipa_core.errors import FileFormatError, SettingError, ShapeError
 from ipa_torch._capture.row_consumer import PendingRows
+from ipa_torch._fit.early_stopping import StoppingCriteria
 
 
 class HeadLearners(Sequence[Learner]):
@@ -158,3 +159,17 @@ def _of_head(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
+
+
+def by_head(
+    make_learner: Callable[[int], Learner], heads: int, stop: StoppingCriteria | None
+) -> Callable[[int], HeadLearners]:
+    """Return a factory of learners of all heads."""
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise SettingError(f"expected heads to be an integer of at least 1 or None, got {heads!r}")
+    if stop is not None and stop.tolerance is not None:
+        raise SettingError(
+            "expected no tolerance with heads, whose excess error is not estimated, got "
+            f"{stop.tolerance!r}; use max_rows or max_batches"
+        )
+    return lambda rank: HeadLearners(make_learner(rank) for _ in range(heads))

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ipa_core import ExactCovariance, Learner
-from ipa_core.errors import SettingError
 from ipa_torch._capture.forward import Forward
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._distributed.process_group import ProcessGroupArg
@@ -16,7 +15,7 @@ from ipa_torch._fit.checkpoint import CheckpointLike
 from ipa_torch._fit.collector import Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.fit_loop import run_fit
-from ipa_torch._fit.head_learners import HeadLearners
+from ipa_torch._fit.head_learners import by_head
 from ipa_torch._fit.merge_results import LEARNERS
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._layers.targets import ALL_LINEAR, Targets
@@ -105,7 +104,7 @@ def fit_learners(
         rank,
         LEARNERS,
         targets=targets,
-        learner=learner if heads is None else _by_head(learner, heads, stop),
+        learner=learner if heads is None else by_head(learner, heads, stop),
         row_weights=row_weights,
         forward=forward,
         max_patches=max_patches,
@@ -119,17 +118,3 @@ def fit_learners(
     )
     report_missing(learners, on_missing, "learner")
     return learners
-
-
-def _by_head(
-    make_learner: Callable[[int], Learner], heads: int, stop: StoppingCriteria | None
-) -> Callable[[int], HeadLearners]:
-    """Return a factory of learners of all heads."""
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-        raise SettingError(f"expected heads to be an integer of at least 1 or None, got {heads!r}")
-    if stop is not None and stop.tolerance is not None:
-        raise SettingError(
-            "expected no tolerance with heads, whose excess error is not estimated, got "
-            f"{stop.tolerance!r}; use max_rows or max_batches"
-        )
-    return lambda rank: HeadLearners(make_learner(rank) for _ in range(heads))
