@@ -11,6 +11,7 @@ import torch
 from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_layers
 from ipa_hf.metadata_file import FILE_NAME, AdapterMetadata
+from ipa_torch.extension import in_float64
 
 #: Difference of sums of A beyond rounding to bfloat16, relative to the norm of A.
 _TOLERANCE = 0.02
@@ -71,4 +72,4 @@ def write_metadata(model: torch.nn.Module, adapter_name: str, folder: Path) -> N
 def _sum(weight: torch.Tensor) -> float | None:
     """Return the sum of a matrix in this process; None of sharded and of offloaded ones."""
     whole = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.ndim == 2
-    return float(weight.detach().double().sum()) if whole and not weight.is_meta else None
+    return float(in_float64(weight.detach()).sum()) if whole and not weight.is_meta else None

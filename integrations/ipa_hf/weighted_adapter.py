@@ -15,6 +15,7 @@ from ipa_hf.freezing import set_lora_A_frozen
 from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
 from ipa_hf.tied_adapters import are_tied, tie_adapter
+from ipa_torch.extension import in_float64
 
 
 def add_weighted_adapter(
@@ -69,7 +70,9 @@ def _keep_shared(
             continue
         if all(torch.equal(shared, other) for other, _ in parts.values()):
             scaling = layer.scaling
-            total = sum(weights[x] * scaling[x] * part.double() for x, (_, part) in parts.items())
+            total = sum(
+                weights[x] * scaling[x] * in_float64(part) for x, (_, part) in parts.items()
+            )
             a.copy_(shared)
-            b.copy_(total / scaling[adapter_name])
+            b.copy_((total / scaling[adapter_name]).to(b.dtype))
             yield name, layer

@@ -11,6 +11,7 @@ from ipa_torch._capture.batch_device import device_of, on_device
 from ipa_torch._capture.row_selection import RowSelection
 from ipa_torch._fit.collector import NEVER_RAN
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
+from ipa_torch._float64 import in_float64
 from ipa_torch._layers.execution_device import execution_device
 from ipa_torch._layers.feature_counts import features_of, outputs_of
 from ipa_torch._layers.layer_lookup import get_layer
@@ -43,6 +44,7 @@ __all__ = [
     "execution_device",
     "features_of",
     "get_layer",
+    "in_float64",
     "is_conv1d",
     "is_linear",
     "on_device",

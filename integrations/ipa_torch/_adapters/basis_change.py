@@ -10,6 +10,7 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_torch._adapters.shared_projection import SharedProjection
+from ipa_torch._float64 import in_float64
 
 
 def change_basis(
@@ -23,22 +24,22 @@ def change_basis(
 
     The lost share of a layer is the part of B P_old outside the new span, in Frobenius norm.
     """
-    old = projection.weight.detach().double()
-    new = procrustes_align(old, projector.components.to(old.device).double())
+    old = in_float64(projection.weight.detach())
+    new = procrustes_align(old, in_float64(projector.components).to(old.device))
     transition = old @ new.T
     ratio = float(projection.scale) / scale
     lost_share = {}
     with torch.no_grad():
         for name, parameter in lora_B.items():
-            before = parameter.double()
+            before = in_float64(parameter)
             after = before @ transition
             lost_share[name] = _share_outside_span(before, after)
-            parameter.copy_(ratio * after)
+            parameter.copy_((ratio * after).to(parameter.dtype))
             moment = optimizer.state.get(parameter, {}).get("exp_avg") if optimizer else None
             if moment is not None:
                 # Gradients rotate as their parameter does, and scale inversely.
-                moment.copy_(moment.double() @ transition / ratio)
-        projection.weight.copy_(new)
+                moment.copy_((in_float64(moment) @ transition / ratio).to(moment.dtype))
+        projection.weight.copy_(new.to(projection.weight.dtype))
         projection.scale.fill_(scale)
     return lost_share
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
+from ipa_torch._float64 import in_float64
 from ipa_torch.layer_projectors import as_tensor
 
 Scaling: TypeAlias = float | Literal["energy"]
@@ -83,10 +84,10 @@ def energy_scale(projector: Projector) -> float:
     >>> round(energy_scale(fit_projector(x, rank=48)), 3)
     0.577
     """
-    mean = as_tensor(projector.mean).double()
-    components = as_tensor(projector.components).double()
+    mean = in_float64(as_tensor(projector.mean))
+    components = in_float64(as_tensor(projector.components))
     total = projector.total_energy + float(mean @ mean)
-    kept = float(as_tensor(projector.energies).double().sum())
+    kept = float(in_float64(as_tensor(projector.energies)).sum())
     kept += float((components @ mean).square().sum())
     share = kept / total if total > 0 and kept > 0 else 1.0
     return math.sqrt(LORA_SHARE * projector.rank / projector.features / share)

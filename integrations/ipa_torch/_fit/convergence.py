@@ -11,6 +11,7 @@ import torch
 from ipa_core import Learner, Projector
 from ipa_torch._capture.autocast import no_grad_or_autocast
 from ipa_torch._capture.row_consumer import RowConsumer
+from ipa_torch._float64 import in_float64
 
 #: Batches before a layer may count as converged: fewer may be alike by chance.
 MIN_BATCHES = 12
@@ -101,7 +102,7 @@ class Convergence:
         residuals = torch.stack([_residual(p, rows) for p in (self._half, self._now)] + [energy])
         if weights is not None:
             residuals = residuals * weights.to(residuals)
-        sums = residuals.sum(1, dtype=torch.float64)
+        sums = in_float64(residuals).sum(1)
         self._sums = sums if self._sums is None else self._sums + sums
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import SettingError
+from ipa_torch._float64 import in_float64
 from ipa_torch._gradient.gradient_sketch import GradientSketch
 
 #: Leading directions along which the inputs' second moment is known.
@@ -136,7 +137,7 @@ class DampedGradientSketch(GradientSketch):
         """Return the fixed rows and, orthogonal to them, the directions of a damped step."""
         assert self._inputs is not None  # it has samples wherever there is an image
         inputs = self._inputs.finalize()
-        rows, energies = inputs.components.double(), inputs.energies.double()
+        rows, energies = in_float64(inputs.components), in_float64(inputs.energies)
         mean = inputs.total_energy / inputs.features
         unknown = max(1, inputs.features - inputs.rank)
         remaining = max(0.0, inputs.total_energy - float(energies.sum())) / unknown

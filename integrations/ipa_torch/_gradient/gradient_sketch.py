@@ -11,6 +11,7 @@ import torch
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
 from ipa_torch._distributed.tree_reduce import ProjectorLearner
+from ipa_torch._float64 import in_float64
 from ipa_torch._layers.row_samples import strided_sample
 
 #: Rows of each batch in the sample of the energies that P captures of the inputs.
@@ -118,13 +119,14 @@ class GradientSketch:
                 "expected gradients, got none; let the loss depend on the layer, and train the "
                 "head for a moment before"
             )
-        components = self._directions(self._image.double())
-        rows = torch.cat(self._sampled_rows).double()
+        components = self._directions(in_float64(self._image))
+        rows = in_float64(torch.cat(self._sampled_rows))
         energies = (rows @ components.T).square().mean(0)
+        device = self._image.device
         return Projector(
-            components.float(),
-            torch.zeros_like(components[0], dtype=torch.float32),
-            energies.float(),
+            components.float().to(device),
+            torch.zeros(components.shape[1], device=device),
+            energies.float().to(device),
             float(rows.square().sum(1).mean()),
             self.samples,
         )
