@@ -87,6 +87,7 @@ EXCEPTIONS = {
     "python -m benchmarks.classification main --task cifar10 --seeds 8 --tuned-on 3": STUDY,
     "python -m benchmarks.classification rank": STUDY,
     "python -m benchmarks.classification beyond": STUDY,
+    "python -m benchmarks.classification loss": STUDY,
     "python -m benchmarks.commonsense main": STUDY,
     "python -m benchmarks.evidence.similarity": STUDY,
     "python -m benchmarks.likelihood headlines": STUDY,
