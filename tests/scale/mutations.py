@@ -205,4 +205,4 @@ if __name__ == "__main__":
     found, wrong = main(*map(int, sys.argv[1:]))
     for (name, outcome), times in sorted(found.items()):
         print(f"{name}: {outcome} {times:,}")
-    sys.exit("\n".join(wrong[:20]))
+    sys.exit("\n".join(wrong[:20]) or None)

@@ -24,7 +24,9 @@ from ipa_torch.errors import LayerError
 class AdapterLayer(nn.Module):
     r"""Layer W with named adapters, one of them active: :math:`W x + B \, s P x`.
 
-    Attributes of the base layer (``weight``, ``in_features``) are available as before.
+    Attributes of the base layer (``weight``, ``in_features``) are read and set as before.
+    ``weight`` is W also while an adapter is merged: other code of the model may use it. Within a
+    forward pass of the model, ``isinstance`` finds the class of the base layer as well.
 
     Parameters
     ----------
@@ -45,7 +47,7 @@ class AdapterLayer(nn.Module):
 
     def __init__(self, base: nn.Module, pass_lock: PassLock) -> None:
         super().__init__()
-        self.base_layer = base
+        self.register_module("base_layer", None)  # the first part, set last: see __setattr__
         self.pass_lock = pass_lock
         self.view = view_of(base)
         self.projections = nn.ModuleDict()
@@ -54,9 +56,11 @@ class AdapterLayer(nn.Module):
         self.active: str | None = None
         self.merged: str | None = None
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()
+        self.weight_read = False
         # The tuple keeps the weight from being a parameter of this module.
         # Not self.train(), which would run what a layer does in its own.
         self.training = base.training
+        self.base_layer = base
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,6 +160,7 @@ class AdapterLayer(nn.Module):
             # The range of float16 is too small for B and its gradient.
             and z.dtype in (lora_B.dtype, torch.bfloat16)
             and autocast_dtype(x.device) is None
+            and torch._C._get_tracing_state() is None  # a trace would keep the shape
         )
 
     def _added_in_place(
@@ -204,13 +209,47 @@ class AdapterLayer(nn.Module):
         state = f"merged={self.merged!r}" if self.merged else f"active={self.active!r}"
         return f"adapters={list(self.lora_B)}, {state}"
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Class of the base layer within a forward pass of the model, which may ask for it."""
+        attributes = vars(self)
+        lock = attributes.get("pass_lock")
+        if lock is None or not lock.in_pass:
+            return type(self)
+        return type(attributes["_modules"]["base_layer"])
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(super().__getattr__("base_layer"), name)
+        if name == "weight":
+            if not torch.compiler.is_compiling() and self.pass_lock.in_pass:
+                self.weight_read = True
+            if self._unmerged_weight:
+                return self._unmerged_weight[0]
+        return getattr(super().__getattr__("base_layer"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = vars(self).get("_modules", {}).get("base_layer")
+        if base is None or _has_own(self, name) or not hasattr(base, name):
+            super().__setattr__(name, value)
+        elif name == "weight" and self.merged is not None:
+            raise LayerError(
+                f"expected no new weight of a {type(base).__name__} while the adapter "
+                f"{self.merged!r} is merged, got one; unmerge first"
+            )
+        elif name in base._parameters and isinstance(value, torch.Tensor):
+            base._parameters[name] = value  # perhaps no parameter: torch.func puts tensors there
+        else:
+            setattr(base, name, value)
+
+
+def _has_own(layer: AdapterLayer, name: str) -> bool:
+    """Return whether an adapter layer itself, not its base layer, has an attribute."""
+    held = (vars(layer)[key] for key in ("_parameters", "_buffers", "_modules"))
+    return name in vars(layer) or hasattr(type(layer), name) or any(name in part for part in held)
 
 
 def _moved(old: nn.Parameter, data: torch.Tensor) -> nn.Parameter:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import warnings
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters, set_adapter
-from ipa_torch._adapters.adapter_layer import adapter_layers
+from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
+from ipa_torch._adapters.class_checks import find_class_checks
 from ipa_torch._adapters.freezing import freeze, unfreeze
 from ipa_torch._adapters.layer_replacement import check_replaceable, unwrap, wrap
 from ipa_torch._adapters.pass_lock import changing, remove_pass_lock
@@ -123,6 +125,7 @@ def add_adapter(
     Layers with the same spec object share one projection, as far as they read their input alike.
     """
     freeze(model)
+    _warn_of_class_checks(model, specs)
     layers = wrap(model, specs)
     shared: dict[Hashable, SharedProjection] = {}
     for name, spec in specs.items():
@@ -134,6 +137,16 @@ def add_adapter(
             shared[key] = layer.find_equal_projection(fresh) or fresh
         layer.add(adapter_name, shared[key], dropout)
     set_adapter(model, adapter_name)
+
+
+def _warn_of_class_checks(model: nn.Module, names: Iterable[str]) -> None:
+    if owners := find_class_checks(model, map(model.get_submodule, names)):
+        warnings.warn(
+            f"the forward of {', '.join(owners)} asks for the class of its layers: with adapters "
+            "`isinstance` finds that of the layer, but not where it is compiled, and `type` finds "
+            "AdapterLayer; compare the outputs with those before `attach`",
+            stacklevel=4,
+        )
 
 
 def check_new(model: nn.Module, adapter_name: str) -> None:
@@ -160,7 +173,8 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
     """Remove an adapter, or all; without adapters the model has its original layers again.
 
     A layer whose last adapter is merged keeps the merged weight: after `merge` and `detach` the
-    original layers have the adapter in their weights.
+    original layers have the adapter in their weights. A warning says if other code of the model
+    reads these.
 
     Raises
     ------
@@ -188,7 +202,20 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
             for _, layer in adapter_layers(model):
                 if name in layer.lora_B:
                     layer.remove(name)
-        unwrap(unwrap_model(model), [m for _, m in adapter_layers(model) if not m.lora_B])
+        bare = {name: m for name, m in adapter_layers(model) if not m.lora_B}
+        _warn_of_weights_read(bare)
+        unwrap(unwrap_model(model), bare.values())
         if not adapter_layers(model):
             unfreeze(unwrap_model(model))
             remove_pass_lock(unwrap_model(model))
+
+
+def _warn_of_weights_read(layers: Mapping[str, AdapterLayer]) -> None:
+    read = [name for name, layer in layers.items() if layer.merged and layer.weight_read]
+    if read:
+        warnings.warn(
+            f"the model reads the weight of layer {read[0]!r} and {len(read) - 1} more without "
+            "calling them, if only for its dtype: what it computes with the merged weight "
+            "changes with `detach`; compare outputs, or do not detach",
+            stacklevel=3,
+        )

@@ -35,14 +35,16 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def check_rows(module: nn.Module, activation: torch.Tensor) -> None:
-    """Check that an activation is an ordinary tensor, of which rows can be read.
+    """Check that a layer and its input are ordinary tensors, of which rows can be read.
 
     Raises
     ------
     ArrayTypeError
-        If it is nested, or one that `torch.func` transforms.
+        If the input is nested, or `torch.func` transforms it or the layer's weights.
     """
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor(activation)
+    tensors = (activation, *module._parameters.values())
+    is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+    transformed = any(is_transformed(tensor) for tensor in tensors if tensor is not None)
     if activation.is_nested or transformed:
         kind, cure = (
             ("a transformed tensor", "learn outside of torch.func")
@@ -50,8 +52,8 @@ def check_rows(module: nn.Module, activation: torch.Tensor) -> None:
             else ("a nested tensor", "give padded batches with row_weights")
         )
         raise ArrayTypeError(
-            f"expected an ordinary tensor as input of {type(module).__name__}, got {kind}; {cure}, "
-            "or leave it out of the targets"
+            f"expected ordinary tensors as input and weights of {type(module).__name__}, got "
+            f"{kind}; {cure}, or leave it out of the targets"
         )
 
 
