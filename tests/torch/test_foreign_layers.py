@@ -1,8 +1,11 @@
 """Layers of other libraries' kinds: adapted and merged right, or refused by name."""
 
+import collections
 import copy
 import functools
 import threading
+import types
+import weakref
 
 import pytest
 import torch
@@ -42,6 +45,11 @@ class ReluLinear(nn.Linear):
         return super().forward(x).relu()
 
 
+class ClampedLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x.clamp(-20, 20), self.weight, self.bias)
+
+
 class CastingLinear(nn.Linear):
     def forward(self, x):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
@@ -79,7 +87,7 @@ def adapted(model):
     return model
 
 
-@pytest.mark.parametrize("kind", [EqualLinear, CosineLinear, ReluLinear])
+@pytest.mark.parametrize("kind", [EqualLinear, CosineLinear, ReluLinear, ClampedLinear])
 def test_layer_that_is_not_its_weight_adapts_and_refuses_to_merge(kind):
     model = adapted(around(kind(16, 16)))
     before = model(X)
@@ -100,6 +108,39 @@ def test_layer_that_passes_the_proof_is_merged(kind, dtype):
     merge(model)
     error = (model(x) - before).abs().max() / before.abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 5e-2)
+
+
+class GatedLinear(nn.Linear):
+    def forward(self, x, gate=None, shift=None):
+        y = F.linear(x if shift is None else x + shift, self.weight, self.bias)
+        return y if gate is None else y * gate
+
+
+@pytest.mark.parametrize("name", ["gate", "shift"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_layer_called_with_other_arguments_is_not_merged(name, by_name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.alone = GatedLinear(16, 4), True
+
+        def forward(self, x):
+            other = None if self.alone else x[:, :4] if name == "gate" else x
+            keywords = {name: other} if by_name else {}
+            values = () if by_name else (other,) if name == "gate" else (None, other)
+            return self.layer(x, *values, **keywords)
+
+    model = adapted(Net())
+    before = model(X)
+    merge(model)
+    torch.testing.assert_close(model(X), before)
+    model.alone = False
+    with pytest.raises(LayerError, match="got other arguments; unmerge"):
+        model(X)
+    unmerge(model)
+    model(X)
+    with pytest.raises(LayerError, match="layer 'layer': .*got other arguments; leave"):
+        merge(model)
 
 
 @pytest.mark.parametrize("hook", ["pre", "post", "both"])
@@ -330,6 +371,11 @@ class Held(nn.Module):
             "set": {layer},
             "bound": layer.forward,
             "partial": functools.partial(nn.Module.__call__, layer),
+            "deque": collections.deque([layer]),
+            "subclass of list": type("Layers", (list,), {})([layer]),
+            "object": types.SimpleNamespace(call=layer),
+            "weak reference": weakref.ref(layer),
+            "default argument": lambda x, held=layer: held(x),
         }[how]  # fmt: skip
         self.__dict__["attribute"] = layer
 
@@ -338,12 +384,18 @@ class Held(nn.Module):
             return next(iter(self.calls))(x)
         if self.how == "nested":
             return self.calls["a"][0]["b"](x)
-        return self.calls[0](x) if isinstance(self.calls, list) else self.calls(x)
+        if self.how == "object":
+            return self.calls.call(x)
+        if self.how == "weak reference":
+            return self.calls()(x)
+        listed = isinstance(self.calls, (list, collections.deque))
+        return self.calls[0](x) if listed else self.calls(x)
 
 
 @pytest.mark.parametrize(
-    "how", ["list", "nested", "closure", "closure of a closure", "hidden module"]
-)
+    "how", ["list", "nested", "closure", "closure of a closure", "hidden module", "deque",
+            "subclass of list", "object"]
+)  # fmt: skip
 def test_layer_called_past_its_name_has_its_adapter(how):
     model = Held(how)
     layer, before = model.layer, model(X)
@@ -360,7 +412,9 @@ def test_layer_called_past_its_name_has_its_adapter(how):
     assert model.layer is model.attribute is layer and torch.equal(model(X), before)
 
 
-@pytest.mark.parametrize("how", ["tuple", "set", "bound", "partial"])
+@pytest.mark.parametrize(
+    "how", ["tuple", "set", "bound", "partial", "weak reference", "default argument"]
+)
 @pytest.mark.parametrize("loads", [False, True])
 def test_layer_that_cannot_be_replaced_everywhere_is_refused(how, loads):
     model, plain = Held(how), Held("list")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -19,6 +19,8 @@ from ipa_torch._layers.feature_counts import outputs_of
 from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
+
+_OTHER_ARGUMENTS = "expected a layer that is called with its input alone, got other arguments"
 
 
 class AdapterLayer(nn.Module):
@@ -56,7 +58,7 @@ class AdapterLayer(nn.Module):
         self.active: str | None = None
         self.merged: str | None = None
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()
-        self.weight_read = False
+        self.weight_read = self.other_arguments = False
         # The tuple keeps the weight from being a parameter of this module.
         # Not self.train(), which would run what a layer does in its own.
         self.training = base.training
@@ -76,7 +78,7 @@ class AdapterLayer(nn.Module):
 
     def merge_obstacle(self) -> str | None:
         """Return the reason for which no adapter can be merged, None if it can."""
-        return merge_obstacle(self.base_layer)
+        return _OTHER_ARGUMENTS if self.other_arguments else merge_obstacle(self.base_layer)
 
     def projection(self, name: str) -> SharedProjection:
         """Return the projection of an adapter."""
@@ -130,6 +132,8 @@ class AdapterLayer(nn.Module):
             self.pass_lock.leave_pass()
 
     def _output(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) + len(kwargs) > 1:
+            self._note_other_arguments((*args, *kwargs.values()))
         if self.active is None or self.merged is not None:
             output: torch.Tensor = self.base_layer(*args, **kwargs)
             return output
@@ -149,6 +153,13 @@ class AdapterLayer(nn.Module):
         if autocast_dtype(output.device) is None:
             z = z.to(lora_B.dtype)
         return output + self.view.expand(z, lora_B).to(output.dtype)
+
+    def _note_other_arguments(self, values: Iterable[Any]) -> None:
+        """Keep adapters from being merged into a layer whose output may depend on more than x."""
+        if sum(value is not None for value in values) > 1:
+            self.other_arguments = True
+            if self.merged is not None:
+                raise LayerError(f"{_OTHER_ARGUMENTS}; unmerge the adapter {self.merged!r}")
 
     def _can_add_in_place(self, x: torch.Tensor, z: torch.Tensor, lora_B: torch.Tensor) -> bool:
         base = self.base_layer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -24,7 +26,8 @@ _Replace = Callable[[nn.Module], None]
 def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Replace modules as parts of modules, and in the lists, dicts and closures of attributes.
 
-    A call through a list would otherwise reach the old layer, past its adapter.
+    Also in the attributes of an object that is an attribute. A call through a list would otherwise
+    reach the old layer, past its adapter.
 
     Examples
     --------
@@ -84,7 +87,7 @@ def _held(holder: Any) -> Iterator[tuple[Any, _Replace | None, str]]:
                     yield child, partial(value.__setitem__, name), f".{name}"
             elif not _is_of_torch(key):
                 yield value, partial(vars(holder).__setitem__, key), f".{key}"
-    elif type(holder) is list:
+    elif isinstance(holder, (list, deque)):
         for index, value in enumerate(holder):
             yield value, partial(holder.__setitem__, index), f"[{index}]"
     elif isinstance(holder, dict):
@@ -96,6 +99,8 @@ def _held(holder: Any) -> Iterator[tuple[Any, _Replace | None, str]]:
     elif isinstance(holder, FunctionType):
         for cell in holder.__closure__ or ():
             yield cell, None, " (a closure)"
+        for value in (*(holder.__defaults__ or ()), *(holder.__kwdefaults__ or {}).values()):
+            yield value, None, " (a default argument)"
     elif isinstance(holder, CellType):
         with suppress(ValueError):  # of an empty cell
             yield holder.cell_contents, partial(setattr, holder, "cell_contents"), ""
@@ -105,6 +110,12 @@ def _held(holder: Any) -> Iterator[tuple[Any, _Replace | None, str]]:
     elif isinstance(holder, partial):
         for value in (holder.func, *holder.args, *holder.keywords.values()):
             yield value, None, " (a partial function)"
+    elif isinstance(holder, weakref.ref):
+        yield holder(), None, " (a weak reference)"
+    elif not isinstance(holder, type):  # what else an object holds may be large, such as data
+        for key, value in list(getattr(holder, "__dict__", {}).items()):
+            if isinstance(value, nn.Module):
+                yield value, partial(vars(holder).__setitem__, key), f".{key}"
 
 
 def _is_of_torch(key: str) -> bool:
