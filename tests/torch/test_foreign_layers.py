@@ -287,6 +287,65 @@ def test_tie_outlives_a_move_while_merged():
     assert model[2].weight is embed.weight and embed.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("other", ["embedding", "linear", "shared module"])
+def test_merged_weight_that_was_tied_is_told(other):
+    head = nn.Linear(16, 16, bias=False)
+    tied = {
+        "embedding": nn.Embedding(16, 16),
+        "linear": nn.Linear(16, 16, bias=False),
+        "shared module": nn.ParameterList([nn.Parameter(torch.zeros(16, 16))]),
+    }[other]
+    head.weight = tied[0] if other == "shared module" else tied.weight
+    model = nn.Sequential(nn.Linear(16, 16), head, nn.Identity())
+    model[2].tied = tied
+    attach(model, fit_projectors(model, [X], 2, targets=["1"], progress=False))
+    merge(model)
+    with pytest.warns(UserWarning, match="weight of layer '1' .* was tied"):
+        detach(model)
+    assert model[1].weight is not (tied[0] if other == "shared module" else tied.weight)
+
+
+class ScaledTensor(torch.Tensor):
+    """A tensor of another class, as quantization libraries make them."""
+
+
+class LoudParameter(nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["parameter", "tensor", "meta", "shard"])
+def test_weight_of_another_class_is_not_merged_into(tmp_path, kind):
+    from torch import distributed
+
+    model = adapted(around(nn.Linear(16, 16)))
+    before, weight = model(X), model[2].base_layer.weight
+    layer = model[2].base_layer
+    if kind == "parameter":
+        layer.weight = LoudParameter(weight.detach())
+    elif kind == "tensor":
+        layer.weight = nn.Parameter(weight.detach().as_subclass(ScaledTensor))
+    elif kind == "meta":
+        layer.weight = nn.Parameter(weight.detach().to("meta"))
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
+    try:
+        if kind == "shard":
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(LayerError, match=r"layer '[02]': expected a weight that is"):
+            merge(model)
+        assert all(layer.merged is None for layer in (model[0], model[2]))
+        if kind != "meta":
+            torch.testing.assert_close(torch.as_tensor(model(X)), before)
+    finally:
+        if kind == "shard":
+            distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("change", ["outputs", "rank", "scale", "matrix", "number", "dropout"])
 def test_misfit_state_changes_nothing(change):
     model = adapted(around(nn.Linear(16, 16)))

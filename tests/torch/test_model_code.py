@@ -78,7 +78,7 @@ class TestReads:
     def test_detached_while_merged_is_told(self, compute):
         model = adapted(compute)
         merge(model)
-        with pytest.warns(UserWarning, match="reads the weight of layer '(first|last)'"):
+        with pytest.warns(UserWarning, match="of layer '(first|last)' .* is read by the model"):
             detach(model)
 
     def test_nothing_is_told_without_a_reader(self):

@@ -174,7 +174,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
 
     A layer whose last adapter is merged keeps the merged weight: after `merge` and `detach` the
     original layers have the adapter in their weights. A warning says if other code of the model
-    reads these.
+    reads these, or if they were tied.
 
     Raises
     ------
@@ -203,19 +203,26 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
                 if name in layer.lora_B:
                     layer.remove(name)
         bare = {name: m for name, m in adapter_layers(model) if not m.lora_B}
-        _warn_of_weights_read(bare)
+        _warn_of_merged_weights(unwrap_model(model), bare)
         unwrap(unwrap_model(model), bare.values())
         if not adapter_layers(model):
             unfreeze(unwrap_model(model))
             remove_pass_lock(unwrap_model(model))
 
 
-def _warn_of_weights_read(layers: Mapping[str, AdapterLayer]) -> None:
-    read = [name for name, layer in layers.items() if layer.merged and layer.weight_read]
-    if read:
-        warnings.warn(
-            f"the model reads the weight of layer {read[0]!r} and {len(read) - 1} more without "
-            "calling them, if only for its dtype: what it computes with the merged weight "
-            "changes with `detach`; compare outputs, or do not detach",
-            stacklevel=3,
-        )
+def _warn_of_merged_weights(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """Warn of merged weights that other code of the model reads, or that were tied."""
+    held = {id(parameter) for parameter in model.parameters()}
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    tied = [name for name, layer in merged.items() if id(layer.weight) in held]
+    read = [name for name, layer in merged.items() if layer.weight_read]
+    for names, consequence in (
+        (tied, "was tied, and the merged weight is not: a tied model cannot load its state dict"),
+        (read, "is read by the model without a call, if only for its dtype: what is computed with "
+               "it changes with `detach`; compare outputs, or do not detach"),
+    ):  # fmt: skip
+        if names:
+            warnings.warn(
+                f"the weight of layer {names[0]!r} and {len(names) - 1} more {consequence}",
+                stacklevel=3,
+            )

@@ -28,7 +28,8 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> None:
     ------
     LayerError
         If a layer does not compute W x + b with a floating weight of its own, as far as a probe
-        input shows; nothing is merged then.
+        input shows, or was called with other arguments than x; nothing is merged then. In a later
+        pass, if a merged layer is called with other arguments.
     SettingError
         If the model has no such adapter, or no adapter is active.
 
