@@ -7,6 +7,8 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
+from ipa_torch._adapters.adapter_layer import AdapterLayer
+
 _QUESTIONS = {"isinstance", "type", "__class__"}
 
 
@@ -30,7 +32,7 @@ def find_class_checks(model: nn.Module, layers: Iterable[nn.Module]) -> list[str
     owners = {
         type(module)
         for module in model.modules()
-        if type(module).__module__.partition(".")[0] not in ("torch", "ipa_torch")
+        if not (isinstance(module, AdapterLayer) or type(module).__module__.startswith("torch."))
     }
     return sorted(
         owner.__name__
