@@ -61,6 +61,24 @@ def errors(base):
     return [base, *(error for own in base.__subclasses__() for error in errors(own))]
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/peft.md",
+        "docs/questions.md",
+        "docs/torch.md",
+        "integrations/ipa_hf/__main__.py",
+    ],
+)
+def test_pages_give_the_same_learning_rates(page):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").replace('"', "").split())
+    found = re.findall(r"With A frozen, start at (.{0,120}?) for other models", text)
+    factors = [re.findall(r"(\w+) times", sentence) for sentence in found]
+    assert factors == [["ten", "three"]]
+    assert all("causal language model" in sentence for sentence in found)
+
+
 def test_errors_name_a_page_that_exists():
     pytest.importorskip("torch")
     importlib.import_module("ipa_torch")
