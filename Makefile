@@ -69,7 +69,7 @@ test-moe-families: .venv/.installed-test  ## one tiny model of each family with 
 test-serving: $(addprefix $(SERVING)/.installed-,llama_cpp vllm sglang)  ## adapters in inference servers
 	$(SINGLE) IPA_RESULTS=benchmarks/results timeout 20m $(BIN)/python -m pytest tests/serving
 
-test-trainers: $(addprefix .venv/.installed-,trainers llamafactory)  ## programs that train adapters
+test-trainers: $(addprefix .venv/.installed-,trainers llamafactory axolotl)  ## programs that train adapters
 	$(SINGLE) IPA_RESULTS=benchmarks/results PYTHONPATH=.:integrations timeout 20m \
 		.venv/trainers/bin/python -m pytest tests/trainers
 
@@ -129,7 +129,7 @@ $(SERVING)/.installed-vllm: .venv/.installed-test tests/serving/vllm.txt
 	$(SERVING)/vllm/bin/python -m pip install --quiet --no-deps --requirement tests/serving/vllm.txt
 	touch $@
 
-.venv/.installed-trainers .venv/.installed-llamafactory: .venv/.installed-%: tests/trainers/%.txt
+.venv/.installed-trainers .venv/.installed-llamafactory .venv/.installed-axolotl: .venv/.installed-%: tests/trainers/%.txt
 	$(PYTHON) -m venv .venv/$*
 	.venv/$*/bin/python -m pip install --quiet --no-deps --requirement tests/trainers/$*.txt
 	touch $@

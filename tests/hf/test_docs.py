@@ -1,6 +1,7 @@
 """The guide's code runs, and its tables name existing tests."""
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,19 @@ def test_features_name_tests_that_exist():
             else:
                 assert file is not None and f"def {name}(" in file, name
         assert file is not None, row
+
+
+def test_server_and_trainer_tables_have_no_empty_cell():
+    """Each cell names tests that exist, or says that rules are applied, or why it is not run."""
+    known = "\n".join(
+        path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].rglob("test_*.py")
+    )
+    lines = GUIDE.read_text(encoding="utf-8").splitlines()
+    for head in ("| feature | llama.cpp |", "| trainer | the documented line, A afterwards"):
+        start = next(number for number, line in enumerate(lines) if line.startswith(head))
+        rows = list(takewhile(lambda line: line.startswith("|"), lines[start + 2 :]))
+        assert len(rows) >= 8
+        for cell in (cell for row in rows for cell in row.strip("| ").split(" | ")[1:]):
+            names = re.findall(r"`(test_\w+)[`\[]", cell)
+            assert all(f"def {name}(" in known for name in names), cell
+            assert names or cell.startswith(("rules applied", "not run, because", "the same")), cell
