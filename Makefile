@@ -86,7 +86,7 @@ test-lowest:  ## each extra by itself with its lowest versions; the tests of the
 	$(LOWEST) sklearn arrow hdf5 dask plot
 	.venv/lowest/bin/python -m pip install --quiet pytest hypothesis array-api-strict 'pandas<3'
 	$(SINGLE) .venv/lowest/bin/python -m pytest -W default tests/core tests/sklearn -k 'not jax' \
-		--ignore=tests/core/test_threads.py --ignore=tests/sklearn/test_scikit_learn_suite.py
+		--ignore=tests/core/test_threads.py
 
 test-release: .venv/.installed-release  ## contents and metadata of the distributions
 	.venv/release/bin/python -m pytest tests/test_packaging.py
