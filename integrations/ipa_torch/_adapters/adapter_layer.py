@@ -220,7 +220,7 @@ class AdapterLayer(nn.Module):
         state = f"merged={self.merged!r}" if self.merged else f"active={self.active!r}"
         return f"adapters={list(self.lora_B)}, {state}"
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         """Class of the base layer within a forward pass of the model, which may ask for it."""
         attributes = vars(self)
@@ -228,6 +228,10 @@ class AdapterLayer(nn.Module):
         if lock is None or not lock.in_pass:
             return type(self)
         return type(attributes["_modules"]["base_layer"])
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:  # FSDP2 sets it
+        vars(object)["__class__"].__set__(self, kind)
 
     def __getattr__(self, name: str) -> Any:
         try:
