@@ -1,6 +1,6 @@
 """Seam to the array libraries: the only room that names them."""
 
-from ipa_core._array.async_transfer import squared_norms_async, to_host_async
+from ipa_core._array.async_transfer import to_host_async
 from ipa_core._array.conversion_hints import conversion_hint
 from ipa_core._array.dtypes import cast, dtype_name, half_dtype, state_dtype, wide_dtype
 from ipa_core._array.host_numbers import (
@@ -13,6 +13,7 @@ from ipa_core._array.host_numbers import (
 from ipa_core._array.masks import zero_rows, zero_where
 from ipa_core._array.namespaces import as_namespace, describe, detached, device, is_array, namespace
 from ipa_core._array.random_numbers import random_normal, random_signs
+from ipa_core._array.row_norms import squared_norms, squared_norms_async
 from ipa_core._array.symmetric_eigen import eigh
 from ipa_core._array.transfer import (
     convert,
@@ -57,6 +58,7 @@ __all__ = [
     "random_normal",
     "random_signs",
     "rounded",
+    "squared_norms",
     "squared_norms_async",
     "state_dtype",
     "to_host_async",

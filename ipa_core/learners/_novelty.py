@@ -24,7 +24,8 @@ class NoveltyTest:
 
     .. math:: s \leftarrow \max(0,\, s + m - 1.02\, \bar m\, w),
 
-    with :math:`\bar m` the mean of m / w over the blocks before it. A change is found where s
+    with :math:`\bar m` the mean of m / w over the blocks before it, or what the basis before missed
+    if that is less: the first blocks of a basis may be new themselves. A change is found where s
     exceeds 0.02 of the residual of everything seen. What is lost before a change is found is a
     bounded share of the error, however much of its energy a basis misses as a rule. A change also
     takes a rise of the residual: there are no more than the logarithm of its growth.
@@ -36,8 +37,8 @@ class NoveltyTest:
     heavy_energy : float
         Energy above which a row that the basis misses is heavy.
     expected : float
-        Energy that the basis before missed of a unit of weight: usual until blocks have been seen.
-        0 if nothing is expected; no block then counts as a rise.
+        Energy that the basis before missed of a unit of weight: the most that is usual.
+        0 if nothing is expected; the first block then does not count as a rise.
     missed, weight : float
         Energy that the basis has missed since, and the weight of the blocks.
     rise : float
@@ -83,6 +84,7 @@ class NoveltyTest:
         count = 0
         for energy, mass in zip(missed, weights, strict=True):
             usual = total / weight if weight else self.expected
+            usual = min(usual, self.expected or usual)
             risen = max(0.0, rise + energy - (1.0 + _SLACK) * usual * mass) if usual else rise
             counted = 0.0 if is_first and not count else 1.0
             if risen > _CHANGE * (self.residual + total + counted * energy):

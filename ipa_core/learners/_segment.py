@@ -7,7 +7,7 @@ from typing import Self
 
 from ipa_core import _array
 from ipa_core._array import Array, Namespace
-from ipa_core._linalg import nystrom_rows, orthonormal_columns
+from ipa_core._linalg import nystrom_rows, orthonormal_columns, reorthonormalize
 from ipa_core.learners._row_blocks import Product, Rows
 
 # Rows that are decomposed, that a basis is chosen on, or that are tested for novelty, at a time.
@@ -50,32 +50,30 @@ class Segment:
     def begin(
         cls,
         xp: Namespace,
-        factor: Array,
+        known: Array,
         block: Rows,
         width: int,
-        probes: int,
         seed: tuple[int, int],
         is_half: bool,
     ) -> Segment:
-        """Choose a basis: leading rows of the factor, and probes of the block about to come.
+        """Choose a basis: known directions (d, m) and ``width`` - m probes of the block to come.
 
-        The probes are randomly signed sums of what the rows of the block have outside of the rows
-        of the factor, power-iterated once on the block.
+        The known directions are orthonormal within rounding, or zero. The probes are randomly
+        signed sums of what the rows of the block have outside of them, power-iterated once on it.
         """
         unit = block.unit()
-        count = min(factor.shape[0], width - probes)
-        known = orthonormal_columns(xp, factor[:count, :].T)
         x = block.x / unit
         outside = x - (x @ known) @ known.T
         signs = _array.from_numpy(
             xp,
-            _array.random_signs((width - count, block.count), *seed),
+            _array.random_signs((width - known.shape[1], block.count), *seed),
             _array.device(x),
             x.dtype,
         )
         tests = orthonormal_columns(xp, (signs @ block.apply_weights(outside)).T)
         response = outside.T @ block.apply_weights(outside @ tests)
-        basis = orthonormal_columns(xp, xp.concat([known, response], axis=1)) / unit
+        columns = xp.concat([known, orthonormal_columns(xp, response)], axis=1)
+        basis = reorthonormalize(xp, columns) / unit
         if is_half:
             half = _array.half_dtype(xp, _array.device(basis))
             basis = _array.cast(xp, _array.cast(xp, basis, half), basis.dtype)

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from ipa_core import _array, _settings
 from ipa_core._array import Array, HostArray, Namespace
-from ipa_core._linalg import principal_rows, row_energies, truncate_rows
+from ipa_core._linalg import principal_rows, row_energies, truncate_rows, unit_rows
 from ipa_core.learners._novelty import NoveltyTest
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, take_first
 from ipa_core.learners._second_moment import SecondMoment
@@ -19,9 +19,9 @@ from ipa_core.learners.guarantee import Guarantee
 
 # Lengths of the segments, in sketch widths; the last one is that of all that follow. Short ones
 # first: a short stream then sees several bases, and on a long one their cost is forgotten.
-_LENGTHS = (2, 4, 8, 16, 32, 128, 400)
+_LENGTHS = (2, 8, 24, 80, 400)
 # Number of the length to go on with after a change of the stream.
-_LENGTH_AFTER_CHANGE = 2
+_LENGTH_AFTER_CHANGE = 1
 # Rounding error of the energy of a row's product in half precision, as a share of the row's energy.
 _HALF_ROUNDING = 2.0**-8
 # Share of the energy that a basis must miss for its products to be taken in half precision.
@@ -41,8 +41,8 @@ class RandomizedSVD(Learner):
     happens. At its end the segment's second moment is recovered by Nystrom's formula,
     :math:`C \approx Y (O^\top Y)^{-1} Y^\top`, and folded into a factor F of 5k/4 rows. The
     next basis holds the leading rows of F and k/8 probes: randomly signed sums of what the next 128
-    rows have outside of F, power-iterated once on them. Segments have 2 k rows, 4 k, 8 k, 16 k,
-    32 k, 128 k, and 400 k from then on. The first block of 128 rows is decomposed exactly.
+    rows have outside of F, power-iterated once on them. Segments have 2 k rows, 8 k, 24 k, 80 k,
+    and 400 k from then on. The first block of 128 rows is decomposed exactly.
 
     Rows that O does not explain are looked for in every block, by their squared lengths. A row that
     alone would add a hundredth to the error is kept whole and folded into F. Where blocks miss more
@@ -287,14 +287,15 @@ class RandomizedSVD(Learner):
 
     def _begin_segment(self, xp: Namespace, block: Rows, probes: int) -> None:
         """Choose a basis for the block and what follows it."""
-        captured = _array.on_host(row_energies(xp, self._factor))
-        captured[::-1].sort()
-        residual = self._energy - float(captured[: self.rank].sum())
+        energies = row_energies(xp, self._factor)
+        residual = self._energy - float(_array.on_host(energies)[: self.rank].sum())
         self._novelty = NoveltyTest.begin(residual, self._rows_absorbed, self._expected)
         seed = self.seed, self._segments_begun
         missed = self._expected * self._weight
         is_half = self._allows_half(xp) and missed > _LEAST_MISSED * self._energy
-        self._segment = Segment.begin(xp, self._factor, block, self._width, probes, seed, is_half)
+        count = min(self._factor.shape[0], self._width - probes)
+        known = unit_rows(xp, self._factor[:count, :], energies[:count]).T
+        self._segment = Segment.begin(xp, known, block, self._width, seed, is_half)
         self._segments_begun += 1
 
     def _allows_half(self, xp: Namespace) -> bool:

@@ -262,6 +262,35 @@ def test_streams_that_broke_the_former_sketch(stream, most):
     assert excess(x, RandomizedSVD(16).update(x).finalize()) < most
 
 
+def suddenly(start, rows):
+    return (np.arange(rows) >= start).astype("f4")
+
+
+def gradually(start, rows):
+    return np.clip((np.arange(rows) - start) / 300, 0, 1).astype("f4")
+
+
+@pytest.mark.parametrize(
+    ("appear", "size", "count", "rank"),
+    [
+        (suddenly, 5.0, 4, 4),
+        (suddenly, 3.0, 8, 8),
+        (suddenly, 2.5, 16, 16),
+        (gradually, 5.0, 4, 4),
+    ],
+)
+def test_directions_that_appear_at_any_row(appear, size, count, rank):
+    """What the first blocks of a basis miss is not usual merely because they are the first."""
+    g = np.random.default_rng(0)
+    rows, features = 8000, 400
+    x = np.zeros((rows, features), "f4")
+    x[:, :200] = g.standard_normal((rows, 200))
+    new = size * g.standard_normal((rows, count)).astype("f4")
+    for start in range(300, 7000, 311):
+        x[:, 200 : 200 + count] = new * appear(start, rows)[:, None]
+        assert excess(x, RandomizedSVD(rank).update(x).finalize()) < 0.05, start
+
+
 @pytest.mark.parametrize("learner_class", [ExactCovariance, IncrementalPCA, RandomizedSVD])
 @pytest.mark.parametrize("features", [30, 200])
 def test_directions_eight_decades_apart(learner_class, features):

@@ -1,0 +1,50 @@
+"""Squared lengths of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import array_api_compat
+import numpy as np
+
+from ipa_core._array.async_transfer import to_host_async
+from ipa_core._array.dtypes import cast
+from ipa_core._array.transfer import on_host
+from ipa_core._array.types import Array, HostArray, Namespace
+from ipa_core._sparse_rows import is_sparse, squared_lengths
+
+
+def squared_norms(xp: Namespace, rows: Array) -> Array:
+    """Return the squared lengths of rows in one pass without a temporary.
+
+    NumPy's ``vecdot`` does that; torch's builds the products first and takes up to fifty times as
+    long as its norm.
+    """
+    if array_api_compat.is_numpy_namespace(xp):
+        return xp.vecdot(rows, rows)
+    return xp.linalg.vector_norm(rows, axis=-1) ** 2
+
+
+def squared_norms_async(xp: Namespace, matrices: Sequence[Array]) -> Callable[[], list[HostArray]]:
+    """Ask for the squared lengths of the rows of matrices; the call of the result waits for them.
+
+    All travel in one transfer, as lengths: their squares may leave the range of the dtype.
+    """
+    if array_api_compat.is_numpy_namespace(xp):
+        squares = [
+            squared_lengths(rows) if is_sparse(rows) else on_host(squared_norms(xp, rows))
+            for rows in matrices
+        ]
+        return lambda: squares
+    if not matrices:
+        return list
+    lengths = [xp.linalg.vector_norm(_single(xp, rows), axis=-1) for rows in matrices]
+    read = to_host_async(lengths[0] if len(lengths) == 1 else xp.concat(lengths))
+    ends = list(accumulate(int(rows.shape[0]) for rows in matrices))
+    return lambda: np.split(read() ** 2, ends[:-1])
+
+
+def _single(xp: Namespace, rows: Array) -> Array:
+    """Return rows in float32 at least: lengths in half precision would have two digits."""
+    return rows if rows.dtype == xp.float64 else cast(xp, rows, xp.float32)
