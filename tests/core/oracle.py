@@ -36,6 +36,14 @@ def excess(c, components):
     return residual(c, components) / optimum(c, components.shape[0]) - 1
 
 
+def span(components):
+    """Return a float64 basis of the rows of P: P is orthonormal to the digits of its dtype only.
+
+    Beside a mean of length 2,000 the eighth digit of P is a thousandth of the residual.
+    """
+    return np.linalg.qr(host(components).T)[0].T
+
+
 def angle(a, b):
     """Return the largest principal angle between two row spaces, in radians."""
     return scipy.linalg.subspace_angles(host(a).T, host(b).T).max()

@@ -92,5 +92,5 @@ def test_guarantee_on_hard_streams(xp, learner_class, stream, rank):
     for batch in batches:
         learner.update(xp.asarray(batch))
     moment = oracle.moment(np.concatenate(batches))
-    excess = oracle.excess(moment, learner.finalize().components)
+    excess = oracle.excess(moment, oracle.span(learner.finalize().components))
     assert excess <= max(learner_class.guarantee.excess, 1e-4)
