@@ -64,7 +64,7 @@ class Transfers:
 def test_host_transfers_of_a_batch(device_xp, monkeypatch, features, kind, place):
     """The host waits once for the norms, and once for weights that are not there yet."""
     strict = pytest.importorskip("array_api_strict")
-    learner = RandomizedSVD(4).update(device_xp.asarray(rows(20_000, features)))
+    learner = RandomizedSVD(4).update(device_xp.asarray(rows(22_000, features)))
     weights = weights_of(kind)
     if place == "device" and weights is not None:
         weights = device_xp.asarray(weights)

@@ -280,7 +280,7 @@ def gradually(start, rows):
     ],
 )
 def test_directions_that_appear_at_any_row(appear, size, count, rank):
-    """What the first blocks of a basis miss is not usual merely because they are the first."""
+    """The first blocks of a basis are no measure of the usual: they may be new themselves."""
     g = np.random.default_rng(0)
     rows, features = 8000, 400
     x = np.zeros((rows, features), "f4")
