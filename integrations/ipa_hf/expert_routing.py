@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from ipa_torch.extension import RowSelection, RowSubset
+from ipa_torch.extension import LinearView, RowSelection, RowSubset, WeightedRows
+
+if TYPE_CHECKING:
+    from ipa_hf.expert_linear import ExpertLinear
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,25 @@ class RowRouting:
             by_row = by_token if self.token is None else by_token[self.token]
             weight = by_row if weight is None else by_row * weight
         return RowSubset() if weight is None else RowSelection(weight).on(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedView(LinearView):
+    """Rows along the last axis, weighted by the tokens that they were routed from."""
+
+    layer: ExpertLinear
+
+    def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
+        """Return the number of tokens, the shape of a mask."""
+        return (self._routing.tokens,)
+
+    def im2row(
+        self, activation: torch.Tensor, subset: RowSubset, limit: int | None
+    ) -> WeightedRows:
+        """Return rows and weights, as for every `MatmulView`."""
+        return super().im2row(activation, self._routing.select(subset, activation.device), limit)
+
+    @property
+    def _routing(self) -> RowRouting:
+        assert self.layer.routing is not None  # _ExpertsCall sets it
+        return self.layer.routing

@@ -41,7 +41,7 @@ def trainable_by_peft(model: nn.Module, names: list[str]) -> list[str]:
     leaves = {name.rpartition(".")[2] for name in names}
     if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA:
         leaves -= {*_READ_BY_KERNELS}
-    kept = {leaf for leaf in leaves if _keeps(model, leaf)}
+    kept = {leaf for leaf in leaves if _keeps_target_name(model, leaf)}
     names = [name for name in names if name.rpartition(".")[2] in kept]
     lost = renamed_on_loading(model, LoraConfig(target_modules=names), _saved(names))
     return [name for name in names if name not in lost]
@@ -53,7 +53,7 @@ def _saved(names: list[str]) -> dict[str, torch.Tensor]:
     return {key: torch.zeros(1, 1) for key in keys}
 
 
-def _keeps(model: nn.Module, leaf: str) -> bool:
+def _keeps_target_name(model: nn.Module, leaf: str) -> bool:
     """Return whether a target stays one: in some models PEFT takes ``up_proj`` for experts'."""
     config = LoraConfig(target_modules=[leaf])
     try:
