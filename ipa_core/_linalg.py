@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipa_core._array import Array, Namespace, cast, device, eigh, squared_norms, wide_dtype
+from ipa_core._array import Array, Namespace, cast, device, eigh, row_energies, wide_dtype
 from ipa_core._threads import on_one_thread
 
 # Energy of a column of a sketch that is all rounding, in units of eps times that of a row.
@@ -104,11 +104,6 @@ def principal_rows(xp: Namespace, factor: Array, rank: int) -> tuple[Array, Arra
         factor = xp.concat([factor, xp.zeros(shape, dtype=factor.dtype, device=device(factor))])
     rows = truncate_rows(xp, factor, rank)
     return rows, row_energies(xp, rows)
-
-
-def row_energies(xp: Namespace, rows: Array) -> Array:
-    """Return the squared lengths of rows, in float64 where there is one."""
-    return squared_norms(xp, cast(xp, rows, wide_dtype(xp, device(rows))))
 
 
 def unit_rows(xp: Namespace, rows: Array, energies: Array) -> Array:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from array_api_compat import is_torch_array
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def torch_module() -> Any:
@@ -30,6 +34,17 @@ def isolated(array: object) -> AbstractContextManager[object]:
     context = recorded_nowhere()
     context.enter_context(no_autocast(array))
     return context
+
+
+def isolated_method(method: Method) -> Method:
+    """Let a method of a learner run isolated from the modes that its ``_template`` obeys."""
+
+    @wraps(method)
+    def run(learner: Any, *args: Any) -> Any:
+        with isolated(learner._template):
+            return method(learner, *args)
+
+    return cast(Method, run)
 
 
 def recorded_nowhere() -> ExitStack:

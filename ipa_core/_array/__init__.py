@@ -13,7 +13,7 @@ from ipa_core._array.host_numbers import (
 from ipa_core._array.masks import zero_rows, zero_where
 from ipa_core._array.namespaces import as_namespace, describe, detached, device, is_array, namespace
 from ipa_core._array.random_numbers import random_normal, random_signs
-from ipa_core._array.row_norms import squared_norms, squared_norms_async
+from ipa_core._array.row_norms import row_energies, squared_norms_async
 from ipa_core._array.symmetric_eigen import eigh
 from ipa_core._array.transfer import (
     convert,
@@ -58,7 +58,7 @@ __all__ = [
     "random_normal",
     "random_signs",
     "rounded",
-    "squared_norms",
+    "row_energies",
     "squared_norms_async",
     "state_dtype",
     "to_host_async",

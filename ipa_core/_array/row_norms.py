@@ -9,7 +9,8 @@ import array_api_compat
 import numpy as np
 
 from ipa_core._array.async_transfer import to_host_async
-from ipa_core._array.dtypes import cast
+from ipa_core._array.dtypes import cast, wide_dtype
+from ipa_core._array.namespaces import device
 from ipa_core._array.transfer import on_host
 from ipa_core._array.types import Array, HostArray, Namespace
 from ipa_core._sparse_rows import is_sparse, squared_lengths
@@ -24,6 +25,11 @@ def squared_norms(xp: Namespace, rows: Array) -> Array:
     if array_api_compat.is_numpy_namespace(xp):
         return xp.vecdot(rows, rows)
     return xp.linalg.vector_norm(rows, axis=-1) ** 2
+
+
+def row_energies(xp: Namespace, rows: Array) -> Array:
+    """Return the squared lengths of rows, in float64 where there is one."""
+    return squared_norms(xp, cast(xp, rows, wide_dtype(xp, device(rows))))
 
 
 def squared_norms_async(xp: Namespace, matrices: Sequence[Array]) -> Callable[[], list[HostArray]]:

@@ -5,28 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any, ClassVar, Self, TypeVar, cast
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 from ipa_core import _array, _settings, _torch_modes
 from ipa_core._array import Array, Namespace
 from ipa_core.errors import IPAError
 from ipa_core.learners._pending_update import PendingUpdate
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, align_rows, join
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def isolated(method: Method) -> Method:
-    """Let a learner's method run outside torch's autocast and inference mode."""
-
-    @wraps(method)
-    def run(learner: BlockLearner, *args: Any) -> Any:
-        with _torch_modes.isolated(learner._template):
-            return method(learner, *args)
-
-    return cast(Method, run)
 
 
 class BlockLearner(ABC):

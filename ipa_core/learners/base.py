@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Self, final
 from ipa_core import _array, _sparse_rows, _torch_modes
 from ipa_core._array import Array
 from ipa_core._linalg import fixed_basis
+from ipa_core._torch_modes import isolated_method
 from ipa_core.errors import EmptyStreamError, FileFormatError
-from ipa_core.learners._block_learner import BlockLearner, isolated
+from ipa_core.learners._block_learner import BlockLearner
 from ipa_core.learners._pending_update import PendingUpdate
 from ipa_core.learners._row_blocks import Rows, align, join
 from ipa_core.learners._state import check_settings, check_state, flatten, unflatten
@@ -145,7 +146,7 @@ class Learner(BlockLearner):
         begun = self.samples, self._template
         return PendingUpdate(self, begun, template, rows, parts, products, squares)
 
-    @isolated
+    @isolated_method
     def merge(self, other: Self) -> Self:
         """Return a new learner that has seen the rows of both; neither operand changes.
 
@@ -175,7 +176,7 @@ class Learner(BlockLearner):
         merged._energy += right._energy
         return merged
 
-    @isolated
+    @isolated_method
     def finalize(self) -> Projector:
         """Return the projector of all rows seen so far; learning may go on.
 
@@ -204,7 +205,7 @@ class Learner(BlockLearner):
             math.ceil(done.samples / done.passes),
         )
 
-    @isolated
+    @isolated_method
     def compact(self) -> Self:
         """Return a learner of the same rows in its smallest form: what is worth sending.
 
@@ -216,7 +217,7 @@ class Learner(BlockLearner):
             done._condense(done._xp)
         return done
 
-    @isolated
+    @isolated_method
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counts and arrays, from which `load_state_dict` goes on exactly.
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from ipa_core._array import Array, Namespace
+from ipa_core._torch_modes import isolated_method
 from ipa_core.errors import EmptyStreamError
-from ipa_core.learners._block_learner import isolated
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners._second_moment import SecondMoment
 from ipa_core.learners._validation import match
@@ -50,7 +50,7 @@ class ExactCovariance(Learner):
 
     _moment: SecondMoment | None = None
 
-    @isolated
+    @isolated_method
     def residual(self, projector: Projector) -> float:
         """Return the mean of |x - P^T P x|^2 over all rows seen, for any projector's P.
 

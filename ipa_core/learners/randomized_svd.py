@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from ipa_core import _array, _settings
 from ipa_core._array import Array, HostArray, Namespace
-from ipa_core._linalg import principal_rows, row_energies, truncate_rows, unit_rows
+from ipa_core._linalg import principal_rows, truncate_rows, unit_rows
 from ipa_core.learners._novelty import NoveltyTest
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, take_first
 from ipa_core.learners._second_moment import SecondMoment
@@ -287,7 +287,7 @@ class RandomizedSVD(Learner):
 
     def _begin_segment(self, xp: Namespace, block: Rows, probes: int) -> None:
         """Choose a basis for the block and what follows it."""
-        energies = row_energies(xp, self._factor)
+        energies = _array.row_energies(xp, self._factor)
         residual = self._energy - float(_array.on_host(energies)[: self.rank].sum())
         self._novelty = NoveltyTest.begin(residual, self._rows_absorbed, self._expected)
         seed = self.seed, self._segments_begun
