@@ -117,7 +117,7 @@ def unit_rows(xp: Namespace, rows: Array, energies: Array) -> Array:
 def fixed_basis(xp: Namespace, rows: Array) -> Array:
     """Return orthonormal rows spanning ``rows`` in order, the largest entry of each positive."""
     wide = cast(xp, rows, wide_dtype(xp, device(rows)))
-    squares = row_energies(xp, rows)
+    squares = row_energies(xp, wide)
     # What is noise beside the longest row must not steer the completion of the basis.
     noise = xp.max(squares) * float(xp.finfo(rows.dtype).eps) ** 2
     scale = inverse_root(xp, squares, noise)

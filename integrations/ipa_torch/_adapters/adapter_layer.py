@@ -57,9 +57,9 @@ class AdapterLayer(nn.Module):
         self.dropouts: dict[str, float] = {}
         self.active: str | None = None
         self.merged: str | None = None
+        # A tuple keeps the weight from being a parameter of this module.
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()
-        self.weight_read = self.other_arguments = False
-        # The tuple keeps the weight from being a parameter of this module.
+        self.weight_read = self.other_arguments = False  # since attached, by code of the model
         # Not self.train(), which would run what a layer does in its own.
         self.training = base.training
         self.base_layer = base

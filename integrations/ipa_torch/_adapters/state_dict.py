@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ipa_core.errors import FileFormatError, SettingError
-from ipa_torch._adapters.active_adapter import list_adapters
+from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.attach import ProjectionSpec, add_adapter, check_new
 from ipa_torch._adapters.layer_replacement import check_replaceable
@@ -50,8 +50,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     >>> sorted(adapter_state_dict(model))[:2]
     ['format_version', 'layers.0.lora_B']
     """
-    if adapter_name not in (known := list_adapters(model)):
-        raise SettingError(f"expected an adapter among {known}, got {adapter_name!r}")
+    existing_adapter(model, adapter_name)
     numbers: dict[SharedProjection, int] = {}
     state = {_VERSION_KEY: torch.tensor(_VERSION, device="cpu")}
     for name, layer in adapter_layers(model):
