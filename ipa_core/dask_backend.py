@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ipa_core.dependencies import dependency_error
 from ipa_core.errors import IPAError, StreamError, with_context
 from ipa_core.io.activation_files import files_of
 from ipa_core.io.activation_store import StoredLayer
@@ -17,6 +16,7 @@ from ipa_core.io.streams import labeled_batches
 from ipa_core.learners.base import Learner
 from ipa_core.learners.factory import make_learner
 from ipa_core.learners.randomized_svd import RandomizedSVD
+from ipa_core.optional_dependencies import dependency_error
 from ipa_core.projector import Projector
 
 try:

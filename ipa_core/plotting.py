@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipa_core._array import to_numpy
-from ipa_core.dependencies import import_optional
 from ipa_core.errors import ArrayTypeError, ShapeError
 from ipa_core.metrics import principal_angles
+from ipa_core.optional_dependencies import import_optional
 from ipa_core.projector import Projector
 
 

@@ -20,7 +20,7 @@ PACKAGES = ("ipa_core", "ipa_torch", "ipa_timm", "ipa_hf", "ipa_sklearn")
 
 CORE = {
     "ipa_core",
-    "ipa_core.dependencies",
+    "ipa_core.optional_dependencies",
     "ipa_core.errors",
     "ipa_core.io",
     "ipa_core.text_table",
@@ -36,7 +36,7 @@ _BRIDGE = CORE | {"ipa_torch", "ipa_torch.extension"}
 ROOMS = {
     "ipa_core.errors": set(),
     "ipa_core.text_table": set(),
-    "ipa_core.dependencies": {"ipa_core.errors"},
+    "ipa_core.optional_dependencies": {"ipa_core.errors"},
     "ipa_core._sparse_rows": set(),
     "ipa_core._torch_modes": set(),
     "ipa_core._array": {"ipa_core.errors", "ipa_core._sparse_rows", "ipa_core._torch_modes"},
@@ -56,7 +56,7 @@ ROOMS = {
         "ipa_core.whitening_transform",
     },
     "ipa_core.io": {
-        "ipa_core.dependencies",
+        "ipa_core.optional_dependencies",
         "ipa_core.errors",
         "ipa_core._sparse_rows",
         "ipa_core._array",
@@ -83,14 +83,14 @@ ROOMS = {
         "ipa_core.projector",
     },
     "ipa_core.plotting": {
-        "ipa_core.dependencies",
+        "ipa_core.optional_dependencies",
         "ipa_core.errors",
         "ipa_core._array",
         "ipa_core.metrics",
         "ipa_core.projector",
     },
     "ipa_core.dask_backend": {
-        "ipa_core.dependencies",
+        "ipa_core.optional_dependencies",
         "ipa_core.errors",
         "ipa_core.io",
         "ipa_core.learners",
@@ -149,7 +149,7 @@ LIBRARIES = {
     "ipa_core._torch_modes": {"array_api_compat", "torch"},
     "ipa_core._array": {"array_api_compat", "numpy"},
     "ipa_core._threads": {"array_api_compat", "threadpoolctl"},
-    "ipa_core.dependencies": {"?"},  # optional packages, by an argument
+    "ipa_core.optional_dependencies": {"?"},  # optional packages, by an argument
     "ipa_core.io": {"numpy", "safetensors", "safetensors.numpy", "safetensors.torch"},
     "ipa_core.io._formats": {"numpy", "pyarrow.*", "safetensors", "?"},
     "ipa_core.dask_backend": {"dask.*", "distributed"},

@@ -1,6 +1,6 @@
 """LoRA adapters of PEFT, initialized from the activations of a transformers model."""
 
-from ipa_core.dependencies import dependency_error as _dependency_error
+from ipa_core.optional_dependencies import dependency_error as _dependency_error
 
 try:
     import peft as _peft  # noqa: F401

@@ -1,6 +1,6 @@
 """Streaming PCA as a scikit-learn estimator."""
 
-from ipa_core.dependencies import dependency_error as _dependency_error
+from ipa_core.optional_dependencies import dependency_error as _dependency_error
 
 try:
     import sklearn as _sklearn  # noqa: F401

@@ -1,6 +1,6 @@
 """Adapters for timm's vision transformers and convnets, initialized from activations."""
 
-from ipa_core.dependencies import dependency_error as _dependency_error
+from ipa_core.optional_dependencies import dependency_error as _dependency_error
 
 try:
     import timm  # noqa: F401

@@ -1,6 +1,6 @@
 """Low-rank adapters for any torch model, with projections learned from its activations."""
 
-from ipa_core.dependencies import dependency_error as _dependency_error
+from ipa_core.optional_dependencies import dependency_error as _dependency_error
 
 try:
     import torch  # noqa: F401

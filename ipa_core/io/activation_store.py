@@ -16,10 +16,10 @@ from safetensors.numpy import load as load_numpy
 
 from ipa_core import _settings
 from ipa_core._array import Array
-from ipa_core.dependencies import import_optional
 from ipa_core.errors import FileFormatError
 from ipa_core.io.paths import as_path
 from ipa_core.io.store_index import Index, Shard
+from ipa_core.optional_dependencies import import_optional
 
 OnDamaged: TypeAlias = Literal["raise", "skip"]
 

@@ -10,10 +10,10 @@ from typing import ClassVar, Self
 from ipa_core import _array, _settings
 from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._linalg import principal_rows, truncate_rows, unit_rows
-from ipa_core.learners._novelty import NoveltyTest
+from ipa_core.learners._novelty_detection import NoveltyTest
+from ipa_core.learners._nystrom_segment import BLOCK, Segment
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, take_first
 from ipa_core.learners._second_moment import SecondMoment
-from ipa_core.learners._segment import BLOCK, Segment
 from ipa_core.learners.base import Learner
 from ipa_core.learners.guarantee import Guarantee
 

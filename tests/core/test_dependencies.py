@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from ipa_core import BrokenDependencyError, MissingDependencyError
-from ipa_core.dependencies import import_optional
+from ipa_core.optional_dependencies import import_optional
 
 #: Module of ours, the package that it needs, and the extra that installs the package.
 DOORS = [

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ipa_core._array import Array
-from ipa_core.dependencies import import_optional
 from ipa_core.errors import (
     FileFormatError,
 )
 from ipa_core.io._formats.named_arrays import ROWS_AT_A_TIME, LabeledRows, chosen, label_of
+from ipa_core.optional_dependencies import import_optional
 
 
 def read_arrow(file: Path, key: str | None) -> Iterator[LabeledRows]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ipa_core.dependencies import import_optional
 from ipa_core.errors import (
     FileFormatError,
 )
@@ -17,6 +16,7 @@ from ipa_core.io._formats.named_arrays import (
     label_of,
     native,
 )
+from ipa_core.optional_dependencies import import_optional
 
 
 def read_hdf5(file: Path, key: str | None) -> Iterator[LabeledRows]:

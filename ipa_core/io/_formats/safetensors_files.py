@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ipa_core.dependencies import import_optional
 from ipa_core.errors import (
     FileFormatError,
 )
@@ -18,6 +17,7 @@ from ipa_core.io._formats.named_arrays import (
     chosen,
     label_of,
 )
+from ipa_core.optional_dependencies import import_optional
 
 
 def read_safetensors(file: Path, key: str | None) -> Iterator[LabeledRows]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ipa_core.dependencies import import_optional
 from ipa_core.errors import (
     FileFormatError,
 )
@@ -17,6 +16,7 @@ from ipa_core.io._formats.named_arrays import (
     check_shape,
     label_of,
 )
+from ipa_core.optional_dependencies import import_optional
 
 
 def read_zarr(file: Path) -> Iterator[LabeledRows]:
