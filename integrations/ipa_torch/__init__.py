@@ -13,14 +13,14 @@ from ipa_torch._adapters.adapter_file import load_adapter, save_adapter
 from ipa_torch._adapters.adapter_layer import AdapterLayer
 from ipa_torch._adapters.attach import attach, detach
 from ipa_torch._adapters.merge import merge, unmerge
-from ipa_torch._adapters.online import OnlineLearning
+from ipa_torch._adapters.online_learning import OnlineLearning
 from ipa_torch._adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from ipa_torch._capture.row_weights import attention_mask
 from ipa_torch._fit.activation_writer import store_activations
+from ipa_torch._fit.attention_head_learners import HeadLearners
 from ipa_torch._fit.checkpoint import CheckpointConfig
 from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.fit_options import FitOptions
-from ipa_torch._fit.head_learners import HeadLearners
 from ipa_torch._fit.learner_bytes import learner_bytes
 from ipa_torch._fit.learner_fit import fit_learners
 from ipa_torch._fit.projector_fit import fit_projectors

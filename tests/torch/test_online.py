@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from ipa_core import ExactCovariance, HebbianRule, IncrementalPCA, RandomizedSVD
 from ipa_core.errors import ArrayTypeError, NonFiniteError, SettingError
 from ipa_torch import OnlineLearning, attach, disable_adapter, fit_projectors
-from ipa_torch._adapters import online as online_module
+from ipa_torch._adapters import online_learning as online_module
 
 from .models import Transformer, decaying, mlp
 

@@ -13,11 +13,15 @@ from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters, set_adapter
 from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
+from ipa_torch._adapters.adapter_scale import Scaling, resolve_scale
 from ipa_torch._adapters.class_checks import find_class_checks
 from ipa_torch._adapters.freezing import freeze, unfreeze
-from ipa_torch._adapters.layer_replacement import check_replaceable, unwrap, wrap
+from ipa_torch._adapters.layer_replacement import (
+    check_replaceable,
+    replace_by_adapter_layers,
+    restore_base_layers,
+)
 from ipa_torch._adapters.pass_lock import changing, remove_pass_lock
-from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._distributed.parallel_wrappers import check_unwrapped
 from ipa_torch._layers.adapter_support import check_fit
@@ -126,7 +130,7 @@ def add_adapter(
     """
     freeze(model)
     _warn_of_class_checks(model, specs)
-    layers = wrap(model, specs)
+    layers = replace_by_adapter_layers(model, specs)
     shared: dict[Hashable, SharedProjection] = {}
     for name, spec in specs.items():
         layer = layers[name]
@@ -204,7 +208,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
                     layer.remove(name)
         bare = {name: m for name, m in adapter_layers(model) if not m.lora_B}
         _warn_of_merged_weights(unwrap_model(model), bare)
-        unwrap(unwrap_model(model), bare.values())
+        restore_base_layers(unwrap_model(model), bare.values())
         if not adapter_layers(model):
             unfreeze(unwrap_model(model))
             remove_pass_lock(unwrap_model(model))

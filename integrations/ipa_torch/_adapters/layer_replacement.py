@@ -123,8 +123,8 @@ def _is_of_torch(key: str) -> bool:
     return key in ("_parameters", "_buffers") or "_hook" in key or key.startswith("_ipa_")
 
 
-def wrap(model: nn.Module, names: Iterable[str]) -> dict[str, AdapterLayer]:
-    """Return the adapter layers of some names; wrap the layers that are not wrapped yet."""
+def replace_by_adapter_layers(model: nn.Module, names: Iterable[str]) -> dict[str, AdapterLayer]:
+    """Return the adapter layers of some names, after replacing the layers that are none yet."""
     layers = {name: model.get_submodule(name) for name in names}
     fresh = {
         layer: AdapterLayer(layer, pass_lock_of(model))
@@ -140,8 +140,8 @@ def wrap(model: nn.Module, names: Iterable[str]) -> dict[str, AdapterLayer]:
     return {name: cast(AdapterLayer, fresh.get(layer, layer)) for name, layer in layers.items()}
 
 
-def unwrap(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
-    """Restore the base layers."""
+def restore_base_layers(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
+    """Put base layers back in place of adapter layers."""
     layers = list(layers)
     for layer in layers:
         if layer.base_layer.training != layer.training:

@@ -13,7 +13,7 @@ from ipa_torch.errors import LayerError
 
 
 @dataclass(frozen=True)
-class InputUpdate:
+class AsyncUpdate:
     """Update that has begun; `finish` waits for the device, which computes the layer meanwhile.
 
     Parameters

@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 _SHOWN = 3
 
 
-class RowShapeCheck:
+class RowWeightWarnings:
     """Record of the layers whose inputs do not have the rows of the weights, or may not.
 
     Layers with the same input are represented by one of them.

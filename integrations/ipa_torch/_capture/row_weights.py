@@ -11,7 +11,7 @@ from torch import nn
 from ipa_core.errors import ShapeError
 from ipa_torch._capture.hooks import Hook
 from ipa_torch._capture.row_selection import RowSelection
-from ipa_torch._capture.row_weight_warnings import RowShapeCheck
+from ipa_torch._capture.row_weight_warnings import RowWeightWarnings
 from ipa_torch._capture.tensor_ids import Key, storage_key
 from ipa_torch._layers.row_subset import GatherMemory, RowSubset
 
@@ -67,7 +67,7 @@ class RowWeighter:
         self._memory = GatherMemory()
         self._first: list[RowSelection] = []
         self._second: list[RowSelection] = []
-        self._check = RowShapeCheck()
+        self._warnings = RowWeightWarnings()
 
     def start(self, batch: Any) -> int | None:
         """Start a batch; return its number of rows of nonzero weight, or None without weights."""
@@ -94,20 +94,20 @@ class RowWeighter:
                 self._note_match(name, selection, row_shape)
                 return selection.on(activation.device)
         if not all(selection.trivial for selection in selections):
-            self._check.miss(name, row_shape, [selection.shape for selection in selections])
+            self._warnings.miss(name, row_shape, [selection.shape for selection in selections])
         return RowSubset()
 
     def end_batch(self) -> None:
         """Warn about layers to whose inputs no weights apply, once."""
-        self._check.end_batch(selection.shape for selection in (*self._first, *self._second))
+        self._warnings.end_batch(selection.shape for selection in (*self._first, *self._second))
 
     def close(self) -> None:
         """Warn about layers whose inputs the weights may fit transposed."""
-        self._check.close()
+        self._warnings.close()
 
     def _note_match(self, name: str, selection: RowSelection, row_shape: tuple[int, ...]) -> None:
         square = row_shape == selection.shape and len(set(row_shape)) == 1 < len(row_shape)
-        self._check.match(name, row_shape, symmetric=not square or selection.symmetric)
+        self._warnings.match(name, row_shape, symmetric=not square or selection.symmetric)
 
     def _is_of_decoder(self, activation: torch.Tensor) -> bool:
         return self._encoder_done and storage_key(activation) != self._encoder_output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ipa_torch._distributed.comm import Communicator
+from ipa_torch._distributed.communicator import Communicator
 
 
 class Lockstep:

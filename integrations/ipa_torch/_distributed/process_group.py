@@ -12,7 +12,7 @@ from torch import distributed, nn
 
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
-from ipa_torch._distributed.comm import Communicator, ProcessGroup
+from ipa_torch._distributed.communicator import Communicator, ProcessGroup
 from ipa_torch._distributed.lockstep import Lockstep
 from ipa_torch._distributed.parallel_wrappers import is_sharded
 from ipa_torch._distributed.tree_reduce import L, ProjectorLearner, merge_across_ranks, merge_states

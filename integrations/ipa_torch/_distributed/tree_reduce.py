@@ -11,7 +11,7 @@ import torch
 from ipa_core import Projector
 from ipa_core.io.serialization import pack_state, unpack_state
 from ipa_torch._capture.autocast import no_grad_or_autocast
-from ipa_torch._distributed.comm import Communicator, ProcessGroup
+from ipa_torch._distributed.communicator import Communicator, ProcessGroup
 from ipa_torch.errors import PeerError
 
 _FAILED = b"!"

@@ -29,7 +29,7 @@ from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.row_buffer import RowBuffer
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
-from ipa_torch._fit.weight_fingerprint import WeightFingerprint
+from ipa_torch._fit.weight_digests import WeightDigests
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch._settings import check_choice
@@ -128,7 +128,7 @@ def store_activations(
         "row_weights": code_digest(row_weights),
         "forward": code_digest(forward),
     }
-    position = ResumablePass(settings, WeightFingerprint(model, layers.values()))
+    position = ResumablePass(settings, WeightDigests(model, layers.values()))
     run = default_forward if forward is None else forward
     bar = tqdm(desc="storing", unit=" rows", unit_scale=True, disable=None if progress else True)
     with lock_folder(Path(folder)):

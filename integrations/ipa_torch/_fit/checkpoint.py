@@ -19,8 +19,8 @@ from ipa_core import load_state
 from ipa_core.errors import FileFormatError, SettingError, with_context
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.serialization import pack_state, unpack_state
+from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import ActivationCollector, CollectorState
-from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import InputPrefix
 

@@ -21,18 +21,18 @@ from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
 from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
+from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, CheckpointWriter
 from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.convergence import Convergence
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, NO_BATCH, StoppingCriteria
 from ipa_torch._fit.folder_lock import lock_folder
-from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.memory_passes import MemoryPass, join_passes, split_by_memory
 from ipa_torch._fit.merge_results import PROJECTORS, ResultKind, merge_results
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import SharedInputTree
-from ipa_torch._fit.weight_fingerprint import WeightFingerprint
+from ipa_torch._fit.weight_digests import WeightDigests
 from ipa_torch._layers.adapter_support import check_supported
 from ipa_torch._layers.targets import Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
@@ -109,7 +109,7 @@ def run_fit(
             )
             fit_group.begin(model)
             config = _checkpoint_of_pass(checkpoint, fit_group, number, len(memory_passes))
-            weights = None if config is None else WeightFingerprint(model, layers.values())
+            weights = None if config is None else WeightDigests(model, layers.values())
             lock = nullcontext() if config is None else lock_folder(Path(config.folder))
             position = ResumablePass(checked, weights)
             checkpoints = CheckpointWriter(config, collector, position, fit_group.all_reduce_min)

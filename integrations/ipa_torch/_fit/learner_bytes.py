@@ -14,9 +14,9 @@ from ipa_core.errors import with_context
 from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
+from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
-from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._layers.feature_counts import features_of, outputs_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers

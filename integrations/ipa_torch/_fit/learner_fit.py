@@ -11,11 +11,11 @@ from ipa_core import ExactCovariance, Learner
 from ipa_torch._capture.forward import Forward
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._distributed.process_group import ProcessGroupArg
+from ipa_torch._fit.attention_head_learners import by_head
 from ipa_torch._fit.checkpoint import CheckpointLike
 from ipa_torch._fit.collector import Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.fit_loop import run_fit
-from ipa_torch._fit.head_learners import by_head
 from ipa_torch._fit.merge_results import LEARNERS
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._layers.targets import ALL_LINEAR, Targets

@@ -10,8 +10,8 @@ from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_torch._capture.forward import Forward
+from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import Source
-from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch._fit.learner_bytes import bytes_by_input
 from ipa_torch.layer_projectors import M
 

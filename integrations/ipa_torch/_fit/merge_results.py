@@ -14,8 +14,8 @@ from torch import nn
 from ipa_core import Learner, Projector
 from ipa_torch._capture.batch_device import device_of
 from ipa_torch._distributed.process_group import FitProcessGroup
+from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import NEVER_RAN, ActivationCollector, CollectorState
-from ipa_torch._fit.head_learners import LayerLearner
 from ipa_torch.layer_projectors import LayerLearners, LayerProjectors, M
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ipa_core.errors import SettingError, StreamError
 from ipa_torch._fit.batch_digest import chained
-from ipa_torch._fit.weight_fingerprint import WeightFingerprint
+from ipa_torch._fit.weight_digests import WeightDigests
 
 
 @dataclass
@@ -23,7 +23,7 @@ class ResumablePass:
     ----------
     settings : mapping
         Settings that the process that resumes must have.
-    weights : WeightFingerprint or None
+    weights : WeightDigests or None
         Weights that it must have; None for a pass that is only counted.
     seen : int
         Number of batches so far.
@@ -32,7 +32,7 @@ class ResumablePass:
     """
 
     settings: Mapping[str, Any]
-    weights: WeightFingerprint | None
+    weights: WeightDigests | None
     seen: int = 0
     digest: str = ""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ipa_torch._capture.async_update import InputUpdate
+from ipa_torch._capture.async_update import AsyncUpdate
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._fit.convergence import Convergence
 from ipa_torch._layers.matmul_view import WeightedRows
@@ -34,7 +34,7 @@ class PendingInput(Generic[C]):
     event: Hashable
     node: InputPrefix[C]
     child: InputPrefix[C]
-    update: InputUpdate
+    update: AsyncUpdate
 
 
 class SharedInputTree(Generic[C]):
@@ -77,7 +77,7 @@ class SharedInputTree(Generic[C]):
         node = self.node_of[name]
         convergence = node.convergence and node.convergence.observe(node.learner, *rows)
         child = InputPrefix(copy.copy(node.learner), convergence)
-        update = InputUpdate.begin(child.learner, rows)
+        update = AsyncUpdate.begin(child.learner, rows)
         self.pending = PendingInput(name, event, node, child, update)
 
     def finish(self) -> None:

@@ -12,12 +12,12 @@ from torch import nn
 from ipa_core import IncrementalPCA, Learner
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
+from ipa_torch._adapters.adapter_scale import Scaling, resolve_scale
 from ipa_torch._adapters.basis_change import change_basis
 from ipa_torch._adapters.pass_lock import changing
-from ipa_torch._adapters.scale import Scaling, resolve_scale
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.activation_rows import ActivationRows
-from ipa_torch._capture.async_update import InputUpdate, is_async_device
+from ipa_torch._capture.async_update import AsyncUpdate, is_async_device
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_weights import RowWeights, attention_mask
 from ipa_torch._distributed.process_group import world
@@ -112,7 +112,7 @@ class OnlineLearning:
         self._recorded: set[Hashable] = set()  # inputs of this batch
         self._forward: set[SharedProjection] = set()  # recorded outside of backward passes
         self._fresh = False  # whether anything was recorded since the last step
-        self._pending: tuple[str, InputUpdate] | None = None
+        self._pending: tuple[str, AsyncUpdate] | None = None
         start = Hook(None, model, self._start_batch, first=True)
         self._hooks = HookSet([start, *self._reader.hooks, *self._layer_hooks()])
 
@@ -236,7 +236,7 @@ class OnlineLearning:
                 return
             self._recorded.add(key)
             rows = self._reader.read(name, x, projection.view)
-            self._pending = name, InputUpdate.begin(self._learners[projection], rows)
+            self._pending = name, AsyncUpdate.begin(self._learners[projection], rows)
         if not is_async_device(x.device):
             self._finish_pending()
 

@@ -1,4 +1,4 @@
-"""Learners of the heads of an activation: a learner for each block of its last axis."""
+"""Learners of attention heads: a learner for each block of the last axis of an activation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprint of the weights before the target layers of a run."""
+"""Digests of the weights before the target layers of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ipa_torch._fit.tensor_digest import tensor_digest
 _ENTRIES, _LETTERS = 256, 16
 
 
-class WeightFingerprint:
+class WeightDigests:
     """Digests of the weights on which the inputs of target layers depend.
 
     These are the weights of modules that start before the last call of a target layer in the first
@@ -34,10 +34,10 @@ class WeightFingerprint:
     --------
     >>> body, head = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> model = nn.Sequential(body, nn.ReLU(), head)
-    >>> fingerprint = WeightFingerprint(model, [head])
-    >>> with fingerprint.first_batch():
+    >>> digests = WeightDigests(model, [head])
+    >>> with digests.first_batch():
     ...     y = model(torch.ones(1, 2))
-    >>> list(fingerprint.digests)
+    >>> list(digests.digests)
     ['0.weight', '0.bias']
     """
 
