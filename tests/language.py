@@ -148,6 +148,7 @@ ACTIVITIES = {
     "early_stopping",
     "expert_routing",
     "freezing",
+    "online_learning",
     "plotting",
     "preprocessing",
     "same_padding",

@@ -25,7 +25,12 @@ CORE = {
     "ipa_core.io",
     "ipa_core.text_table",
 }
-_LAYERS = CORE | {"ipa_torch.errors", "ipa_torch._settings", "ipa_torch._float64"}
+_LAYERS = CORE | {
+    "ipa_torch.errors",
+    "ipa_torch._settings",
+    "ipa_torch._layer_rank",
+    "ipa_torch._float64",
+}
 _CAPTURE = _LAYERS | {"ipa_torch._layers"}
 _DISTRIBUTED = _CAPTURE | {"ipa_torch._capture"}
 _WING = _DISTRIBUTED | {"ipa_torch._distributed", "ipa_torch.layer_projectors"}
@@ -125,6 +130,7 @@ ROOMS = {
     "ipa_torch.errors": CORE,
     "ipa_torch._float64": set(),
     "ipa_torch._settings": CORE | {"ipa_torch.errors"},
+    "ipa_torch._layer_rank": {"ipa_torch.errors"},
     "ipa_torch.layer_projectors": _LAYERS,
     "ipa_torch._layers": _LAYERS,
     "ipa_torch._capture": _CAPTURE,

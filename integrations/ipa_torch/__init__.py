@@ -15,7 +15,7 @@ from ipa_torch._adapters.attach import attach, detach
 from ipa_torch._adapters.merge import merge, unmerge
 from ipa_torch._adapters.online_learning import OnlineLearning
 from ipa_torch._adapters.state_dict import adapter_state_dict, load_adapter_state_dict
-from ipa_torch._capture.row_weights import attention_mask
+from ipa_torch._capture.attention_mask import attention_mask
 from ipa_torch._fit.activation_writer import store_activations
 from ipa_torch._fit.attention_head_learners import HeadLearners
 from ipa_torch._fit.checkpoint import CheckpointConfig

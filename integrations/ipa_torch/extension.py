@@ -12,16 +12,23 @@ from ipa_torch._capture.row_selection import RowSelection
 from ipa_torch._fit.collector import NEVER_RAN
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._float64 import in_float64
+from ipa_torch._layer_rank import resolve_rank
 from ipa_torch._layers.execution_device import execution_device
-from ipa_torch._layers.feature_counts import features_of, outputs_of
 from ipa_torch._layers.layer_lookup import get_layer
-from ipa_torch._layers.layer_type import Convolution, is_conv1d, is_linear
-from ipa_torch._layers.matmul_view import ConvView, LinearView, WeightedRows, view_of
+from ipa_torch._layers.layer_properties import (
+    Convolution,
+    features_of,
+    is_conv1d,
+    is_linear,
+    outputs_of,
+)
+from ipa_torch._layers.matmul_view import ConvView, LinearView, view_of
 from ipa_torch._layers.output_head import classifier_modules
 from ipa_torch._layers.row_subset import RowSubset
+from ipa_torch._layers.row_view import WeightedRows
 from ipa_torch._layers.targets import Targets
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch._settings import check_choice, resolve_rank
+from ipa_torch._settings import check_choice
 
 __all__ = [
     "NEVER_RAN",

@@ -12,7 +12,7 @@ import ipa_core
 from ipa_core import Projector, allocate_ranks
 from ipa_core.errors import FileFormatError
 from ipa_core.text_table import align
-from ipa_torch._settings import resolve_rank
+from ipa_torch._layer_rank import resolve_rank
 
 T = TypeVar("T")
 

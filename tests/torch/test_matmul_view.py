@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ipa_torch import LayerError
+from ipa_torch._layers.gather_memory import GatherMemory
 from ipa_torch._layers.matmul_view import conv_view_of, view_of
 from ipa_torch._layers.row_samples import stratified_indices
-from ipa_torch._layers.row_subset import GatherMemory, RowSubset
+from ipa_torch._layers.row_subset import RowSubset
 
 from .models import decaying
 

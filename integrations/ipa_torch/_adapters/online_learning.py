@@ -18,8 +18,9 @@ from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.async_update import AsyncUpdate, is_async_device
+from ipa_torch._capture.attention_mask import attention_mask
 from ipa_torch._capture.hooks import Hook, HookSet
-from ipa_torch._capture.row_weights import RowWeights, attention_mask
+from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._distributed.process_group import world
 from ipa_torch._distributed.tree_reduce import merge_across_ranks
 from ipa_torch._layers.activation_tensor import check_rows, input_of

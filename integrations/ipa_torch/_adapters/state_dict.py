@@ -17,8 +17,8 @@ from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._distributed.parallel_wrappers import check_unwrapped
 from ipa_torch._layers.adapter_support import check_fit
-from ipa_torch._layers.feature_counts import outputs_of
 from ipa_torch._layers.layer_lookup import get_layer
+from ipa_torch._layers.layer_properties import outputs_of
 from ipa_torch._layers.unwrap import unwrap_model
 
 _LAYER, _PROJECTION = "layers", "projections"

@@ -11,7 +11,7 @@ from torch import nn
 from ipa_torch._capture.hooks import Hook
 from ipa_torch._capture.row_weights import RowWeighter, RowWeights
 from ipa_torch._capture.tensor_ids import TensorIds
-from ipa_torch._layers.matmul_view import RowView, WeightedRows
+from ipa_torch._layers.row_view import RowView, WeightedRows
 
 
 class ActivationRows:

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from ipa_torch._capture.row_consumer import PendingRows, RowConsumer
-from ipa_torch._layers.matmul_view import WeightedRows
+from ipa_torch._layers.row_view import WeightedRows
 from ipa_torch.errors import LayerError
 
 

@@ -8,7 +8,8 @@ import math
 import torch
 
 from ipa_torch._capture.batch_device import on_device
-from ipa_torch._layers.row_subset import GatherMemory, RowSubset
+from ipa_torch._layers.gather_memory import GatherMemory
+from ipa_torch._layers.row_subset import RowSubset
 
 
 class RowSelection:

@@ -19,9 +19,10 @@ from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.store_index import INDEX, Index, Shard
 from ipa_torch._capture.activation_rows import ActivationRows
+from ipa_torch._capture.attention_mask import attention_mask
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, default_forward
-from ipa_torch._capture.row_weights import RowWeights, attention_mask
+from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.collector import ActivationCollector
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, NO_BATCH

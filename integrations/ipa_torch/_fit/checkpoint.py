@@ -65,10 +65,6 @@ class CheckpointConfig:
         """Return a configuration; that of a folder has the default frequency."""
         return checkpoint if isinstance(checkpoint, cls) else cls(checkpoint)  # type: ignore[arg-type]
 
-    def under(self, name: str) -> Self:
-        """Return the same with a sub-folder."""
-        return replace(self, folder=Path(self.folder) / name)
-
     def of_process(self, name: str | None) -> Self:
         """Return the same for a rank with the folder name ``rank-1-of-4``, say; None without ranks.
 
@@ -85,7 +81,14 @@ class CheckpointConfig:
                 f"expected checkpoints of {size or 1} processes in {self.folder}, got those of "
                 f"{', '.join(sorted(sizes)) or 1}; start as many, or use another folder"
             )
-        return self if name is None else self.under(name)
+        return self if name is None else self._under(name)
+
+    def of_memory_pass(self, number: int, passes: int) -> Self:
+        """Return the same for a memory pass: a folder for each, if there are several."""
+        return self if passes == 1 else self._under(f"pass-{number + 1}-of-{passes}")
+
+    def _under(self, name: str) -> Self:
+        return replace(self, folder=Path(self.folder) / name)
 
 
 CheckpointLike: TypeAlias = "CheckpointConfig | str | os.PathLike[str]"

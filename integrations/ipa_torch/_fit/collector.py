@@ -19,8 +19,9 @@ from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._fit.shared_inputs import C, InputPrefix, SharedInputTree
 from ipa_torch._layers.activation_tensor import check_rows, input_of, output_of
-from ipa_torch._layers.matmul_view import RowView, view_of
+from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.output_view import output_view
+from ipa_torch._layers.row_view import RowView
 from ipa_torch.errors import named_layer
 from ipa_torch.layer_projectors import M, T
 

@@ -33,10 +33,10 @@ from ipa_torch._fit.merge_results import PROJECTORS, ResultKind, merge_results
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._fit.weight_digests import WeightDigests
+from ipa_torch._layer_rank import resolve_rank
 from ipa_torch._layers.adapter_support import check_supported
 from ipa_torch._layers.targets import Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch._settings import resolve_rank
 from ipa_torch.layer_projectors import M
 
 
@@ -108,7 +108,10 @@ def run_fit(
                 source=source,
             )
             fit_group.begin(model)
-            config = _checkpoint_of_pass(checkpoint, fit_group, number, len(memory_passes))
+            config = None
+            if checkpoint is not None:
+                config = CheckpointConfig.of(checkpoint).of_process(fit_group.folder)
+                config = config.of_memory_pass(number, len(memory_passes))
             weights = None if config is None else WeightDigests(model, layers.values())
             lock = nullcontext() if config is None else lock_folder(Path(config.folder))
             position = ResumablePass(checked, weights)
@@ -178,16 +181,6 @@ def _stop_reason(
     if collector.done:
         return DATA_EXHAUSTED
     return stop.exhausted_budget(seen, time.monotonic() - start) if seen else None
-
-
-def _checkpoint_of_pass(
-    checkpoint: CheckpointLike | None, fit_group: FitProcessGroup, number: int, passes: int
-) -> CheckpointConfig | None:
-    """Return the checkpoints of this rank and of this memory pass."""
-    if checkpoint is None:
-        return None
-    config = CheckpointConfig.of(checkpoint).of_process(fit_group.folder)
-    return config if passes == 1 else config.under(f"pass-{number + 1}-of-{passes}")
 
 
 def _repeated(batches: Iterable[Any], passes: int) -> Iterable[Any]:

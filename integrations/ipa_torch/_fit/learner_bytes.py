@@ -18,10 +18,10 @@ from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
 from ipa_torch._fit.shared_inputs import SharedInputTree
-from ipa_torch._layers.feature_counts import features_of, outputs_of
+from ipa_torch._layer_rank import resolve_rank
+from ipa_torch._layers.layer_properties import features_of, outputs_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch._settings import resolve_rank
 from ipa_torch.errors import LayerError, named_layer
 
 #: Rows of an update in a measurement: no divisor of a block, so that some rows are always pending.

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from ipa_core import Learner, RandomizedSVD
+from ipa_torch._capture.attention_mask import attention_mask
 from ipa_torch._capture.forward import Forward
-from ipa_torch._capture.row_weights import RowWeights, attention_mask
+from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._distributed.process_group import ProcessGroupArg
 from ipa_torch._fit.checkpoint import CheckpointLike
 from ipa_torch._fit.early_stopping import StoppingCriteria

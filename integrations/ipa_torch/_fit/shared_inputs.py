@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from ipa_torch._capture.async_update import AsyncUpdate
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._fit.convergence import Convergence
-from ipa_torch._layers.matmul_view import WeightedRows
+from ipa_torch._layers.row_view import WeightedRows
 
 C = TypeVar("C", bound=RowConsumer)
 

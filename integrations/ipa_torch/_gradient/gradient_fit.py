@@ -17,11 +17,11 @@ from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
 from ipa_torch._gradient.gradient_sketch import GradientLearner, GradientSketch
+from ipa_torch._layer_rank import resolve_rank
 from ipa_torch._layers.activation_tensor import input_of
 from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch._settings import resolve_rank
 from ipa_torch.errors import LayerError, named_layer
 from ipa_torch.layer_projectors import LayerProjectors
 

@@ -14,8 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ipa_core.errors import ShapeError, with_context
 from ipa_torch._layers.execution_device import execution_device
-from ipa_torch._layers.feature_counts import features_of, outputs_of
-from ipa_torch._layers.layer_type import is_stock
+from ipa_torch._layers.layer_properties import features_of, is_stock, outputs_of
 from ipa_torch._layers.matmul_view import ConvView, LinearView, MatmulView, view_of
 from ipa_torch.errors import LayerError
 

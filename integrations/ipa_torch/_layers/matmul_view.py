@@ -5,36 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ipa_torch._layers.layer_type import Convolution, is_conv1d
+from ipa_torch._layers.layer_properties import Convolution, is_conv1d
 from ipa_torch._layers.row_samples import stratified_indices
 from ipa_torch._layers.row_subset import RowSubset
+from ipa_torch._layers.row_view import RowView, WeightedRows
 from ipa_torch._layers.unwrap import unwrap_layer
 from ipa_torch.errors import LayerError
 
-WeightedRows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 _STOCK = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-class RowView(Protocol):
-    """View of an activation as rows. Equal views, by hash, of the same tensor give equal rows."""
-
-    def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
-        """Return the shape (batch, *positions) over which an activation has rows."""
-
-    def im2row(
-        self, activation: torch.Tensor, subset: RowSubset, limit: int | None
-    ) -> WeightedRows:
-        """Return the rows (n, features) of a subset of positions, or of all, and their weights.
-
-        At most ``limit`` patches are taken.
-        """
 
 
 class MatmulView(RowView, Protocol):

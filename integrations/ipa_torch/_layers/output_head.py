@@ -37,3 +37,13 @@ def _flattened(heads: Any) -> list[nn.Module]:
     if isinstance(heads, (tuple, list)):
         return [module for head in heads for module in _flattened(head)]
     return []
+
+
+def tied_to_embedding(model: nn.Module) -> list[nn.Module]:
+    """Return the layers whose weight is that of an embedding: output heads."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in tables
+    ]

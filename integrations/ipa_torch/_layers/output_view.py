@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ipa_torch._layers.layer_type import Convolution
-from ipa_torch._layers.matmul_view import LinearView, WeightedRows
+from ipa_torch._layers.layer_properties import Convolution
+from ipa_torch._layers.matmul_view import LinearView
 from ipa_torch._layers.row_subset import RowSubset
+from ipa_torch._layers.row_view import WeightedRows
 from ipa_torch._layers.unwrap import unwrap_layer
 
 

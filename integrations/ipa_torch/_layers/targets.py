@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ipa_core.errors import SettingError
-from ipa_torch._layers.layer_type import is_linear
-from ipa_torch._layers.output_head import output_head
+from ipa_torch._layers.layer_properties import is_linear
+from ipa_torch._layers.output_head import output_head, tied_to_embedding
 from ipa_torch.errors import LayerError
 
 Targets: TypeAlias = "str | Iterable[str] | Callable[[str, nn.Module], bool]"
@@ -70,7 +70,7 @@ def select_layers(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, 
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    head = [*output_head(model), *_tied_to_embedding(model)]
+    head = [*output_head(model), *tied_to_embedding(model)]
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         # Modules inside a selected layer belong to it: the matrices of an adapter, for example.
@@ -81,16 +81,6 @@ def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
         if name and not inside and is_linear(module) and not excluded:
             layers[name] = module
     return layers
-
-
-def _tied_to_embedding(model: nn.Module) -> list[nn.Module]:
-    """Return the layers whose weight is that of an embedding: output heads."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in tables
-    ]
 
 
 def _matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:

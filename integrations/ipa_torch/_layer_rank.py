@@ -1,0 +1,22 @@
+"""Rank of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ipa_torch.errors import LayerError
+
+
+def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:
+    """Return the rank of a layer, from a rank for all layers or a mapping.
+
+    Raises
+    ------
+    LayerError
+        If the mapping has no rank for it.
+    """
+    if not isinstance(rank, Mapping):
+        return rank
+    if name not in rank:
+        raise LayerError(f"expected a rank for layer {name!r}, got none; add it to the mapping")
+    return rank[name]
