@@ -4,14 +4,17 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
+from ipa_core import fit_projector
 from ipa_core.errors import ArrayTypeError
 from ipa_torch import LayerError, attach, detach, fit_projectors, merge, unmerge
+from ipa_torch._capture.tensor_ids import sample_bytes
 
 X = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
 
@@ -249,3 +252,53 @@ class TestExports:
         model = adapted(lambda model, x: model.last(model.first(x).tanh()))
         program = torch.export.export(model, (X,), strict=strict).module()
         torch.testing.assert_close(program(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+def by_data(x):
+    x.data.mul_(torch.arange(8.0))
+
+
+def by_numpy(x):
+    x.detach().numpy()[:, 0] = 100
+
+
+def one_row(x):
+    x.data[3] += 50
+
+
+@pytest.mark.parametrize("change", [by_data, by_numpy, one_row])
+@pytest.mark.parametrize("grad", [False, True])
+def test_inputs_changed_behind_the_version_counter(change, grad):
+    seen = []
+
+    def compute(model, x):
+        x = x.clone()
+        first = model.first(x)
+        change(x)
+        seen.append(x.clone())
+        return first[:, :4] + model.last(x)
+
+    model = Net(compute).eval()
+    batches = [X, X.flip(1), X * 2]
+    with torch.set_grad_enabled(grad):
+        projectors = fit_projectors(model, batches, 2, progress=False)
+    expected = fit_projector(torch.cat(seen), 2)
+    np.testing.assert_allclose(projectors["last"].project(X), expected.project(X), atol=1e-4)
+    assert ("first",) in projectors.shared
+    attach(model, projectors)
+    nn.init.normal_(model.last.lora_B["default"], generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = model(X)
+        merge(model)
+        torch.testing.assert_close(model(X), before)
+
+
+def test_large_inputs_are_compared_in_every_column():
+    x = torch.zeros(64, 1024)
+    for column in (0, 1, 511, 1023):
+        other = x.clone()
+        other[:, column] = 1
+        assert sample_bytes(other) != sample_bytes(x)
+    other = x.clone()
+    other[5] = 1
+    assert sample_bytes(other) != sample_bytes(x)

@@ -31,7 +31,7 @@ class ActivationRows:
 
     def start(self, batch: Any) -> int | None:
         """Start a batch; return its number of rows of nonzero weight, or None without weights."""
-        self._tensor_ids.clear()
+        self._tensor_ids.start_batch()
         return self._weighter.start(batch)
 
     def key_of(self, activation: torch.Tensor, view: RowView) -> Hashable:
