@@ -70,7 +70,7 @@ test-serving: $(addprefix $(SERVING)/.installed-,llama_cpp vllm sglang)  ## adap
 	$(SINGLE) IPA_RESULTS=benchmarks/results timeout 20m $(BIN)/python -m pytest tests/serving
 
 test-trainers: $(addprefix .venv/.installed-,trainers llamafactory axolotl)  ## programs that train adapters
-	$(SINGLE) IPA_RESULTS=benchmarks/results PYTHONPATH=.:integrations timeout 20m \
+	$(SINGLE) IPA_RESULTS=benchmarks/results PYTHONPATH="$(CURDIR):$(CURDIR)/integrations" timeout 20m \
 		.venv/trainers/bin/python -m pytest tests/trainers
 
 test-foreign: .venv/.installed-foreign  ## models of other packages, each from fit to load
