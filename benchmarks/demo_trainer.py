@@ -127,7 +127,7 @@ def run(folder: Path, questions: list[Question], size: Size, out: Path) -> dict[
     print(f"Written: {out / 'adapter'}; loaded by stock PEFT, its logits differ by {served:.1e}.")
     return {
         "size": asdict(size) | {"rank": RANK, "learning_rate": RATE},
-        "layers": len(ipa_hf.metadata_file.AdapterMetadata.read(out / "adapter").layers),
+        "layers": len(ipa_hf.adapter_metadata.AdapterMetadata.read(out / "adapter").layers),
         "accuracy": {"before": before, "after": after},
         "seconds": {"learning": learning, "training": training},
         "initial_logits_change": change,

@@ -18,10 +18,10 @@ from ipa_core import __version__
 from ipa_core.errors import IPAError, first_cause, page_path
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.text_table import align
+from ipa_hf.adapter_metadata import AdapterMetadata
 from ipa_hf.calibration_data import CalibrationData
 from ipa_hf.first_token_mask import without_first_token
 from ipa_hf.initialize import get_ipa_model
-from ipa_hf.metadata_file import AdapterMetadata
 from ipa_torch import CheckpointConfig, attention_mask
 
 #: Seconds between two checkpoints of a fit.

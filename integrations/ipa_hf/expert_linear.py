@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ipa_hf.expert_routing import RoutedView, RowRouting
-from ipa_torch.extension import view_of
+if TYPE_CHECKING:
+    from ipa_hf.expert_routing import RowRouting
 
 
 class ExpertLinear(nn.Module):
@@ -29,9 +31,3 @@ class ExpertLinear(nn.Module):
     ) -> torch.Tensor:
         """Return products (n, outputs) of rows (n, features), or the rows if no matrix is given."""
         return rows if matrix is None else F.linear(rows, matrix, bias)
-
-
-@view_of.register(ExpertLinear)
-def routed_view_of(layer: ExpertLinear) -> RoutedView:
-    """Return the view of an expert's rows."""
-    return RoutedView(layer=layer)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from ipa_torch.extension import LinearView, RowSelection, RowSubset, WeightedRows
-
-if TYPE_CHECKING:
-    from ipa_hf.expert_linear import ExpertLinear
+from ipa_hf.expert_linear import ExpertLinear
+from ipa_torch.extension import LinearView, RowSelection, RowSubset, WeightedRows, view_of
 
 
 @dataclass(frozen=True)
@@ -64,3 +61,9 @@ class RoutedView(LinearView):
     def _routing(self) -> RowRouting:
         assert self.layer.routing is not None  # _ExpertsCall sets it
         return self.layer.routing
+
+
+@view_of.register(ExpertLinear)
+def routed_view_of(layer: ExpertLinear) -> RoutedView:
+    """Return the view of an expert's rows."""
+    return RoutedView(layer=layer)

@@ -18,12 +18,12 @@ from transformers import AutoConfig
 from ipa_core.errors import SettingError
 from ipa_core.io.atomic_write import replace_file
 from ipa_hf.adapter_holder import base_model
-from ipa_hf.attached_metadata import write_metadata
+from ipa_hf.adapter_metadata import write_metadata
 from ipa_hf.export_check import ServedModel, check_layer_names
 from ipa_hf.export_experts import export_experts
 from ipa_hf.export_rank import LoraPair, UniformSize
-from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
-from ipa_hf.lora_options import KEEPING_BASE_WEIGHTS, PLAIN_LORA, unsupported_fields
+from ipa_hf.lora_config import KEEPING_BASE_WEIGHTS, PLAIN_LORA, lora_config, unsupported_fields
+from ipa_hf.lora_layers import lora_A_and_B, lora_layers, takes_projection
 from ipa_torch.extension import features_of, is_conv1d, outputs_of, unwrap_model
 
 #: Layers that vLLM and SGLang compute as one; SGLang needs an adapter for each or for none.

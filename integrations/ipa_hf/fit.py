@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ipa_hf.adapter_holder import base_model
-from ipa_hf.base_forward import base_model_only, without_cache, without_repacking
+from ipa_hf.forward_contexts import base_model_only, without_cache, without_repacking
 from ipa_hf.fused_parameters import ExpertSharing
 from ipa_hf.layer_names import layer_name
 from ipa_hf.temporary_expert_layers import expert_layers

@@ -10,7 +10,8 @@ from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
 from ipa_hf.layer_names import layer_name
-from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
+from ipa_hf.lora_config import lora_config
+from ipa_hf.lora_layers import lora_A_and_B, lora_layers, takes_projection
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
+from ipa_hf.lora_config import TRAINABLE_LORA, unsupported_fields
 from ipa_hf.lora_layers import lora_A_and_B
-from ipa_hf.lora_options import TRAINABLE_LORA, unsupported_fields
 
 
 def check_initializable(config: LoraConfig) -> None:

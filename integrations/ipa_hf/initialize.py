@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -13,17 +13,18 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
+from ipa_hf.adapter_metadata import AdapterMetadata, row_weights_name
 from ipa_hf.block_coverage import warn_of_small_coverage
 from ipa_hf.fit import fit_lora_projectors
 from ipa_hf.freezing import Model, set_lora_A_frozen
 from ipa_hf.fused_parameters import ExpertSharing
 from ipa_hf.init_checks import check_fresh, check_initializable
 from ipa_hf.layer_names import compact_names, layer_name
-from ipa_hf.lora_layers import layer_kind, lora_config, lora_layers, takes_projection
+from ipa_hf.lora_config import lora_config
+from ipa_hf.lora_layers import layer_kind, lora_layers, takes_projection
 from ipa_hf.lora_slots import find_projectors, lora_slots, truncate_to_slot, write_lora_A
-from ipa_hf.lost_lora import lost_on_loading
-from ipa_hf.metadata_file import AdapterMetadata
 from ipa_hf.offloaded_lora import materialize
+from ipa_hf.renamed_keys import lost_on_loading
 from ipa_hf.save_pretrained import keep_metadata
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError, attention_mask
@@ -245,7 +246,7 @@ def initialize_lora_ipa_weights(
             sharing=expert_sharing,
             routing_weights=routing_weights,
         )
-        row_weights = _name_of(options.get("row_weights", attention_mask))
+        row_weights = row_weights_name(options.get("row_weights", attention_mask))
     matched, unreached = find_projectors(slots, projectors)
     reasons = getattr(projectors, "missing", {})
     missing = {name: _reason(name, reasons) for name in slots if name not in matched}
@@ -267,13 +268,6 @@ def initialize_lora_ipa_weights(
     for name in {layer_name(name) for name in initialized}:
         set_lora_A_frozen(supported[name], adapter_name, not trainable)
     return peft_model
-
-
-def _name_of(row_weights: Callable[..., Any] | None) -> str:
-    """Return the name of row weights for the metadata."""
-    if row_weights is None:
-        return "all rows"
-    return str(getattr(row_weights, "__name__", type(row_weights).__name__))
 
 
 def _reason(name: str, reasons: Mapping[str, str]) -> str:

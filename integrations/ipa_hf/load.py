@@ -7,8 +7,8 @@ import os
 import torch
 from peft import PeftModel
 
+from ipa_hf.adapter_metadata import AdapterMetadata
 from ipa_hf.freezing import freeze_projections
-from ipa_hf.metadata_file import AdapterMetadata
 from ipa_hf.save_pretrained import keep_metadata
 
 

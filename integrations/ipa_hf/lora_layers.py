@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
-from ipa_core.errors import SettingError
-from ipa_hf.adapter_holder import adapter_holder, base_model
+from ipa_hf.adapter_holder import base_model
 from ipa_hf.expert_lora import unsupported_reason
 from ipa_hf.layer_names import parameter_name
 from ipa_torch.extension import unwrap_model
-
-
-def lora_config(peft_model: torch.nn.Module, adapter_name: str) -> LoraConfig:
-    """Return the configuration of a LoRA adapter.
-
-    Raises
-    ------
-    SettingError
-        If the model has no adapter of this name, or the adapter is not LoRA.
-    """
-    known = adapter_holder(peft_model).peft_config
-    if adapter_name not in known:
-        raise SettingError(f"expected one of the adapters {sorted(known)}, got {adapter_name!r}")
-    config = known[adapter_name]
-    if not isinstance(config, LoraConfig):
-        raise SettingError(f"expected a LoRA adapter, got {adapter_name!r} of {config.peft_type}")
-    return config
 
 
 def lora_layers(peft_model: torch.nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

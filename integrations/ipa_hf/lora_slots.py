@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import RankError, ShapeError
+from ipa_hf.adapter_metadata import LayerMetadata
 from ipa_hf.expert_lora import expert_A_and_B
 from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_A_and_B
-from ipa_hf.metadata_file import LayerMetadata
 from ipa_torch.extension import Scaling, resolve_scale
 
 

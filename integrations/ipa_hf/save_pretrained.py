@@ -11,8 +11,7 @@ import torch
 from peft import PeftModel
 
 from ipa_hf.adapter_holder import adapter_holder
-from ipa_hf.attached_metadata import attach_metadata, write_metadata
-from ipa_hf.metadata_file import AdapterMetadata
+from ipa_hf.adapter_metadata import AdapterMetadata, attach_metadata, write_metadata
 from ipa_hf.weighted_adapter import add_weighted_adapter
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file
@@ -19,12 +18,11 @@ from ipa_core.errors import FileFormatError, SettingError
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.file_header import FileFormat
 from ipa_core.io.paths import input_file, input_path
-from ipa_hf.attached_metadata import write_metadata
-from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers
-from ipa_hf.metadata_file import FILE_NAME, AdapterMetadata
+from ipa_hf.adapter_metadata import FILE_NAME, AdapterMetadata, write_metadata
+from ipa_hf.lora_layers import lora_A_and_B, lora_layers
 from ipa_hf.save_pretrained import keep_metadata
 from ipa_hf.shared_adapters import checked_names
-from ipa_hf.tied_adapters import are_tied, tie_adapter
+from ipa_hf.tied_adapters import tie_adapter, tied_layers
 
 _A_FILE, _B_FILE = "lora_A.safetensors", "lora_B.safetensors"
 _FORMAT = FileFormat("ipa-shared-adapter", 1)
@@ -76,7 +74,7 @@ def save_shared(
     ['ipa_adapter.json', 'lora_A.safetensors', 'mail', 'news']
     """
     tasks = checked_names(peft_model.peft_config if names is None else names)
-    layers = _tied_layers(peft_model, tasks)
+    layers = tied_layers(peft_model, tasks)
     a = {name: lora_A_and_B(layer, tasks[0])[0] for name, layer in layers.items()}
     data = to_bytes({name: _contiguous(tensor) for name, tensor in a.items()}, {"format": "pt"})
     header = _FORMAT.seal({"lora_A": hashlib.sha256(data).hexdigest()})
@@ -165,19 +163,6 @@ def load_shared(
         targets = {name: lora_A_and_B(layer, task)[1] for name, layer in layers.items()}
         _write(folder / task / _B_FILE, targets, b[task])
     return peft_model
-
-
-def _tied_layers(peft_model: PeftModel, tasks: list[str]) -> Mapping[str, LoraLayer]:
-    """Return the layers of adapters, after a check that these share A."""
-    first = tasks[0]
-    for task in tasks:
-        lora_config(peft_model, task)
-        if not are_tied(peft_model, [first, task]):
-            raise SettingError(
-                f"expected adapters that share A, got {task!r}, which does not share that of "
-                f"{first!r}; join them with ipa_hf.share, or name those that do"
-            )
-    return lora_layers(peft_model, first)
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_hf.initialize import get_ipa_model
-from ipa_hf.lora_layers import lora_config
+from ipa_hf.lora_config import lora_config
 from ipa_hf.rank_pattern import match_ranks
 from ipa_hf.tied_adapters import tie_adapter
 from ipa_torch.extension import Scaling, get_layer, is_conv1d

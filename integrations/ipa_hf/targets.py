@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ipa_core.errors import SettingError
-from ipa_hf.peft_targets import is_known_to_peft, trainable_by_peft
+from ipa_hf.peft_support import is_known_to_peft, trainable_by_peft
 from ipa_hf.target_pattern import target_pattern
 from ipa_torch.extension import features_of, is_linear, outputs_of
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_hf.freezing import set_lora_A_frozen
-from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
-from ipa_hf.lora_options import PLAIN_LORA, unsupported_fields
+from ipa_hf.lora_config import PLAIN_LORA, lora_config, unsupported_fields
+from ipa_hf.lora_layers import lora_A_and_B, lora_layers, takes_projection
 from ipa_hf.shared_lora_layers import SharedLoraA, SharedLoraLinear
 
 
@@ -29,6 +29,19 @@ def are_tied(peft_model: PeftModel, names: Iterable[str]) -> bool:
         for name in names
     ]
     return bool(modules) and bool(modules[0]) and all(other == modules[0] for other in modules)
+
+
+def tied_layers(peft_model: PeftModel, names: list[str]) -> Mapping[str, LoraLayer]:
+    """Return the layers of adapters, after a check that these share A."""
+    first = names[0]
+    for name in names:
+        lora_config(peft_model, name)
+        if not are_tied(peft_model, [first, name]):
+            raise SettingError(
+                f"expected adapters that share A, got {name!r}, which does not share that of "
+                f"{first!r}; join them with ipa_hf.share, or name those that do"
+            )
+    return lora_layers(peft_model, first)
 
 
 def tie_adapter(peft_model: PeftModel, source: str, name: str, config: LoraConfig) -> None:

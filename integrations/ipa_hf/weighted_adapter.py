@@ -10,10 +10,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from ipa_hf.attached_metadata import attach_metadata, find_metadata
+from ipa_hf.adapter_metadata import attach_metadata, find_metadata
 from ipa_hf.freezing import set_lora_A_frozen
 from ipa_hf.layer_names import layer_name
-from ipa_hf.lora_layers import lora_A_and_B, lora_config, lora_layers, takes_projection
+from ipa_hf.lora_config import lora_config
+from ipa_hf.lora_layers import lora_A_and_B, lora_layers, takes_projection
 from ipa_hf.tied_adapters import are_tied, tie_adapter
 from ipa_torch.extension import in_float64
 

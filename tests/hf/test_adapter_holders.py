@@ -7,9 +7,8 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 import ipa_hf
 from ipa_core.errors import SettingError
 from ipa_hf.adapter_holder import base_model
-from ipa_hf.attached_metadata import find_metadata
+from ipa_hf.adapter_metadata import AdapterMetadata, find_metadata
 from ipa_hf.lora_layers import lora_A_and_B, lora_layers
-from ipa_hf.metadata_file import AdapterMetadata
 
 from .models import base_state, config, make, outputs, same_state, train
 

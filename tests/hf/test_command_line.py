@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ipa_hf import __main__
 from ipa_hf.__main__ import main
+from ipa_hf.adapter_metadata import AdapterMetadata, LayerMetadata
 from ipa_hf.calibration_data import CalibrationData
-from ipa_hf.metadata_file import AdapterMetadata, LayerMetadata
 
 from .models import make, outputs, text_batches
 

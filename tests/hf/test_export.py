@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import ipa_hf
 from ipa_core import SettingError
-from ipa_hf.attached_metadata import find_metadata
+from ipa_hf.adapter_metadata import find_metadata
 
 from .models import config, make, outputs, text_batches, train
 

@@ -5,8 +5,8 @@ import torch
 
 import ipa_hf
 from ipa_core import ExactCovariance, ShapeError
-from ipa_hf import metadata_file
-from ipa_hf.metadata_file import FILE_NAME, AdapterMetadata
+from ipa_hf import adapter_metadata
+from ipa_hf.adapter_metadata import FILE_NAME, AdapterMetadata
 from ipa_torch import attention_mask
 
 from .models import config, make, text_batches
@@ -112,7 +112,7 @@ def test_earlier_metadata_and_fitted_projectors_have_none(tmp_path):
     path = tmp_path / FILE_NAME
     content = json.loads(path.read_text())
     del content["row_weights"], content["sha256"]
-    content["sha256"] = metadata_file._digest(content)
+    content["sha256"] = adapter_metadata._digest(content)
     path.write_text(json.dumps(content))
     assert AdapterMetadata.read(tmp_path).row_weights is None
     projectors = fitted()

@@ -12,11 +12,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 
 import ipa_hf
-import ipa_hf.lost_lora
+import ipa_hf.renamed_keys
 from benchmarks import record
 from ipa_core import ExactCovariance
 from ipa_core.errors import RankError, SettingError
-from ipa_hf.attached_metadata import find_metadata
+from ipa_hf.adapter_metadata import find_metadata
 from ipa_hf.expert_lora import expert_A_and_B
 from ipa_hf.lora_layers import lora_layers
 from ipa_torch import LayerError, fit_projectors
@@ -335,7 +335,7 @@ def test_experts_whose_lora_peft_loses_are_refused_by_name(monkeypatch):
         return {key.replace(".mlp.experts.", ".mlp.mlp.experts."): x for key, x in tensors.items()}
 
     monkeypatch.setattr(
-        ipa_hf.lost_lora, "convert_peft_adapter_state_dict_for_transformers", rename
+        ipa_hf.renamed_keys, "convert_peft_adapter_state_dict_for_transformers", rename
     )
     with pytest.raises(LayerError, match="experts.down_proj': PEFT renames its saved LoRA"):
         adapted("Mixtral", batches(), on_missing="raise", progress=False)

@@ -9,7 +9,7 @@ from peft.tuners.lora.config import BdLoraConfig
 
 import ipa_hf
 from ipa_core import ExactCovariance, RankError, SettingError, ShapeError
-from ipa_hf.attached_metadata import find_metadata
+from ipa_hf.adapter_metadata import find_metadata
 from ipa_torch import LayerError, fit_projectors
 
 from .models import (

@@ -9,9 +9,8 @@ from peft import LoraConfig, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 
 import ipa_hf
-from ipa_hf.attached_metadata import find_metadata
+from ipa_hf.adapter_metadata import FILE_NAME, AdapterMetadata, find_metadata
 from ipa_hf.lora_layers import lora_A_and_B, lora_layers
-from ipa_hf.metadata_file import FILE_NAME, AdapterMetadata
 
 from .models import config, make, outputs, text_batches, train
 

@@ -10,7 +10,7 @@ from peft.optimizers import create_lorafa_optimizer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 import ipa_hf
-from ipa_hf.attached_metadata import find_metadata
+from ipa_hf.adapter_metadata import find_metadata
 from ipa_hf.lora_layers import lora_A_and_B, lora_layers
 
 from .models import config, make, outputs, train

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import ipa_hf
 import ipa_torch
 from ipa_core.errors import FileFormatError, MissingFileError, RankError, SettingError, ShapeError
-from ipa_hf.attached_metadata import find_metadata
+from ipa_hf.adapter_metadata import find_metadata
 from ipa_hf.lora_layers import lora_layers
 from ipa_hf.shared_lora_layers import SharedLoraLinear
 from ipa_torch import LayerError

@@ -20,7 +20,7 @@ from torch import nn
 from ipa_core import ActivationStore, IncrementalPCA, fit_projector, load, load_state, save
 from ipa_core import save_state as save_learner
 from ipa_core.errors import IPAError
-from ipa_hf.metadata_file import AdapterMetadata, LayerMetadata
+from ipa_hf.adapter_metadata import AdapterMetadata, LayerMetadata
 from ipa_torch import (
     CheckpointConfig,
     adapter_state_dict,

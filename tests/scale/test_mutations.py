@@ -13,6 +13,6 @@ def test_no_mutation_loads_other_content():
 
 def test_a_file_without_a_digest_would_be_found(monkeypatch):
     monkeypatch.setattr(mutations, "KINDS", (mutations.Metadata,))
-    monkeypatch.setattr("ipa_hf.metadata_file._digest", lambda content: "0")
+    monkeypatch.setattr("ipa_hf.adapter_metadata._digest", lambda content: "0")
     _, problems = mutations.main(300)
     assert any("OTHER CONTENT" in problem for problem in problems)

@@ -1,4 +1,4 @@
-"""Fields of a `LoraConfig` that adapters of this package support, by an allowlist."""
+"""Configuration of a LoRA adapter, and the allowlist of its supported fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from peft import LoraConfig
+
+from ipa_core.errors import SettingError
+from ipa_hf.adapter_holder import adapter_holder
 
 #: Fields that do not change what an adapter computes: z = W x + alpha / r * B A x.
 PLAIN_LORA = frozenset(
@@ -51,6 +55,23 @@ TRAINABLE_LORA = PLAIN_LORA | {
 
 #: Methods of initialization that leave the base weights as they are.
 KEEPING_BASE_WEIGHTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def lora_config(peft_model: torch.nn.Module, adapter_name: str) -> LoraConfig:
+    """Return the configuration of a LoRA adapter.
+
+    Raises
+    ------
+    SettingError
+        If the model has no adapter of this name, or the adapter is not LoRA.
+    """
+    known = adapter_holder(peft_model).peft_config
+    if adapter_name not in known:
+        raise SettingError(f"expected one of the adapters {sorted(known)}, got {adapter_name!r}")
+    config = known[adapter_name]
+    if not isinstance(config, LoraConfig):
+        raise SettingError(f"expected a LoRA adapter, got {adapter_name!r} of {config.peft_type}")
+    return config
 
 
 def unsupported_fields(config: LoraConfig, supported: Collection[str]) -> list[str]:

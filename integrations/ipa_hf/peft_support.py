@@ -7,7 +7,7 @@ from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from ipa_hf.lost_lora import renamed_on_loading
+from ipa_hf.renamed_keys import renamed_on_loading
 from ipa_torch.extension import is_conv1d, is_linear
 
 #: Layers that PEFT refuses in models of these types, as Mamba's kernels read their weights.
