@@ -30,7 +30,8 @@ from ipa_core import (
     save,
 )
 from ipa_core._array import to_numpy
-from ipa_core.errors import PathError, StreamError, page_path
+from ipa_core.documentation import page_path
+from ipa_core.errors import PathError, StreamError
 from ipa_core.io._formats.named_arrays import split_key
 from ipa_core.io.activation_files import files_of
 from ipa_core.io.atomic_write import check_writable, replace_file

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
+
+from ipa_core.documentation import page_path
 
 
 class IPAError(Exception):
@@ -23,15 +24,6 @@ class IPAError(Exception):
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
         self.add_note(f"More about it: {page_path(self.page)}")
-
-
-def page_path(page: str) -> str:
-    """Return the path of a page of the documentation that the installed package has.
-
-    In a checkout it is the path in the repository.
-    """
-    installed = Path(__file__).parent / page
-    return str(installed) if Path(str(installed).partition("#")[0]).is_file() else page
 
 
 class ShapeError(IPAError, ValueError):

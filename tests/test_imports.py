@@ -20,6 +20,7 @@ PACKAGES = ("ipa_core", "ipa_torch", "ipa_timm", "ipa_hf", "ipa_sklearn")
 
 CORE = {
     "ipa_core",
+    "ipa_core.documentation",
     "ipa_core.optional_dependencies",
     "ipa_core.errors",
     "ipa_core.io",
@@ -39,7 +40,8 @@ _BRIDGE = CORE | {"ipa_torch", "ipa_torch.extension"}
 
 #: Room: rooms that it may import. A room may import itself.
 ROOMS = {
-    "ipa_core.errors": set(),
+    "ipa_core.documentation": set(),
+    "ipa_core.errors": {"ipa_core.documentation"},
     "ipa_core.text_table": set(),
     "ipa_core.optional_dependencies": {"ipa_core.errors"},
     "ipa_core._sparse_rows": set(),
@@ -122,6 +124,7 @@ ROOMS = {
     "ipa_core.__main__": {
         "ipa_core",
         "ipa_core._array",
+        "ipa_core.documentation",
         "ipa_core.errors",
         "ipa_core.io",
         "ipa_core.plotting",

@@ -65,6 +65,7 @@ def test_installed_errors_name_a_page_that_is_installed(installed):
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(installed)!r})
+import ipa_core.documentation
 import ipa_core.errors
 try:
     import ipa_torch.errors
@@ -77,7 +78,7 @@ for error in errors(ipa_core.errors.IPAError):
     page = Path(note.removeprefix("More about it: ").partition("#")[0])
     assert page.is_relative_to({str(installed)!r}) and page.is_file(), note
 for page in ("docs/activations.md", "docs/peft.md"):  # of the commands
-    assert Path(ipa_core.errors.page_path(page)).is_file()
+    assert Path(ipa_core.documentation.page_path(page)).is_file()
 """
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

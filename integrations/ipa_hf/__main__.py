@@ -15,7 +15,8 @@ import transformers
 from peft import LoraConfig, TaskType
 
 from ipa_core import __version__
-from ipa_core.errors import IPAError, first_cause, page_path
+from ipa_core.documentation import page_path
+from ipa_core.errors import IPAError, first_cause
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.text_table import align
 from ipa_hf.adapter_metadata import AdapterMetadata

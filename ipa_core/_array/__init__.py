@@ -1,6 +1,6 @@
 """Seam to the array libraries: the only room that names them."""
 
-from ipa_core._array.async_transfer import to_host_async
+from ipa_core._array.autograd import detached
 from ipa_core._array.conversion_hints import conversion_hint
 from ipa_core._array.dtypes import cast, dtype_name, half_dtype, state_dtype, wide_dtype
 from ipa_core._array.host_numbers import (
@@ -10,8 +10,9 @@ from ipa_core._array.host_numbers import (
     ignore_overflow,
     rounded,
 )
+from ipa_core._array.inspection import describe, device, is_array
 from ipa_core._array.masks import zero_rows, zero_where
-from ipa_core._array.namespaces import as_namespace, describe, detached, device, is_array, namespace
+from ipa_core._array.namespaces import as_namespace, namespace
 from ipa_core._array.random_numbers import random_normal, random_signs
 from ipa_core._array.row_norms import row_energies, squared_norms_async
 from ipa_core._array.symmetric_eigen import eigh
@@ -21,6 +22,7 @@ from ipa_core._array.transfer import (
     host_values,
     index_array,
     on_host,
+    to_host_async,
     to_numpy,
 )
 from ipa_core._array.types import Array, Device, DType, HostArray, HostMask, Namespace

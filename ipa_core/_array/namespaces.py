@@ -1,16 +1,15 @@
-"""Namespace, device and description of an array of any library."""
+"""Array-API namespace of arrays and of libraries."""
 
 from __future__ import annotations
 
 import reprlib
 from types import ModuleType
-from typing import Any
 
 import array_api_compat
-import numpy as np
 
 from ipa_core._array.conversion_hints import conversion_hint
-from ipa_core._array.types import Array, Device, Namespace
+from ipa_core._array.inspection import is_array
+from ipa_core._array.types import Array, Namespace
 from ipa_core.errors import ArrayTypeError, SettingError
 
 
@@ -39,25 +38,3 @@ def as_namespace(library: ModuleType | Namespace) -> Namespace:
             f"{reprlib.repr(library)}"
         )
     return library
-
-
-def is_array(value: object) -> bool:
-    return not isinstance(value, type) and bool(array_api_compat.is_array_api_obj(value))
-
-
-def detached(array: Array) -> Array:
-    """Return an array outside any autograd graph, without the operators of a subclass."""
-    if array_api_compat.is_torch_array(array):
-        named = any(getattr(array, "names", ()))  # removed from recent versions of torch
-        tensor: Any = array.detach()
-        return tensor.rename(None) if named else tensor
-    return np.asarray(array) if array_api_compat.is_numpy_array(array) else array
-
-
-def device(array: Array) -> Device:
-    return array_api_compat.device(array)
-
-
-def describe(array: Array) -> str:
-    """Return library, dtype and device in words."""
-    return f"{type(array).__module__.split('.')[0]} {array.dtype} on {device(array)}"

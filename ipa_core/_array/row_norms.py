@@ -8,10 +8,9 @@ from itertools import accumulate
 import array_api_compat
 import numpy as np
 
-from ipa_core._array.async_transfer import to_host_async
 from ipa_core._array.dtypes import cast, wide_dtype
-from ipa_core._array.namespaces import device
-from ipa_core._array.transfer import on_host
+from ipa_core._array.inspection import device
+from ipa_core._array.transfer import on_host, to_host_async
 from ipa_core._array.types import Array, HostArray, Namespace
 from ipa_core._sparse_rows import is_sparse, squared_lengths
 

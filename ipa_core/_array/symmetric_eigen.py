@@ -5,7 +5,7 @@ from __future__ import annotations
 import array_api_compat
 import numpy as np
 
-from ipa_core._array.namespaces import device
+from ipa_core._array.inspection import device
 from ipa_core._array.transfer import from_numpy, to_numpy
 from ipa_core._array.types import Array, Namespace
 

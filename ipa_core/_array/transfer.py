@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
 from ipa_core._array.dtypes import HOST_DTYPES, available_dtype, cast, dtype_name
-from ipa_core._array.namespaces import is_array
+from ipa_core._array.inspection import is_array
 from ipa_core._array.types import Array, Device, DType, HostArray, Namespace
-from ipa_core._torch_modes import recorded_nowhere
+from ipa_core._torch_modes import recorded_nowhere, torch_module
 from ipa_core.errors import SettingError
 
 
@@ -78,3 +80,40 @@ def convert(array: Array, xp: Namespace, on: Device | None, dtype: DType | None)
                 f"expected a device and a dtype of {xp.__name__}, got device={on!r} and "
                 f"dtype={dtype!r}: {error}"
             ) from error
+
+
+def to_host_async(array: Array) -> Callable[[], HostArray]:
+    """Start to copy an array to the host; the returned callable waits for the copy.
+
+    On an accelerator of torch with streams (CUDA, ROCm, XPU, NPU) it waits for an event, not for
+    the device, which continues with later work. JAX is asynchronous by itself.
+    """
+    if array_api_compat.is_torch_array(array) and _has_streams(array.device):
+        torch = torch_module()
+        host = torch.empty(array.shape, dtype=array.dtype, device="cpu", pin_memory=True)
+        host.copy_(array.detach(), non_blocking=True)
+        arrived = _accelerator().current_stream(array.device).record_event()
+
+        def read() -> HostArray:
+            arrived.synchronize()
+            return on_host(host)
+
+        return read
+    return partial(on_host, array)
+
+
+def _has_streams(on: Device) -> bool:
+    """Return whether a device of torch is an accelerator with streams; MPS shares its memory."""
+    return on.type not in ("cpu", "mps") and on.type == _accelerator_type()
+
+
+def _accelerator() -> Any:
+    """Return torch's module of accelerators, which is that of CUDA before torch 2.6."""
+    return getattr(torch_module(), "accelerator", torch_module().cuda)
+
+
+def _accelerator_type() -> str | None:
+    if _accelerator() is torch_module().cuda:
+        return "cuda"
+    current = _accelerator().current_accelerator()
+    return None if current is None else str(current.type)

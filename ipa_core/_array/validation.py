@@ -6,7 +6,8 @@ import array_api_compat
 import numpy as np
 
 from ipa_core._array.conversion_hints import conversion_hint
-from ipa_core._array.namespaces import describe, device, is_array, namespace
+from ipa_core._array.inspection import describe, device, is_array
+from ipa_core._array.namespaces import namespace
 from ipa_core._array.types import Array, Namespace
 from ipa_core._torch_modes import torch_module
 from ipa_core.errors import ArrayTypeError

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ipa_core.errors import IPAError, PathError, StreamError
+from ipa_core.io._formats.array_blocks import LabeledRows
 from ipa_core.io._formats.arrow import read_arrow
 from ipa_core.io._formats.hdf5 import read_hdf5
-from ipa_core.io._formats.named_arrays import LabeledRows, split_key
+from ipa_core.io._formats.named_arrays import split_key
 from ipa_core.io._formats.numpy_files import read_npy, read_npz
 from ipa_core.io._formats.safetensors_files import read_safetensors
 from ipa_core.io._formats.zarr_arrays import read_zarr

@@ -12,7 +12,7 @@ from ipa_core._array import Array, check_array, conversion_hint, is_array
 from ipa_core._sparse_rows import is_sparse
 from ipa_core.errors import ArrayTypeError, StreamError
 from ipa_core.io._data_frames import frame_blocks, is_frame
-from ipa_core.io._formats.named_arrays import ROWS_AT_A_TIME, read_in_blocks
+from ipa_core.io._formats.array_blocks import ROWS_AT_A_TIME, read_in_blocks
 from ipa_core.io._sparse_blocks import dense_blocks, sparse_blocks
 from ipa_core.io.activation_files import read_path
 from ipa_core.io.activation_store import ActivationStore

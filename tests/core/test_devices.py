@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ipa_core import RandomizedSVD, _array
-from ipa_core._array import async_transfer, validation
+from ipa_core._array import transfer, validation
 
 ROWS = 512
 CONVERSIONS = ("__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__",
@@ -140,7 +140,7 @@ def test_accelerators_of_torch_with_streams(monkeypatch):
         device = None if kind is None else torch.device(kind)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
         kinds = ("cpu", "cuda", "xpu", "mps", "meta")
-        assert [k for k in kinds if async_transfer._has_streams(torch.device(k))] == answers
+        assert [k for k in kinds if transfer._has_streams(torch.device(k))] == answers
 
 
 def test_an_accelerator_is_waited_for_by_an_event(monkeypatch):
@@ -149,8 +149,8 @@ def test_an_accelerator_is_waited_for_by_an_event(monkeypatch):
     event = SimpleNamespace(synchronize=lambda: events.append("waited"))
     stream = SimpleNamespace(record_event=lambda: events.append("recorded") or event)
     accelerator = SimpleNamespace(current_stream=lambda device: events.append(device) or stream)
-    monkeypatch.setattr(async_transfer, "_has_streams", lambda device: True)
-    monkeypatch.setattr(async_transfer, "_accelerator", lambda: accelerator)
+    monkeypatch.setattr(transfer, "_has_streams", lambda device: True)
+    monkeypatch.setattr(transfer, "_accelerator", lambda: accelerator)
 
     def pinned(*shape, pin_memory=False, **kwargs):
         events.append("pinned" if pin_memory else "pageable")

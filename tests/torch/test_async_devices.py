@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ipa_core import IncrementalPCA, RandomizedSVD
-from ipa_core._array import async_transfer
+from ipa_core._array import transfer
 from ipa_core.errors import NonFiniteError
 from ipa_torch import LayerError, StoppingCriteria, fit_projectors
 from ipa_torch._fit import collector
@@ -38,7 +38,7 @@ def test_the_same_projectors_to_the_bit(monkeypatch, learner):
 
 def test_the_layer_computes_before_the_host_waits(asynchronous, monkeypatch):
     events = []
-    on_host = async_transfer.on_host
+    on_host = transfer.on_host
 
     def read(array):
         events.append("read")
@@ -49,7 +49,7 @@ def test_the_layer_computes_before_the_host_waits(asynchronous, monkeypatch):
             events.append("computed")
             return super().forward(x)
 
-    monkeypatch.setattr(async_transfer, "on_host", read)
+    monkeypatch.setattr(transfer, "on_host", read)
     fit(nn.Sequential(Watched(64, 4)), decaying(600, 64).split(200))
     before_probe, *by_batch = " ".join(events).split("computed")  # the layer is probed first
     assert len(by_batch) == 4

@@ -13,7 +13,8 @@ from ipa_core._array import Array
 from ipa_core.errors import (
     FileFormatError,
 )
-from ipa_core.io._formats.named_arrays import ROWS_AT_A_TIME, LabeledRows, chosen, label_of
+from ipa_core.io._formats.array_blocks import ROWS_AT_A_TIME, LabeledRows
+from ipa_core.io._formats.named_arrays import chosen, label_of
 from ipa_core.optional_dependencies import import_optional
 
 

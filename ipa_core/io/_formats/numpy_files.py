@@ -12,16 +12,15 @@ import numpy as np
 from ipa_core.errors import (
     FileFormatError,
 )
-from ipa_core.io._formats.named_arrays import (
+from ipa_core.io._formats.array_blocks import (
     ROWS_AT_A_TIME,
     LabeledRows,
     check_rows,
     check_shape,
-    chosen,
-    label_of,
     native,
     read_in_blocks,
 )
+from ipa_core.io._formats.named_arrays import chosen, label_of
 from ipa_core.io.prefetch import prefetch
 
 

@@ -10,13 +10,8 @@ from safetensors import SafetensorError, safe_open
 from ipa_core.errors import (
     FileFormatError,
 )
-from ipa_core.io._formats.named_arrays import (
-    ROWS_AT_A_TIME,
-    LabeledRows,
-    check_rows,
-    chosen,
-    label_of,
-)
+from ipa_core.io._formats.array_blocks import ROWS_AT_A_TIME, LabeledRows, check_rows
+from ipa_core.io._formats.named_arrays import chosen, label_of
 from ipa_core.optional_dependencies import import_optional
 
 

@@ -10,12 +10,8 @@ import numpy as np
 from ipa_core.errors import (
     FileFormatError,
 )
-from ipa_core.io._formats.named_arrays import (
-    ROWS_AT_A_TIME,
-    LabeledRows,
-    check_shape,
-    label_of,
-)
+from ipa_core.io._formats.array_blocks import ROWS_AT_A_TIME, LabeledRows, check_shape
+from ipa_core.io._formats.named_arrays import label_of
 from ipa_core.optional_dependencies import import_optional
 
 
