@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ipa_hf.fused_parameters import refusal
-from ipa_hf.targets import block_modules
+from ipa_hf.repeated_blocks import block_modules
 from ipa_torch.extension import Convolution, features_of, is_linear, outputs_of
 
 

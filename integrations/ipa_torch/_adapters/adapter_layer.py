@@ -13,10 +13,10 @@ from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.autocast import autocast_dtype
 from ipa_torch._capture.hooks import has_hooks
 from ipa_torch._layers.activation_tensor import input_of
-from ipa_torch._layers.adapter_support import merge_obstacle
 from ipa_torch._layers.execution_device import execution_device, reference_tensor
 from ipa_torch._layers.layer_properties import outputs_of
 from ipa_torch._layers.matmul_view import view_of
+from ipa_torch._layers.merge_support import merge_obstacle
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch.errors import LayerError
 

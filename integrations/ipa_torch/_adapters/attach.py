@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +11,16 @@ from torch import nn
 from ipa_core import Projector
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters, set_adapter
-from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
+from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.adapter_scale import Scaling, resolve_scale
-from ipa_torch._adapters.class_checks import find_class_checks
+from ipa_torch._adapters.class_checks import warn_of_class_checks
 from ipa_torch._adapters.freezing import freeze, unfreeze
 from ipa_torch._adapters.layer_replacement import (
     check_replaceable,
     replace_by_adapter_layers,
     restore_base_layers,
 )
+from ipa_torch._adapters.merge import warn_of_merged_weights
 from ipa_torch._adapters.pass_lock import changing, remove_pass_lock
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._distributed.parallel_wrappers import check_unwrapped
@@ -129,7 +129,7 @@ def add_adapter(
     Layers with the same spec object share one projection, as far as they read their input alike.
     """
     freeze(model)
-    _warn_of_class_checks(model, specs)
+    warn_of_class_checks(model, specs)
     layers = replace_by_adapter_layers(model, specs)
     shared: dict[Hashable, SharedProjection] = {}
     for name, spec in specs.items():
@@ -141,16 +141,6 @@ def add_adapter(
             shared[key] = layer.find_equal_projection(fresh) or fresh
         layer.add(adapter_name, shared[key], dropout)
     set_adapter(model, adapter_name)
-
-
-def _warn_of_class_checks(model: nn.Module, names: Iterable[str]) -> None:
-    if owners := find_class_checks(model, map(model.get_submodule, names)):
-        warnings.warn(
-            f"the forward of {', '.join(owners)} asks for the class of its layers: with adapters "
-            "`isinstance` finds that of the layer, but not where it is compiled, and `type` finds "
-            "AdapterLayer; compare the outputs with those before `attach`",
-            stacklevel=4,
-        )
 
 
 def check_new(model: nn.Module, adapter_name: str) -> None:
@@ -207,26 +197,8 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
                 if name in layer.lora_B:
                     layer.remove(name)
         bare = {name: m for name, m in adapter_layers(model) if not m.lora_B}
-        _warn_of_merged_weights(unwrap_model(model), bare)
+        warn_of_merged_weights(unwrap_model(model), bare)
         restore_base_layers(unwrap_model(model), bare.values())
         if not adapter_layers(model):
             unfreeze(unwrap_model(model))
             remove_pass_lock(unwrap_model(model))
-
-
-def _warn_of_merged_weights(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
-    """Warn of merged weights that other code of the model reads, or that were tied."""
-    held = {id(parameter) for parameter in model.parameters()}
-    merged = {name: layer for name, layer in layers.items() if layer.merged}
-    tied = [name for name, layer in merged.items() if id(layer.weight) in held]
-    read = [name for name, layer in merged.items() if layer.weight_read]
-    for names, consequence in (
-        (tied, "was tied, and the merged weight is not: a tied model cannot load its state dict"),
-        (read, "is read by the model without a call, if only for its dtype: what is computed with "
-               "it changes with `detach`; compare outputs, or do not detach"),
-    ):  # fmt: skip
-        if names:
-            warnings.warn(
-                f"the weight of layer {names[0]!r} and {len(names) - 1} more {consequence}",
-                stacklevel=3,
-            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -87,3 +88,21 @@ def unmerge(model: nn.Module) -> None:
     with changing(model):
         for _, layer in adapter_layers(model):
             layer.unmerge()
+
+
+def warn_of_merged_weights(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """Warn of merged weights that other code of the model reads, or that were tied."""
+    held = {id(parameter) for parameter in model.parameters()}
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    tied = [name for name, layer in merged.items() if id(layer.weight) in held]
+    read = [name for name, layer in merged.items() if layer.weight_read]
+    for names, consequence in (
+        (tied, "was tied, and the merged weight is not: a tied model cannot load its state dict"),
+        (read, "is read by the model without a call, if only for its dtype: what is computed with "
+               "it changes with `detach`; compare outputs, or do not detach"),
+    ):  # fmt: skip
+        if names:
+            warnings.warn(
+                f"the weight of layer {names[0]!r} and {len(names) - 1} more {consequence}",
+                stacklevel=3,
+            )

@@ -23,7 +23,7 @@ from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._distributed.process_group import world
 from ipa_torch._distributed.tree_reduce import merge_across_ranks
-from ipa_torch._layers.activation_tensor import check_rows, input_of
+from ipa_torch._layers.activation_tensor import check_tensors, input_of
 from ipa_torch.errors import named_layer
 
 
@@ -231,7 +231,7 @@ class OnlineLearning:
             return
         with named_layer(name):
             x = input_of(layer.base_layer, args, kwargs)
-            check_rows(layer.base_layer, x)
+            check_tensors(layer.base_layer, x)
             key = projection, self._reader.key_of(x, projection.view)
             if key in self._recorded:
                 return

@@ -14,8 +14,9 @@ from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_torch._distributed.communicator import Communicator, ProcessGroup
 from ipa_torch._distributed.lockstep import Lockstep
+from ipa_torch._distributed.mergeable_learner import ProjectorLearner
 from ipa_torch._distributed.parallel_wrappers import is_sharded
-from ipa_torch._distributed.tree_reduce import L, ProjectorLearner, merge_across_ranks, merge_states
+from ipa_torch._distributed.tree_reduce import L, merge_across_ranks, merge_states
 from ipa_torch.errors import PeerError
 
 ProcessGroupArg: TypeAlias = "ProcessGroup | Literal['world'] | None"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from ipa_core import Projector
 from ipa_core.io.serialization import pack_state, unpack_state
 from ipa_torch._capture.autocast import no_grad_or_autocast
 from ipa_torch._distributed.communicator import Communicator, ProcessGroup
+from ipa_torch._distributed.mergeable_learner import MergeableLearner, ProjectorLearner
 from ipa_torch.errors import PeerError
 
 _FAILED = b"!"
@@ -20,40 +21,6 @@ _OK = b"."
 # Roots move by the golden ratio: a model's wide layers recur every few learners, and with whole
 # steps the same ranks would send them each time.
 _ROOT_STEP = (5**0.5 - 1) / 2
-
-
-class MergeableLearner(Protocol):
-    """Interface of learners that merge.
-
-    The state of a learner with samples has a tensor ``template``.
-    """
-
-    @property
-    def rank(self) -> int:
-        """Rank of the projector."""
-
-    @property
-    def samples(self) -> int:
-        """Number of rows so far."""
-
-    def compact(self) -> Self:
-        """Return the same in its smallest form."""
-
-    def merge(self, other: Self) -> Self:
-        """Return the learner of both parts."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return settings, counts and tensors."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
-        """Take over a state."""
-
-
-class ProjectorLearner(MergeableLearner, Protocol):
-    """Interface of learners of a projector that merge, such as `ipa_core.Learner`."""
-
-    def finalize(self) -> Projector:
-        """Return the projector of the rows so far."""
 
 
 L = TypeVar("L", bound=MergeableLearner)

@@ -18,7 +18,7 @@ from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._fit.shared_inputs import C, InputPrefix, SharedInputTree
-from ipa_torch._layers.activation_tensor import check_rows, input_of, output_of
+from ipa_torch._layers.activation_tensor import check_tensors, input_of, output_of
 from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.output_view import output_view
 from ipa_torch._layers.row_view import RowView
@@ -226,7 +226,7 @@ class ActivationCollector(Generic[C]):
 
     def _begin(self, name: str, module: nn.Module, activation: torch.Tensor) -> None:
         """Move a layer by an activation; begin the update if no other layer has."""
-        check_rows(module, activation)
+        check_tensors(module, activation)
         view = self._views[name]
         self._ran[name] = activation.device
         key = self._reader.key_of(activation, view)

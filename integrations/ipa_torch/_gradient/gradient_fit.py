@@ -16,7 +16,8 @@ from ipa_torch._capture.batch_device import device_of, on_device
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
-from ipa_torch._gradient.gradient_sketch import GradientLearner, GradientSketch
+from ipa_torch._gradient.gradient_learner import GradientLearner
+from ipa_torch._gradient.gradient_sketch import GradientSketch
 from ipa_torch._layer_rank import resolve_rank
 from ipa_torch._layers.activation_tensor import input_of
 from ipa_torch._layers.matmul_view import view_of

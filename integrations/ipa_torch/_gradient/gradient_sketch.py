@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
-from ipa_torch._distributed.tree_reduce import ProjectorLearner
 from ipa_torch._float64 import in_float64
 from ipa_torch._layers.row_samples import strided_sample
 
 #: Rows of each batch in the sample of the energies that P captures of the inputs.
 _SAMPLED_ROWS = 128
-
-
-class GradientLearner(ProjectorLearner, Protocol):
-    """A learner of a layer's input rows x and the gradients g of its output rows."""
-
-    def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
 
 
 class GradientSketch:

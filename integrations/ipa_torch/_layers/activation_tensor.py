@@ -34,7 +34,7 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     )
 
 
-def check_rows(module: nn.Module, activation: torch.Tensor) -> None:
+def check_tensors(module: nn.Module, activation: torch.Tensor) -> None:
     """Check that a layer and its input are ordinary tensors, of which rows can be read.
 
     Raises
