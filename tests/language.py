@@ -134,8 +134,9 @@ VARIABLES = ("found", "made", "one", "own")
 
 #: Modules of earlier versions, by package.
 MODULES = {
-    "ipa_core": "_batch|_rows|_sequential|on_dask|quality|ranks|storage|store",
-    "ipa_hf": "adapters|fitting|layers|placing|ranks|record|samples|storage|weights",
+    "ipa_core": "_batch|_rows|_sequential|dependencies|on_dask|quality|ranks|storage|store",
+    "ipa_hf": "adapters|attached_metadata|base_forward|fitting|layers|lora_options|lost_lora|"
+    "metadata_file|peft_targets|placing|ranks|record|samples|storage|weights",
     "ipa_timm": "adapting|fitting|heads|images|same|separating|statistics|storage",
     "ipa_torch": "adapted|adapters|agreeing|bypass|carrying|checkpointing|company|damping|feeding|"
     "fingerprints|fit|gradient|identity|inputs|listening|memory|online|projection|quiet|reading|"
