@@ -136,7 +136,7 @@ VARIABLES = ("found", "made", "one", "own")
 MODULES = {
     "ipa_core": "_batch|_rows|_sequential|dependencies|on_dask|quality|ranks|storage|store",
     "ipa_hf": "adapters|attached_metadata|base_forward|fitting|layers|lora_options|lost_lora|"
-    "metadata_file|peft_targets|placing|ranks|record|samples|storage|weights",
+    "metadata_file|peft_targets|placing|ranks|record|samples|storage|tied_adapters|weights",
     "ipa_timm": "adapting|fitting|heads|images|same|separating|statistics|storage",
     "ipa_torch": "adapted|adapters|agreeing|bypass|carrying|checkpointing|company|damping|feeding|"
     "fingerprints|fit|gradient|identity|inputs|listening|memory|online|projection|quiet|reading|"

@@ -22,7 +22,7 @@ from ipa_hf.adapter_metadata import FILE_NAME, AdapterMetadata, write_metadata
 from ipa_hf.lora_layers import lora_A_and_B, lora_layers
 from ipa_hf.save_pretrained import keep_metadata
 from ipa_hf.shared_adapters import checked_names
-from ipa_hf.tied_adapters import tie_adapter, tied_layers
+from ipa_hf.tied_lora_a import tie_adapter, tied_layers
 
 _A_FILE, _B_FILE = "lora_A.safetensors", "lora_B.safetensors"
 _FORMAT = FileFormat("ipa-shared-adapter", 1)

@@ -13,7 +13,7 @@ from ipa_core.errors import SettingError
 from ipa_hf.initialize import get_ipa_model
 from ipa_hf.lora_config import lora_config
 from ipa_hf.rank_pattern import match_ranks
-from ipa_hf.tied_adapters import tie_adapter
+from ipa_hf.tied_lora_a import tie_adapter
 from ipa_torch.extension import Scaling, get_layer, is_conv1d
 
 

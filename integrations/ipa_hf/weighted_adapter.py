@@ -15,7 +15,7 @@ from ipa_hf.freezing import set_lora_A_frozen
 from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_config import lora_config
 from ipa_hf.lora_layers import lora_A_and_B, lora_layers, takes_projection
-from ipa_hf.tied_adapters import are_tied, tie_adapter
+from ipa_hf.tied_lora_a import are_tied, tie_adapter
 from ipa_torch.extension import in_float64
 
 

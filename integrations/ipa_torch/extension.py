@@ -13,6 +13,7 @@ from ipa_torch._fit.collector import NEVER_RAN
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._float64 import in_float64
 from ipa_torch._layer_rank import resolve_rank
+from ipa_torch._layers.conv_view import ConvView
 from ipa_torch._layers.execution_device import execution_device
 from ipa_torch._layers.layer_lookup import get_layer
 from ipa_torch._layers.layer_properties import (
@@ -22,7 +23,8 @@ from ipa_torch._layers.layer_properties import (
     is_linear,
     outputs_of,
 )
-from ipa_torch._layers.matmul_view import ConvView, LinearView, view_of
+from ipa_torch._layers.linear_view import LinearView
+from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.output_head import classifier_modules
 from ipa_torch._layers.row_subset import RowSubset
 from ipa_torch._layers.row_view import WeightedRows

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ipa_torch import LayerError
+from ipa_torch._layers.conv_view import conv_view_of
 from ipa_torch._layers.gather_memory import GatherMemory
-from ipa_torch._layers.matmul_view import conv_view_of, view_of
+from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.row_samples import stratified_indices
 from ipa_torch._layers.row_subset import RowSubset
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ipa_torch._capture.autocast import autocast_dtype
-from ipa_torch._layers.matmul_view import ConvView, LinearView
+from ipa_torch._layers.conv_view import ConvView
+from ipa_torch._layers.linear_view import LinearView
 
 
 class SharedProjection(nn.Module):

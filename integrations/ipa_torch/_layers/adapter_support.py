@@ -10,7 +10,8 @@ from ipa_core.errors import ShapeError, with_context
 from ipa_torch._layers.execution_device import execution_device
 from ipa_torch._layers.layer_probe import output_of_copy, probe_inputs
 from ipa_torch._layers.layer_properties import features_of, is_stock, outputs_of
-from ipa_torch._layers.matmul_view import LinearView, MatmulView, view_of
+from ipa_torch._layers.linear_view import LinearView
+from ipa_torch._layers.matmul_view import MatmulView, view_of
 from ipa_torch.errors import LayerError
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipa_torch._layers.conv_view import ConvView
 from ipa_torch._layers.layer_properties import features_of
-from ipa_torch._layers.matmul_view import ConvView, MatmulView
+from ipa_torch._layers.matmul_view import MatmulView
 
 
 def probe_inputs(

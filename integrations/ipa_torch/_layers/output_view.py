@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ipa_torch._layers.layer_properties import Convolution
-from ipa_torch._layers.matmul_view import LinearView
+from ipa_torch._layers.linear_view import LinearView
 from ipa_torch._layers.row_subset import RowSubset
 from ipa_torch._layers.row_view import WeightedRows
 from ipa_torch._layers.unwrap import unwrap_layer
