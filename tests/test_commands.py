@@ -58,6 +58,7 @@ EXCEPTIONS = {
     "pip install .": INSTALL,
     "pip install '.[hf]'": INSTALL,
     "pip install '.[timm]'": INSTALL,
+    "pip install '.[sklearn]'": INSTALL,
     "pip install '.[torch]'": INSTALL,
     "pip install '.[torch,dask]'": INSTALL,
     "pip download --no-deps --no-binary peft peft==0.21.2": "needs a package index",
