@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ipa_core import _array, _settings
+from ipa_core import _array, settings
 from ipa_core._array import Array, Namespace, cast, device, ignore_overflow, namespace
 from ipa_core.errors import NonFiniteError, SettingError, ShapeError
 
@@ -118,8 +118,8 @@ def damped_cholesky(
     (0.01, (3, 3))
     """
     xp = _array.check_array(matrix)
-    damping = _settings.number("damping, between 0 and most_damping,", damping)
-    most_damping = _settings.number("most_damping, between 0 and infinity,", most_damping)
+    damping = settings.number("damping, between 0 and most_damping,", damping)
+    most_damping = settings.number("most_damping, between 0 and infinity,", most_damping)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(f"expected a square matrix, got shape {tuple(matrix.shape)}")
     if not 0.0 <= damping <= most_damping < math.inf:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipa_core import _array, _settings, _torch_modes
+from ipa_core import _array, _torch_modes, settings
 from ipa_core._array import Array, Namespace, cast, device, namespace, wide_dtype
 from ipa_core.errors import (
     EmptyStreamError,
@@ -192,7 +192,7 @@ def rank_for_energy(projector: Projector, share: float) -> int:
     2
     """
     check_projector(projector)
-    if not 0.0 < _settings.number("share", share, error=RankError) <= 1.0:
+    if not 0.0 < settings.number("share", share, error=RankError) <= 1.0:
         raise RankError(f"expected a share between 0 and 1, got {share}")
     for rank in range(1, projector.rank + 1):
         if projector.captured(rank) >= share:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from ipa_core import _array, _settings, _torch_modes
+from ipa_core import _array, _torch_modes, settings
 from ipa_core._array import Array, Device, DType, namespace
 from ipa_core._weight_validation import host_weights
 from ipa_core.errors import ArrayTypeError, EmptyStreamError, SettingError, ShapeError
@@ -87,9 +87,9 @@ class Projector:
             shape = tuple(getattr(self, name).shape)
             if shape != (length,):
                 raise ShapeError(f"expected {name} of shape ({length},), got {shape}")
-        if _settings.number("total_energy", self.total_energy) < 0.0:
+        if settings.number("total_energy", self.total_energy) < 0.0:
             raise SettingError(f"expected total_energy of at least 0, got {self.total_energy}")
-        _settings.integer("samples", self.samples, least=0)
+        settings.integer("samples", self.samples, least=0)
 
     @property
     def rank(self) -> int:
@@ -294,4 +294,4 @@ class Projector:
     def _checked(self, rank: int | None) -> int:
         if rank is None:
             return self.rank
-        return _settings.rank(rank, most=self.rank, cure="learn a projector of a larger rank")
+        return settings.rank(rank, most=self.rank, cure="learn a projector of a larger rank")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
-from ipa_core import _settings
+from ipa_core import settings
 from ipa_core._array import Array, host_values
 from ipa_core.errors import RankError, with_context
 
@@ -57,10 +57,10 @@ def allocate_ranks(
     if not isinstance(spectra, Mapping):
         raise RankError(f"expected a mapping from layer names, got {type(spectra).__name__}")
     energies = {name: _energies(name, spectrum) for name, spectrum in spectra.items()}
-    budget = _settings.integer("budget", budget, least=0, error=RankError)
-    floor = _settings.integer("floor", floor, least=0, error=RankError)
+    budget = settings.integer("budget", budget, least=0, error=RankError)
+    floor = settings.integer("floor", floor, least=0, error=RankError)
     if cap is not None:
-        cap = _settings.integer("cap", cap, least=1, error=RankError)
+        cap = settings.integer("cap", cap, least=1, error=RankError)
     limits = {name: min(len(values), cap or len(values)) for name, values in energies.items()}
     ranks = {name: min(floor, limit) for name, limit in limits.items()}
     least, most = sum(ranks.values()), sum(limits.values())
@@ -88,7 +88,7 @@ def _energies(name: str, spectrum: Array | Sequence[float]) -> list[float]:
     """Return a spectrum as finite floats."""
     try:
         values = host_values(spectrum)
-        return [_settings.number("energy", value, error=RankError) for value in values]
+        return [settings.number("energy", value, error=RankError) for value in values]
     except (TypeError, ValueError, RuntimeError) as error:
         cause = (
             error

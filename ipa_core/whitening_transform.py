@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipa_core import _array, _settings
+from ipa_core import _array, settings
 from ipa_core._array import Array, namespace
 from ipa_core.errors import SettingError, ShapeError
 
@@ -83,10 +83,10 @@ def whitening_of(
     SettingError
         If ``eps`` is negative, or a mean square plus ``eps`` is zero.
     """
-    eps = _settings.number("eps", eps)
+    eps = settings.number("eps", eps)
     if eps < 0.0:
         raise SettingError(f"expected eps of at least 0, got {eps!r}")
-    zca = _settings.boolean("zca", zca)
+    zca = settings.boolean("zca", zca)
     xp = namespace(components)
     squares = energies + eps
     if not float(xp.min(squares)) > 0.0:

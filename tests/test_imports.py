@@ -24,6 +24,7 @@ CORE = {
     "ipa_core.optional_dependencies",
     "ipa_core.errors",
     "ipa_core.io",
+    "ipa_core.settings",
     "ipa_core.text_table",
 }
 _LAYERS = CORE | {
@@ -34,7 +35,11 @@ _LAYERS = CORE | {
 }
 _CAPTURE = _LAYERS | {"ipa_torch._layers"}
 _DISTRIBUTED = _CAPTURE | {"ipa_torch._capture"}
-_WING = _DISTRIBUTED | {"ipa_torch._distributed", "ipa_torch.layer_projectors"}
+_WING = _DISTRIBUTED | {
+    "ipa_core.learners",
+    "ipa_torch._distributed",
+    "ipa_torch.layer_projectors",
+}
 _ALL_WINGS = _WING | {"ipa_torch._fit", "ipa_torch._gradient", "ipa_torch._adapters"}
 _BRIDGE = CORE | {"ipa_torch", "ipa_torch.extension"}
 
@@ -47,18 +52,18 @@ ROOMS = {
     "ipa_core._sparse_rows": set(),
     "ipa_core._torch_modes": set(),
     "ipa_core._array": {"ipa_core.errors", "ipa_core._sparse_rows", "ipa_core._torch_modes"},
-    "ipa_core._settings": {"ipa_core.errors"},
+    "ipa_core.settings": {"ipa_core.errors"},
     "ipa_core._weight_validation": {"ipa_core.errors", "ipa_core._array"},
     "ipa_core._threads": {"ipa_core._torch_modes"},
     "ipa_core._linalg": {"ipa_core._array", "ipa_core._threads"},
-    "ipa_core.rank_allocation": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
-    "ipa_core.cholesky": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
-    "ipa_core.whitening_transform": {"ipa_core.errors", "ipa_core._array", "ipa_core._settings"},
+    "ipa_core.rank_allocation": {"ipa_core.errors", "ipa_core._array", "ipa_core.settings"},
+    "ipa_core.cholesky": {"ipa_core.errors", "ipa_core._array", "ipa_core.settings"},
+    "ipa_core.whitening_transform": {"ipa_core.errors", "ipa_core._array", "ipa_core.settings"},
     "ipa_core.projector": {
         "ipa_core.errors",
         "ipa_core._array",
         "ipa_core._torch_modes",
-        "ipa_core._settings",
+        "ipa_core.settings",
         "ipa_core._weight_validation",
         "ipa_core.whitening_transform",
     },
@@ -67,12 +72,12 @@ ROOMS = {
         "ipa_core.errors",
         "ipa_core._sparse_rows",
         "ipa_core._array",
-        "ipa_core._settings",
+        "ipa_core.settings",
         "ipa_core.projector",
     },
     "ipa_core.learners": {
         "ipa_core.errors",
-        "ipa_core._settings",
+        "ipa_core.settings",
         "ipa_core._weight_validation",
         "ipa_core._sparse_rows",
         "ipa_core._array",
@@ -82,7 +87,7 @@ ROOMS = {
     },
     "ipa_core.metrics": {
         "ipa_core.errors",
-        "ipa_core._settings",
+        "ipa_core.settings",
         "ipa_core._array",
         "ipa_core._torch_modes",
         "ipa_core.io",
@@ -132,8 +137,8 @@ ROOMS = {
     },
     "ipa_torch.errors": CORE,
     "ipa_torch._float64": set(),
-    "ipa_torch._settings": CORE | {"ipa_torch.errors"},
-    "ipa_torch._layer_rank": {"ipa_torch.errors"},
+    "ipa_torch._settings": CORE,
+    "ipa_torch._layer_rank": CORE | {"ipa_torch.errors"},
     "ipa_torch.layer_projectors": _LAYERS,
     "ipa_torch._layers": _LAYERS,
     "ipa_torch._capture": _CAPTURE,

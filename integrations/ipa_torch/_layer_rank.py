@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ipa_torch.errors import LayerError
+from ipa_core import settings
+from ipa_torch.errors import LayerError, named_layer
 
 
 def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:
@@ -14,9 +15,12 @@ def resolve_rank(name: str, rank: int | Mapping[str, int]) -> int:
     ------
     LayerError
         If the mapping has no rank for it.
+    RankError
+        If it is not a positive integer.
     """
     if not isinstance(rank, Mapping):
-        return rank
+        return settings.rank(rank)
     if name not in rank:
         raise LayerError(f"expected a rank for layer {name!r}, got none; add it to the mapping")
-    return rank[name]
+    with named_layer(name):
+        return settings.rank(rank[name])

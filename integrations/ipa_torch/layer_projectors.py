@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch
 import ipa_core
 from ipa_core import Projector, allocate_ranks
 from ipa_core.errors import FileFormatError
+from ipa_core.settings import check_instance, integer
 from ipa_core.text_table import align
 from ipa_torch._layer_rank import resolve_rank
 
@@ -28,10 +30,15 @@ class LayerMapping(Mapping[str, T]):
         stopped: Mapping[str, str] | None = None,
         passes: int = 1,
     ) -> None:
+        for name, value in (("missing", missing), ("stopped", stopped)):
+            check_instance(name, value, (Mapping, NoneType), "a mapping or None")
+            for reason in (value or {}).values():
+                check_instance(f"each reason of {name}", reason, str, "a string")
+        check_instance("learned", learned, Mapping, "a mapping from layer names")
         self._learned = dict(learned)
         self.missing: Mapping[str, str] = dict(missing or {})
         self.stopped: Mapping[str, str] = dict(stopped or {})
-        self.passes = passes
+        self.passes = integer("passes", passes, least=1)
 
     def __getitem__(self, name: str) -> T:
         try:
@@ -121,6 +128,10 @@ class LayerProjectors(LayerMapping[Projector]):
     >>> projectors["0"].features
     4
     """
+
+    def __init__(self, learned: Mapping[str, Projector], **details: Any) -> None:
+        check_projectors(learned)
+        super().__init__(learned, **details)
 
     def __repr__(self) -> str:
         parts = [f"{len(self)} layers", f"{len(self.shared)} projectors"]
@@ -221,6 +232,20 @@ class LayerProjectors(LayerMapping[Projector]):
                 "read it with ipa_core.load"
             )
         return cls(loaded)
+
+
+def check_projectors(projectors: Any) -> None:
+    """Check that a value maps layer names to projectors.
+
+    Raises
+    ------
+    SettingError
+        If it does not.
+    """
+    check_instance("projectors", projectors, Mapping, "a mapping from layer names to projectors")
+    for name, projector in projectors.items():
+        check_instance("the name of a layer", name, str, "a string")
+        check_instance(f"the projector of layer {name!r}", projector, Projector, "a Projector")
 
 
 def as_tensor(array: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_numpy
 
-from ipa_core import _settings
+from ipa_core import settings
 from ipa_core._array import Array
 from ipa_core.errors import FileFormatError
 from ipa_core.io.paths import as_path
@@ -52,7 +52,7 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, on_damaged: OnDamaged = "raise") -> None:
-        _settings.choice("on_damaged", on_damaged, ("raise", "skip"))
+        settings.choice("on_damaged", on_damaged, ("raise", "skip"))
         self.folder = as_path(folder)
         self.on_damaged = on_damaged
         self.index = Index.read(self.folder)

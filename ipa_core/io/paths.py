@@ -85,6 +85,22 @@ def output_path(path: Any) -> Path:
     return target
 
 
+def output_folder(path: Any) -> Path:
+    """Return the path of a folder, which is made if missing.
+
+    Raises
+    ------
+    PathError
+        If the path is that of anything else, or the folder cannot be made.
+    """
+    folder = as_path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PathError(f"{folder}: expected a folder or a new name, got {error}") from error
+    return folder
+
+
 def _mode(path: Path) -> int | None:
     """Return the mode of what a path leads to, None if there is nothing."""
     try:

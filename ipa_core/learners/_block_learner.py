@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
-from ipa_core import _array, _settings, _torch_modes
+from ipa_core import _array, _torch_modes, settings
 from ipa_core._array import Array, Namespace
 from ipa_core.errors import IPAError
 from ipa_core.learners._pending_update import PendingUpdate
@@ -32,9 +32,9 @@ class BlockLearner(ABC):
     _values: ClassVar[Mapping[str, type]] = {}
 
     def __init__(self, rank: int, *, center: bool = False, seed: int = 0) -> None:
-        self.rank = _settings.rank(rank)
-        self.center = _settings.boolean("center", center)
-        self.seed = _settings.integer("seed", seed, least=0)
+        self.rank = settings.rank(rank)
+        self.center = settings.boolean("center", center)
+        self.seed = settings.integer("seed", seed, least=0)
         self.samples = 0
         self._weight = 0.0
         self._energy = 0.0

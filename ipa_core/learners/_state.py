@@ -9,6 +9,7 @@ from typing import Any
 
 from ipa_core import _array
 from ipa_core.errors import ArrayTypeError, FileFormatError, SettingError
+from ipa_core.settings import check_instance
 
 
 def flatten(name: str, value: Any) -> dict[str, Any]:
@@ -41,6 +42,21 @@ def entries_of(name: str, cls: type) -> tuple[list[str], list[str]]:
     for field in fields(cls):
         keys["Array" in str(field.type)].append(f"{name}.{field.name}")
     return keys
+
+
+def check_state_of(kind: type, state: Any) -> None:
+    """Check that a state is that of a learner of a class.
+
+    Raises
+    ------
+    FileFormatError
+        If it is of another class, or no state.
+    """
+    form = f"the state of a {kind.__name__}, from its state_dict"
+    check_instance("the state", state, Mapping, form, error=FileFormatError)
+    name = state.get("learner")
+    if not isinstance(name, str) or name != kind.__name__:
+        raise FileFormatError(f"expected the state of a {kind.__name__}, got {name!r}")
 
 
 def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ipa_core import _array, _settings
+from ipa_core import _array, settings
 from ipa_core._array import Array, Namespace
 from ipa_core._linalg import inverse_root, top_eigh
 from ipa_core.learners._row_blocks import Rows
@@ -62,7 +62,7 @@ class ReconstructionAutoencoder(StochasticRule):
 
     def __init__(self, rank: int, *, epochs: int = 1, center: bool = False, seed: int = 0) -> None:
         super().__init__(rank, center=center, seed=seed)
-        self.epochs = self.passes = _settings.integer("epochs", epochs, least=1)
+        self.epochs = self.passes = settings.integer("epochs", epochs, least=1)
         self._covariance: Array = None  # A, of the codes
 
     @property

@@ -11,11 +11,11 @@ from ipa_core import _array, _sparse_rows, _torch_modes
 from ipa_core._array import Array
 from ipa_core._linalg import fixed_basis
 from ipa_core._torch_modes import isolated_method
-from ipa_core.errors import EmptyStreamError, FileFormatError
+from ipa_core.errors import EmptyStreamError
 from ipa_core.learners._block_learner import BlockLearner
 from ipa_core.learners._pending_update import PendingUpdate
 from ipa_core.learners._row_blocks import Rows, align, join
-from ipa_core.learners._state import check_settings, check_state, flatten, unflatten
+from ipa_core.learners._state import check_settings, check_state, check_state_of, flatten, unflatten
 from ipa_core.learners._validation import check_mergeable, match, template_of, validate
 from ipa_core.learners.guarantee import Guarantee
 from ipa_core.projector import Projector
@@ -247,9 +247,7 @@ class Learner(BlockLearner):
         SettingError
             If it was learned with other settings.
         """
-        name = state.get("learner") if isinstance(state, Mapping) else type(state).__name__
-        if not isinstance(name, str) or name != type(self).__name__:
-            raise FileFormatError(f"expected the state of a {type(self).__name__}, got {name!r}")
+        check_state_of(type(self), state)
         settings = {key: getattr(self, key) for key in self._settings}
         check_settings(state, settings)
         fresh = type(self)(**settings)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from ipa_core import _settings
+from ipa_core import settings
 from ipa_core.errors import SettingError
 from ipa_core.learners.base import Learner
+
+L = TypeVar("L")
+_CURE = "pass a class, learner=RandomizedSVD, or functools.partial of a class with settings"
 
 
 def make_learner(factory: Callable[[int], Learner], value: Any) -> Learner:
@@ -19,21 +21,24 @@ def make_learner(factory: Callable[[int], Learner], value: Any) -> Learner:
     SettingError
         If the factory is not callable, or makes something else.
     """
-    cure = "pass a class, learner=RandomizedSVD, or functools.partial of a class with settings"
-    if not callable(factory):
-        raise SettingError(
-            "expected learner to be a callable that makes a learner from a rank, "
-            f"got {reprlib.repr(factory)}; {cure}"
-        )
-    checked = _settings.rank(value)
+    return make_learner_of(Learner, factory, value, _CURE)
+
+
+def make_learner_of(kind: Any, factory: Callable[[int], L], value: Any, cure: str) -> L:
+    """Return the learner of a class or protocol that a factory makes from a rank.
+
+    Raises
+    ------
+    SettingError
+        If the factory is not callable, or makes something else.
+    """
+    settings.check_callable("learner", factory, cure=cure)
+    checked = settings.rank(value)
     try:
         learner = factory(checked)
     except (TypeError, AttributeError) as error:
         raise SettingError(
             f"expected learner to make a learner from a rank, got {error}; {cure}"
         ) from error
-    if not isinstance(learner, Learner):
-        raise SettingError(
-            f"expected learner to make an ipa_core.Learner, got {type(learner).__name__}; {cure}"
-        )
+    settings.check_instance("the result of learner", learner, kind, f"a {kind.__name__}", cure=cure)
     return learner

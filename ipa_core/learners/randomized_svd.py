@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import ClassVar, Self
 
-from ipa_core import _array, _settings
+from ipa_core import _array, settings
 from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._linalg import principal_rows, truncate_rows, unit_rows
 from ipa_core.learners._novelty_detection import NoveltyTest
@@ -123,9 +123,9 @@ class RandomizedSVD(Learner):
         self.oversample: int = (
             math.ceil((2 * self.rank + 8) / _COLUMNS) * _COLUMNS - self.rank
             if oversample is None
-            else _settings.integer("oversample", oversample, least=0)
+            else settings.integer("oversample", oversample, least=0)
         )
-        self.half_products = _settings.boolean("half_products", half_products)
+        self.half_products = settings.boolean("half_products", half_products)
         self._moment: SecondMoment | None = None  # instead of all that follows
         self._factor: Array = None  # F, of the closed segments
         self._segment: Segment | None = None  # the open segment

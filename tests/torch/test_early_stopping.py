@@ -48,7 +48,7 @@ class TestBudget:
 
     @pytest.mark.parametrize("name", ["max_rows", "max_batches", "max_seconds"])
     def test_must_be_positive(self, name):
-        with pytest.raises(SettingError, match=f"expected {name} above 0"):
+        with pytest.raises(SettingError, match=f"expected {name} to be above 0"):
             StoppingCriteria(**{name: 0})
 
     def test_criteria_are_a_value(self):
@@ -129,7 +129,7 @@ class TestConvergence:
         assert projectors["easy"].samples < projectors["hard"].samples
 
     def test_tolerance_must_be_positive(self):
-        with pytest.raises(SettingError, match="tolerance above 0"):
+        with pytest.raises(SettingError, match="tolerance to be above 0"):
             fit(mlp(12, 4), endless(), stop=StoppingCriteria(tolerance=0.0))
 
 

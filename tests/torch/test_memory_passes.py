@@ -174,7 +174,7 @@ def test_refused():
         SettingError, match=r"layer 'attention.0.q': expected max_bytes of at least"
     ):
         fit(model, tokens(), max_bytes=1000)
-    with pytest.raises(SettingError, match="max_bytes above 0"):
+    with pytest.raises(SettingError, match="max_bytes to be above 0"):
         fit(model, tokens(), max_bytes=0)
     with pytest.raises(StreamError, match="one-shot list_iterator"):
         fit(model, iter(tokens()), max_bytes=10**9)

@@ -13,6 +13,7 @@ from torch.fx.experimental import _config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ipa_core import RandomizedSVD
 from ipa_torch import (
     DampedGradientSketch,
     GradientSketch,
@@ -125,15 +126,19 @@ def test_rows_are_read(layer, weights, limit):
     assert row_weights is None or (row_weights.device.type, len(row_weights)) == ("cpu", len(rows))
 
 
-class RowsOnly:
+class RowsOnly(RandomizedSVD):
     """Learner that takes rows on the device, and nothing from it."""
 
     def __init__(self, rank):
-        self.rank, self.rows = rank, ()
+        super().__init__(rank)
+        self.rows = ()
 
-    def update(self, rows, weights):
+    def begin_update(self, rows, weights=None):
         assert rows.is_meta and weights.is_meta
         self.rows += (tuple(rows.shape),)
+        return self
+
+    def finish(self):
         return self
 
 

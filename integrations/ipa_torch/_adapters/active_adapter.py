@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ipa_core.errors import SettingError
+from ipa_core.settings import check_instance
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.pass_lock import changing
 
@@ -89,6 +90,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def existing_adapter(model: nn.Module, adapter_name: str) -> str:
     """Return the name of an adapter, after a check that the model has it."""
+    check_instance("adapter_name", adapter_name, str, "a string")
     if adapter_name not in (known := list_adapters(model)):
         raise SettingError(f"expected an adapter among {known}, got {adapter_name!r}")
     return adapter_name

@@ -6,7 +6,7 @@ import math
 from typing import Literal, TypeAlias
 
 from ipa_core import Projector
-from ipa_core.errors import SettingError
+from ipa_core.settings import number
 from ipa_torch._float64 import in_float64
 from ipa_torch.layer_projectors import as_tensor
 
@@ -48,7 +48,7 @@ def resolve_scale(projector: Projector, scaling: Scaling, layer_scaling: float =
     0.125
     """
     check_scaling(scaling)
-    return energy_scale(projector) if scaling == "energy" else float(scaling) / layer_scaling
+    return energy_scale(projector) if _is_energy(scaling) else float(scaling) / layer_scaling
 
 
 def check_scaling(scaling: Scaling) -> None:
@@ -59,13 +59,13 @@ def check_scaling(scaling: Scaling) -> None:
     SettingError
         If it is neither "energy" nor a positive finite number.
     """
-    if scaling == "energy":
-        return
-    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-    if not (number and 0 < scaling < math.inf):
-        raise SettingError(
-            f"expected scaling to be 'energy' or a positive finite number, got {scaling!r}"
-        )
+    if not _is_energy(scaling):
+        form = "'energy' or a positive finite number"
+        number("scaling", scaling, form=form, valid=lambda value: 0 < value < math.inf)
+
+
+def _is_energy(scaling: Scaling) -> bool:
+    return isinstance(scaling, str) and scaling == "energy"
 
 
 def energy_scale(projector: Projector) -> float:

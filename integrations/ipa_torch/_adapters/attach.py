@@ -10,6 +10,7 @@ from torch import nn
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
+from ipa_core.settings import boolean, check_instance
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters, set_adapter
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.adapter_scale import Scaling, resolve_scale
@@ -27,7 +28,8 @@ from ipa_torch._distributed.parallel_wrappers import check_unwrapped
 from ipa_torch._layers.adapter_support import check_fit
 from ipa_torch._layers.layer_lookup import get_layer
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch.layer_projectors import as_tensor
+from ipa_torch._settings import check_dropout
+from ipa_torch.layer_projectors import as_tensor, check_projectors
 
 
 def attach(
@@ -93,9 +95,10 @@ def attach(
     """
     check_unwrapped(model)
     model = unwrap_model(model)
+    check_projectors(projectors)
+    check_dropout(dropout)
+    trainable = boolean("trainable", trainable)
     scales = {name: resolve_scale(projector, scaling) for name, projector in projectors.items()}
-    if not 0 <= dropout < 1:
-        raise SettingError(f"expected dropout of at least 0 and below 1, got {dropout!r}")
     if not projectors:
         raise SettingError("expected projectors of at least one layer, got none")
     check_new(model, adapter_name)
@@ -151,6 +154,7 @@ def check_new(model: nn.Module, adapter_name: str) -> None:
     SettingError
         If it is in use, or torch cannot use it as the name of a parameter.
     """
+    check_instance("adapter_name", adapter_name, str, "a string")
     taken = list_adapters(model)
     if (
         not adapter_name.isidentifier()

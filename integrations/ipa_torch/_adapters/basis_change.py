@@ -35,7 +35,8 @@ def change_basis(
             after = before @ transition
             lost_share[name] = _share_outside_span(before, after)
             parameter.copy_((ratio * after).to(parameter.dtype))
-            moment = optimizer.state.get(parameter, {}).get("exp_avg") if optimizer else None
+            states = {} if optimizer is None else optimizer.state
+            moment = states.get(parameter, {}).get("exp_avg")
             if moment is not None:
                 # Gradients rotate as their parameter does, and scale inversely.
                 moment.copy_((in_float64(moment) @ transition / ratio).to(moment.dtype))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ipa_core.errors import SettingError
-from ipa_torch._adapters.active_adapter import list_adapters
+from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters
 from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
 from ipa_torch._adapters.pass_lock import changing
 from ipa_torch.errors import LayerError
@@ -43,6 +43,8 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> None:
     >>> merge(model)
     >>> unmerge(model)
     """
+    if adapter_name is not None:
+        existing_adapter(model, adapter_name)
     selected = [
         (name, layer, wanted)
         for name, layer in adapter_layers(model)

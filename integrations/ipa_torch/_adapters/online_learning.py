@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from ipa_core import IncrementalPCA, Learner
-from ipa_core.errors import SettingError
+from ipa_core.errors import FileFormatError, SettingError
+from ipa_core.learners.factory import make_learner
+from ipa_core.settings import check_instance
 from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
-from ipa_torch._adapters.adapter_scale import Scaling, resolve_scale
+from ipa_torch._adapters.adapter_scale import Scaling, check_scaling, resolve_scale
 from ipa_torch._adapters.basis_change import change_basis
 from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.shared_projection import SharedProjection
@@ -25,6 +27,8 @@ from ipa_torch._distributed.process_group import world
 from ipa_torch._distributed.tree_reduce import merge_across_ranks
 from ipa_torch._layers.activation_tensor import check_tensors, input_of
 from ipa_torch.errors import named_layer
+
+_OPTIMIZER = "pass an optimizer of torch, or None"
 
 
 class OnlineLearning:
@@ -96,6 +100,8 @@ class OnlineLearning:
         row_weights: RowWeights | None = attention_mask,
         max_patches: int | None = 8192,
     ) -> None:
+        check_scaling(scaling)
+        check_instance("adapter_name", adapter_name, str, "a string")
         self._model = model
         self._adapter = adapter_name
         self._scaling = scaling
@@ -109,7 +115,7 @@ class OnlineLearning:
                 f"expected an adapter {adapter_name!r} with a frozen P, got "
                 f"{'a trained P' if self._groups else 'none'}; attach it with trainable=False"
             )
-        self._learners = {projection: learner(projection.rank) for projection in self._groups}
+        self._learners = {p: make_learner(learner, p.rank) for p in self._groups}
         self._recorded: set[Hashable] = set()  # inputs of this batch
         self._forward: set[SharedProjection] = set()  # recorded outside of backward passes
         self._fresh = False  # whether anything was recorded since the last step
@@ -150,6 +156,9 @@ class OnlineLearning:
         SettingError
             If nothing was recorded since the last step.
         """
+        if optimizer is not None:
+            state = getattr(optimizer, "state", None)
+            check_instance("the optimizer's state", state, Mapping, "a mapping", cure=_OPTIMIZER)
         self._finish_pending()
         # In a process group no rank may raise: the others would wait for it.
         if not self._fresh and world() is None:
@@ -195,6 +204,7 @@ class OnlineLearning:
         FileFormatError
             If it is of another kind of learner.
         """
+        check_instance("state", state, Mapping, "a mapping", error=FileFormatError)
         first = {next(iter(layers)): projection for projection, layers in self._groups.items()}
         if state.keys() != first.keys():
             raise SettingError(f"expected the state of {[*first]}, got that of {[*state]}")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ipa_core.errors import FileFormatError, SettingError
+from ipa_core.errors import FileFormatError
+from ipa_core.settings import check_instance
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.attach import ProjectionSpec, add_adapter, check_new
@@ -20,6 +21,7 @@ from ipa_torch._layers.adapter_support import check_fit
 from ipa_torch._layers.layer_lookup import get_layer
 from ipa_torch._layers.layer_properties import outputs_of
 from ipa_torch._layers.unwrap import unwrap_model
+from ipa_torch._settings import check_dropout
 
 _LAYER, _PROJECTION = "layers", "projections"
 _VERSION_KEY, _VERSION = "format_version", 2
@@ -107,8 +109,9 @@ def load_adapter_state_dict(
     """
     check_unwrapped(model)
     model = unwrap_model(model)
-    if not 0 <= dropout < 1:
-        raise SettingError(f"expected dropout of at least 0 and below 1, got {dropout!r}")
+    check_instance("adapter_name", adapter_name, str, "a string")
+    check_instance("the state of an adapter", state, Mapping, "a mapping", error=FileFormatError)
+    check_dropout(dropout)
     layers = _layers(state)
     numbers = dict.fromkeys(number for number, _ in layers.values())
     specs = {number: _spec(state, f"{_PROJECTION}.{number}") for number in numbers}
@@ -157,7 +160,7 @@ def _number(state: Mapping[str, torch.Tensor], key: str) -> float:
 
 
 def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:
-    version = int(state.get(_VERSION_KEY, 1))
+    version = int(_number(state, _VERSION_KEY)) if _VERSION_KEY in state else 1
     if version != _VERSION:
         cure = "update ipa-projectors" if version > _VERSION else "save the adapter anew"
         raise FileFormatError(
@@ -166,7 +169,7 @@ def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Ten
         )
     names = [
         key.removeprefix(f"{_LAYER}.").removesuffix(".lora_B")
-        for key in state
+        for key in map(str, state)
         if key.startswith(f"{_LAYER}.") and key.endswith(".lora_B")
     ]
     if not names:
@@ -183,4 +186,5 @@ def _layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Ten
 def _entry(state: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
     if key not in state:
         raise FileFormatError(f"expected an entry {key!r} in the state of an adapter, got none")
+    check_instance(f"entry {key!r}", state[key], torch.Tensor, "a tensor", error=FileFormatError)
     return state[key]

@@ -12,6 +12,7 @@ from ipa_torch._capture.hooks import Hook
 from ipa_torch._capture.row_weights import RowWeighter, RowWeights
 from ipa_torch._capture.tensor_ids import TensorIds
 from ipa_torch._layers.row_view import RowView, WeightedRows
+from ipa_torch._settings import resolve_max_patches
 
 
 class ActivationRows:
@@ -21,7 +22,7 @@ class ActivationRows:
         self, model: nn.Module, row_weights: RowWeights | None, max_patches: int | None
     ) -> None:
         self._weighter = RowWeighter(model, row_weights)
-        self._max_patches = max_patches
+        self._max_patches = resolve_max_patches(max_patches)
         self._tensor_ids = TensorIds()
 
     @property

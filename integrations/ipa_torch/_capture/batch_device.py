@@ -35,11 +35,13 @@ def on_device(batch: Any, device: torch.device | None) -> Any:
     if device is None:
         return batch
     if isinstance(batch, torch.Tensor):
+        if batch.is_meta:
+            raise ArrayTypeError("expected a batch with values, got one on the meta device")
         # A copy to the host must be synchronous.
         return batch.to(device, non_blocking=device.type != "cpu")
     # Before other containers: a PackedSequence is a tuple of which a part stays on the host. The
     # `to` of a BatchEncoding leaves nested tensors behind.
-    if callable(getattr(batch, "to", None)) and not isinstance(batch, UserDict):
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, (UserDict, type)):
         return copy.copy(batch).to(device)
     if isinstance(batch, Mapping):
         return _rebuilt_mapping(

@@ -7,9 +7,39 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from ipa_core.errors import StreamError
+from ipa_core.settings import check_callable, check_iterable
 from ipa_torch._capture.batch_device import device_of, on_device
 
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
+
+
+def resolve_forward(forward: Forward | None) -> Forward:
+    """Return the function that runs a model on a batch.
+
+    Raises
+    ------
+    SettingError
+        If ``forward`` is neither None nor callable.
+    """
+    if forward is None:
+        return default_forward
+    check_callable("forward", forward, cure="pass a function of model and batch, or None")
+    return forward
+
+
+def check_batches(batches: Any) -> None:
+    """Check that a value is an iterable of batches and no batch by itself.
+
+    Raises
+    ------
+    StreamError
+        If it is not.
+    """
+    form, cure = "an iterable, such as a list or a DataLoader", "put a single batch into a list"
+    check_iterable("batches", batches, form, cure=cure, error=StreamError)
+    if isinstance(batches, (Mapping, nn.Module)):
+        raise StreamError(f"expected batches as {form}, got a {type(batches).__name__}; {cure}")
 
 
 def default_forward(model: nn.Module, batch: Any) -> None:

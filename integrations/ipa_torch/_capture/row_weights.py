@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ipa_core.errors import ShapeError
+from ipa_core.errors import ArrayTypeError, ShapeError
+from ipa_core.settings import check_callable
 from ipa_torch._capture.hooks import Hook
 from ipa_torch._capture.row_selection import RowSelection
 from ipa_torch._capture.row_weight_warnings import RowWeightWarnings
@@ -29,6 +30,8 @@ class RowWeighter:
     """
 
     def __init__(self, model: nn.Module, row_weights: RowWeights | None) -> None:
+        if row_weights is not None:
+            check_callable("row_weights", row_weights, cure="pass a function of the batch, or None")
         self._row_weights = row_weights
         self._encoder = _encoder_of(model)
         self._encoder_done = False
@@ -42,7 +45,7 @@ class RowWeighter:
         """Start a batch; return its number of rows of nonzero weight, or None without weights."""
         self._encoder_done = False
         weights = None if self._row_weights is None else self._row_weights(batch)
-        first, second = weights if isinstance(weights, tuple) else (weights, None)
+        first, second = _pair(weights) if isinstance(weights, tuple) else (weights, None)
         self._first, self._second = (_selections(part, self._memory) for part in (first, second))
         return self._first[0].rows if self._first else None
 
@@ -94,6 +97,15 @@ def _encoder_of(model: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) else None
 
 
+def _pair(weights: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return the weights of encoder and decoder."""
+    if len(weights) != 2:
+        raise ShapeError(
+            f"expected row weights of encoder and decoder as a pair, got {len(weights)} of them"
+        )
+    return weights[0], weights[1]
+
+
 def _selections(weights: Any, memory: GatherMemory) -> list[RowSelection]:
     if weights is None:
         return []
@@ -103,5 +115,10 @@ def _selections(weights: Any, memory: GatherMemory) -> list[RowSelection]:
             raise ShapeError(
                 f"expected row weights as a tensor, got {type(part).__name__}; "
                 "let row_weights return a tensor with a weight for each row, or None"
+            )
+        if part.is_meta or part.layout != torch.strided:
+            raise ArrayTypeError(
+                f"expected row weights as a dense tensor with values, got {part.layout} on "
+                f"{part.device}"
             )
     return [RowSelection(part, memory) for part in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ipa_core.errors import SettingError
+from ipa_torch._layers.unwrap import check_model
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -15,6 +16,7 @@ def check_unwrapped(model: nn.Module) -> None:
     SettingError
         If one has: it would not reduce the gradients of new parameters, and ranks would drift.
     """
+    check_model(model)
     parallel = nn.parallel.DistributedDataParallel
     wrapped = any(isinstance(module, parallel) for module in model.modules())
     if wrapped or is_sharded(model):

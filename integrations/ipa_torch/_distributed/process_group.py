@@ -12,6 +12,7 @@ from torch import distributed, nn
 
 from ipa_core import Projector
 from ipa_core.errors import EmptyStreamError, SettingError
+from ipa_core.settings import check_instance
 from ipa_torch._distributed.communicator import Communicator, ProcessGroup
 from ipa_torch._distributed.lockstep import Lockstep
 from ipa_torch._distributed.mergeable_learner import ProjectorLearner
@@ -30,7 +31,7 @@ class FitProcessGroup:
     """
 
     def __init__(self, process_group: ProcessGroupArg) -> None:
-        group = world() if process_group == "world" else process_group
+        group = _resolve(process_group)
         self.group: ProcessGroup | None = group
         self._comm = None if group is None else Communicator(group)
         self._lockstep: Lockstep | None = None
@@ -163,6 +164,17 @@ class FitProcessGroup:
     def _stop_lockstep(self) -> None:
         if self._lockstep is not None:
             self._lockstep.leave()
+
+
+def _resolve(process_group: ProcessGroupArg) -> ProcessGroup | None:
+    """Return the group that an argument names."""
+    if isinstance(process_group, str) and process_group == "world":
+        return world()
+    if process_group is not None:
+        kinds = (distributed.ProcessGroup,) if distributed.is_available() else ()
+        form = "'world', None or a process group of torch.distributed"
+        check_instance("process_group", process_group, kinds, form)
+    return process_group
 
 
 def world() -> ProcessGroup | None:

@@ -17,11 +17,13 @@ from tqdm.auto import tqdm
 from ipa_core import ActivationStore
 from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_core.io.atomic_write import replace_file
+from ipa_core.io.paths import as_path
 from ipa_core.io.store_index import INDEX, Index, Shard
+from ipa_core.settings import boolean, number
 from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.attention_mask import attention_mask
 from ipa_torch._capture.eval_mode import eval_mode
-from ipa_torch._capture.forward import Forward, default_forward
+from ipa_torch._capture.forward import Forward, check_batches, resolve_forward
 from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.collector import ActivationCollector
@@ -30,10 +32,9 @@ from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.row_buffer import RowBuffer
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
-from ipa_torch._fit.weight_digests import WeightDigests
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch._settings import check_choice
+from ipa_torch._settings import check_choice, check_positive, resolve_max_patches
 from ipa_torch.errors import LayerError
 
 Half: TypeAlias = Literal["float16", "bfloat16"]
@@ -91,6 +92,8 @@ def store_activations(
         If the batches differ from those that the store has.
     FileFormatError
         If the index is damaged.
+    PathError
+        If the folder cannot be made.
     LayerError
         If ``targets`` match no layer that runs.
 
@@ -111,6 +114,11 @@ def store_activations(
     [2, 4]
     """
     check_choice("dtype", dtype, Half)
+    check_positive("max_bytes", max_bytes)
+    number("shard_bytes", shard_bytes, form="above 0", valid=lambda size: size > 0)
+    check_batches(batches)
+    max_patches = resolve_max_patches(max_patches)
+    folder = as_path(folder)
     model = unwrap_model(model)
     layers = select_layers(model, targets)
     half = torch.float16 if dtype == "float16" else torch.bfloat16
@@ -130,10 +138,11 @@ def store_activations(
         "forward": code_digest(forward),
     }
     position = ResumablePass(settings, WeightDigests(model, layers.values()))
-    run = default_forward if forward is None else forward
-    bar = tqdm(desc="storing", unit=" rows", unit_scale=True, disable=None if progress else True)
-    with lock_folder(Path(folder)):
-        writer = _Writer(Path(folder), inputs, dtype, position, max_bytes, shard_bytes)
+    run = resolve_forward(forward)
+    disable = None if boolean("progress", progress) else True
+    bar = tqdm(desc="storing", unit=" rows", unit_scale=True, disable=disable)
+    with lock_folder(folder):
+        writer = _Writer(folder, inputs, dtype, position, max_bytes, shard_bytes)
         with eval_mode(model), collector, bar:
             for batch in writer.skip_seen(batches):
                 before = dict(inputs.node_of)

@@ -10,7 +10,9 @@ from typing import Any, Self, TypeAlias, overload
 import torch
 
 from ipa_core import Learner
-from ipa_core.errors import FileFormatError, SettingError, ShapeError
+from ipa_core.errors import ArrayTypeError, SettingError, ShapeError
+from ipa_core.learners._state import check_state_of
+from ipa_core.settings import check_instance, check_iterable
 from ipa_torch._capture.row_consumer import PendingRows
 from ipa_torch._fit.early_stopping import StoppingCriteria
 
@@ -36,7 +38,12 @@ class HeadLearners(Sequence[Learner]):
     """
 
     def __init__(self, learners: Iterable[Learner]) -> None:
+        check_iterable("learners", learners, "an iterable of learners")
         self._learners = tuple(learners)
+        for learner in self._learners:
+            check_instance("the learner of a head", learner, Learner, "a Learner")
+        if not self._learners:
+            raise SettingError("expected learners of at least one head, got none")
         self.passes = max(learner.passes for learner in self._learners)
 
     @overload
@@ -73,8 +80,11 @@ class HeadLearners(Sequence[Learner]):
         ShapeError
             If the heads do not divide the features.
         """
-        features = int(rows.shape[-1])
-        if features % len(self):
+        check_instance("rows", rows, torch.Tensor, "a tensor", error=ArrayTypeError)
+        if rows.layout != torch.strided:
+            raise ArrayTypeError(f"expected dense rows, got {rows.layout}; pass rows.to_dense()")
+        features = int(rows.shape[-1]) if rows.ndim else 0
+        if not features or features % len(self):
             raise ShapeError(
                 f"expected features that {len(self)} heads divide, got {features}; give the number "
                 "of heads of this activation, or leave the layer out of the targets"
@@ -103,6 +113,7 @@ class HeadLearners(Sequence[Learner]):
         SettingError
             If the other has another number of heads, or other settings.
         """
+        check_instance("the learners to merge with", other, HeadLearners, "HeadLearners")
         if len(other) != len(self):
             raise SettingError(f"expected {len(self)} heads to merge with, got {len(other)}")
         return type(self)(
@@ -126,10 +137,7 @@ class HeadLearners(Sequence[Learner]):
         FileFormatError, SettingError
             If it is the state of another class, or of learners with other settings.
         """
-        if state.get("learner") != type(self).__name__:
-            raise FileFormatError(
-                f"expected the state of {type(self).__name__}, got {state.get('learner')!r}"
-            )
+        check_state_of(type(self), state)
         if state["heads"] != len(self):
             raise SettingError(f"expected the state of {len(self)} heads, got {state['heads']}")
         self._learners = tuple(
@@ -165,11 +173,9 @@ def by_head(
     make_learner: Callable[[int], Learner], heads: int, stop: StoppingCriteria | None
 ) -> Callable[[int], HeadLearners]:
     """Return a factory of learners of all heads."""
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-        raise SettingError(f"expected heads to be an integer of at least 1 or None, got {heads!r}")
-    if stop is not None and stop.tolerance is not None:
+    if (tolerance := StoppingCriteria.of(stop).tolerance) is not None:
         raise SettingError(
             "expected no tolerance with heads, whose excess error is not estimated, got "
-            f"{stop.tolerance!r}; use max_rows or max_batches"
+            f"{tolerance!r}; use max_rows or max_batches"
         )
     return lambda rank: HeadLearners(make_learner(rank) for _ in range(heads))

@@ -18,11 +18,13 @@ import torch
 from ipa_core import load_state
 from ipa_core.errors import FileFormatError, SettingError, with_context
 from ipa_core.io.atomic_write import replace_file
+from ipa_core.io.paths import as_path, output_folder
 from ipa_core.io.serialization import pack_state, unpack_state
 from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import ActivationCollector, CollectorState
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import InputPrefix
+from ipa_torch._settings import check_positive
 
 _INDEX = "index.safetensors"
 _VERSION = 4
@@ -56,9 +58,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("batches", "seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingError(f"expected {name} above 0 or None, got {value!r}")
+            check_positive(name, getattr(self, name))
+        object.__setattr__(self, "folder", as_path(self.folder))
 
     @classmethod
     def of(cls, checkpoint: CheckpointLike) -> Self:
@@ -73,6 +74,7 @@ class CheckpointConfig:
         SettingError
             If the folder has checkpoints of another number of processes, with other batches.
         """
+        output_folder(self.folder)
         sizes = {path.name.rpartition("-of-")[2] for path in Path(self.folder).glob("rank-*-of-*")}
         single = any(Path(self.folder).glob("step-*"))
         size = None if name is None else name.rpartition("-of-")[2]

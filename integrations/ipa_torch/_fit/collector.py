@@ -19,6 +19,7 @@ from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._fit.shared_inputs import C, InputPrefix, SharedInputTree
 from ipa_torch._layers.activation_tensor import check_tensors, input_of, output_of
+from ipa_torch._layers.execution_device import check_loaded
 from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.output_view import output_view
 from ipa_torch._layers.row_view import RowView
@@ -87,6 +88,7 @@ class ActivationCollector(Generic[C]):
         drop_failed: bool,
         source: Source = "inputs",
     ) -> None:
+        check_loaded(layers)
         self._layers = layers
         self._views = {name: _view(name, module, source) for name, module in layers.items()}
         self._inputs = inputs

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ipa_core.errors import SettingError
-from ipa_torch._settings import check_choice
+from ipa_core.settings import check_instance, number
+from ipa_torch._settings import check_choice, check_positive
+
+_CURE = "pass stop=StoppingCriteria(max_rows=...), for example"
 
 OnError: TypeAlias = Literal["raise", "return"]
 
@@ -68,14 +70,20 @@ class StoppingCriteria:
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_batches", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingError(f"expected {name} above 0 or None, got {value!r}")
-        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
-            raise SettingError(
-                f"expected a tolerance above 0 and finite, or None, got {self.tolerance!r}"
-            )
+            check_positive(name, getattr(self, name))
+        if self.tolerance is not None:
+            form = "above 0 and finite, or None"
+            valid = number("tolerance", self.tolerance, form=form, valid=lambda x: 0 < x < math.inf)
+            object.__setattr__(self, "tolerance", valid)
         check_choice("on_error", self.on_error, OnError)
+
+    @classmethod
+    def of(cls, stop: StoppingCriteria | None) -> StoppingCriteria:
+        """Return the criteria, or none of them for None."""
+        if stop is None:
+            return cls()
+        check_instance("stop", stop, cls, "StoppingCriteria or None", cure=_CURE)
+        return stop
 
     def exhausted_budget(self, batches: int, seconds: float) -> str | None:
         """Return which budget of the whole fit is used up, or None."""

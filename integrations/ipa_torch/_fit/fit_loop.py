@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from ipa_core.errors import EmptyStreamError, StreamError
 from ipa_core.io.streams import is_one_shot
+from ipa_core.settings import boolean
 from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.eval_mode import eval_mode
-from ipa_torch._capture.forward import Forward, default_forward
+from ipa_torch._capture.forward import Forward, check_batches, resolve_forward
 from ipa_torch._capture.row_weights import RowWeights
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
 from ipa_torch._fit.attention_head_learners import LayerLearner
@@ -37,6 +38,7 @@ from ipa_torch._layer_rank import resolve_rank
 from ipa_torch._layers.adapter_support import check_supported
 from ipa_torch._layers.targets import Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
+from ipa_torch._settings import resolve_max_patches
 from ipa_torch.layer_projectors import M
 
 
@@ -70,8 +72,10 @@ def run_fit(
         for name, layer in layers.items():
             check_supported(name, layer)
     ranks = {name: resolve_rank(name, rank) for name in layers}
-    run = default_forward if forward is None else forward
-    stop = StoppingCriteria() if stop is None else stop
+    run = resolve_forward(forward)
+    check_batches(batches)
+    max_patches = resolve_max_patches(max_patches)
+    stop = StoppingCriteria.of(stop)
     convergence = None if stop.tolerance is None else Convergence(stop.tolerance)
     with FitProcessGroup(process_group) as fit_group:
         memory_passes = [MemoryPass(layers, 0)]
@@ -215,5 +219,5 @@ def _bar(progress: bool, memory_passes: Sequence[MemoryPass], number: int) -> tq
             f"{sizes[number]:,.0f} of {sum(sizes):,.0f} MB"
         )
     # disable=None: tqdm shows the bar on a terminal only.
-    disable = None if progress else True
+    disable = None if boolean("progress", progress) else True
     return tqdm(desc=description, unit=" rows", unit_scale=True, disable=disable)

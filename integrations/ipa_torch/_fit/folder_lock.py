@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from ipa_core.errors import SettingError
+from ipa_core.io.paths import output_folder
 
 _LOCK = ".lock"
 
@@ -27,6 +28,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     ------
     SettingError
         If another run has it; the message names its process and machine.
+    PathError
+        If the folder cannot be made.
 
     Warns
     -----
@@ -40,7 +43,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     ...     print((Path(folder) / ".lock").read_text().split()[0])
     process
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder)
     file = _locked_file(folder)
     if file is None:
         yield

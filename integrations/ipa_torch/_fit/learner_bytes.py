@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -11,9 +11,10 @@ from torch import nn
 
 from ipa_core import Learner, RandomizedSVD
 from ipa_core.errors import with_context
+from ipa_core.learners.factory import make_learner
 from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.eval_mode import eval_mode
-from ipa_torch._capture.forward import Forward, default_forward
+from ipa_torch._capture.forward import Forward, resolve_forward
 from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import ActivationCollector, Source
 from ipa_torch._fit.early_stopping import StoppingCriteria
@@ -95,9 +96,11 @@ def learner_bytes(
     model = unwrap_model(model)
     layers = select_layers(model, targets)
     ranks = {name: resolve_rank(name, rank) for name in layers}
-    run = default_forward if forward is None else forward
-    converging = stop is not None and stop.tolerance is not None
-    return bytes_by_input(model, layers, ranks, learner, batch, run, converging=converging)
+    run = resolve_forward(forward)
+    converging = StoppingCriteria.of(stop).tolerance is not None
+    return bytes_by_input(
+        model, layers, ranks, partial(make_learner, learner), batch, run, converging=converging
+    )
 
 
 def bytes_by_input(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ipa_core import ExactCovariance, Learner
+from ipa_core.learners.factory import make_learner
+from ipa_core.settings import integer
 from ipa_torch._capture.attention_mask import attention_mask
 from ipa_torch._capture.forward import Forward
 from ipa_torch._capture.row_weights import RowWeights
@@ -99,13 +102,16 @@ def fit_learners(
     """
     check_choice("on_missing", on_missing, OnMissing)
     check_choice("source", source, Source)
+    make = partial(make_learner, learner)
+    if heads is not None:
+        heads = integer("heads", heads, least=1, cure="pass None for no division into heads")
     learners = run_fit(
         model,
         batches,
         rank,
         LEARNERS,
         targets=targets,
-        learner=learner if heads is None else by_head(learner, heads, stop),
+        learner=make if heads is None else by_head(make, heads, stop),
         row_weights=row_weights,
         forward=forward,
         max_patches=max_patches,

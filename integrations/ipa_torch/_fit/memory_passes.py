@@ -13,6 +13,7 @@ from ipa_torch._capture.forward import Forward
 from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import Source
 from ipa_torch._fit.learner_bytes import bytes_by_input
+from ipa_torch._settings import check_positive
 from ipa_torch.layer_projectors import M
 
 #: Reason why a layer of a later memory pass has no result after an interruption.
@@ -49,8 +50,7 @@ def split_by_memory(
     SettingError
         If a single learner is larger.
     """
-    if not max_bytes > 0:
-        raise SettingError(f"expected max_bytes above 0 or None, got {max_bytes!r}")
+    check_positive("max_bytes", max_bytes)
     memory_passes: list[MemoryPass] = []
     sizes = bytes_by_input(
         model, layers, ranks, make_learner, batch, run, converging=converging, source=source

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ipa_core import Learner, RandomizedSVD
+from ipa_core.learners.factory import make_learner
 from ipa_torch._capture.attention_mask import attention_mask
 from ipa_torch._capture.forward import Forward
 from ipa_torch._capture.row_weights import RowWeights
@@ -139,7 +141,7 @@ def fit_projectors(
         rank,
         PROJECTORS,
         targets=targets,
-        learner=learner,
+        learner=partial(make_learner, learner),
         row_weights=row_weights,
         forward=forward,
         max_patches=max_patches,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
 from ipa_core import Learner, RandomizedSVD
-from ipa_core.errors import SettingError
+from ipa_core.errors import FileFormatError
+from ipa_core.learners.factory import make_learner
+from ipa_core.settings import check_callable, check_instance, number
 from ipa_torch._float64 import in_float64
+from ipa_torch._gradient.gradient_learner import check_rows_and_grads
 from ipa_torch._gradient.gradient_sketch import GradientSketch
 
 #: Leading directions along which the inputs' second moment is known.
@@ -59,6 +62,8 @@ class DampedGradientSketch(GradientSketch):
     [0, 1]
     """
 
+    _settings: ClassVar[tuple[str, ...]] = (*GradientSketch._settings, "input_share")
+
     def __init__(
         self,
         rank: int,
@@ -67,10 +72,11 @@ class DampedGradientSketch(GradientSketch):
         input_share: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if not 0 <= input_share <= 1:
-            raise SettingError(f"expected an input_share from 0 to 1, got {input_share!r}")
         super().__init__(rank, seed=seed)
-        self.input_share = input_share
+        self.input_share = number(
+            "input_share", input_share, form="from 0 to 1", valid=lambda share: 0 <= share <= 1
+        )
+        check_callable("learner", learner)
         self._make_learner = learner
         self._inputs: Learner | None = None
 
@@ -81,9 +87,9 @@ class DampedGradientSketch(GradientSketch):
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
-        before = self._inputs or self._make_learner(
-            min(max(_DIRECTIONS, self.fixed_rows), x.shape[-1])
-        )
+        check_rows_and_grads(x, g)
+        known = min(max(_DIRECTIONS, self.fixed_rows), x.shape[-1])
+        before = self._inputs or make_learner(self._make_learner, known)
         inputs = copy.copy(before).update(x.flatten(0, 1), (g != 0).any(-1).flatten())
         super().update(x, g)
         self._inputs = inputs
@@ -96,11 +102,6 @@ class DampedGradientSketch(GradientSketch):
         SettingError
             If ranks, seeds, shares of inputs or learners differ.
         """
-        if self.input_share != other.input_share:
-            raise SettingError(
-                "expected sketches of equal input_share, got "
-                f"{self.input_share} and {other.input_share}"
-            )
         merged = super().merge(other)
         if self._inputs is None or other._inputs is None:
             merged._inputs = self._inputs or other._inputs
@@ -122,16 +123,19 @@ class DampedGradientSketch(GradientSketch):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Take over a state from `state_dict`."""
+        check_instance("the state", state, Mapping, "a mapping", error=FileFormatError)
+        share = number("input_share", state.get("input_share"), error=FileFormatError)
         inputs = {
             name.removeprefix(_PREFIX): value
             for name, value in state.items()
-            if name.startswith(_PREFIX)
+            if isinstance(name, str) and name.startswith(_PREFIX)
         }
-        self._inputs = (
-            self._make_learner(inputs["rank"]).load_state_dict(inputs) if inputs else None
-        )
-        self.input_share = state["input_share"]
-        return super().load_state_dict(state)
+        known = None
+        if inputs:
+            known = make_learner(self._make_learner, inputs.get("rank")).load_state_dict(inputs)
+        super().load_state_dict(state)
+        self._inputs, self.input_share = known, share
+        return self
 
     def _directions(self, image: torch.Tensor) -> torch.Tensor:
         """Return the fixed rows and, orthogonal to them, the directions of a damped step."""

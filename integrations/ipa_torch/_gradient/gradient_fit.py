@@ -10,19 +10,25 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ipa_core.errors import EmptyStreamError
+from ipa_core import Learner
+from ipa_core.errors import EmptyStreamError, SettingError, ShapeError
+from ipa_core.learners.factory import make_learner_of
+from ipa_core.settings import check_callable, check_instance
 from ipa_torch._capture.autocast import no_grad_or_autocast
 from ipa_torch._capture.batch_device import device_of, on_device
 from ipa_torch._capture.eval_mode import eval_mode
+from ipa_torch._capture.forward import check_batches
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupArg
 from ipa_torch._gradient.gradient_learner import GradientLearner
 from ipa_torch._gradient.gradient_sketch import GradientSketch
 from ipa_torch._layer_rank import resolve_rank
 from ipa_torch._layers.activation_tensor import input_of
+from ipa_torch._layers.execution_device import check_loaded
 from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
+from ipa_torch._settings import resolve_max_patches
 from ipa_torch.errors import LayerError, named_layer
 from ipa_torch.layer_projectors import LayerProjectors
 
@@ -97,7 +103,12 @@ def fit_gradient_projectors(
     """
     model = unwrap_model(model)
     layers = select_layers(model, targets)
-    learners = {name: learner(resolve_rank(name, rank)) for name in layers}
+    check_batches(batches)
+    check_loaded(layers)
+    max_patches = resolve_max_patches(max_patches)
+    if loss is not None:
+        check_callable("loss", loss, cure="pass a function of model and batch, or None")
+    learners = {name: _make_learner(learner, resolve_rank(name, rank)) for name in layers}
     hooks = HookSet(
         Hook(name, module, partial(_forward_hook, name, learners[name], max_patches), after=True)
         for name, module in layers.items()
@@ -109,7 +120,7 @@ def fit_gradient_projectors(
             with hooks:
                 for batch in fit_group.lockstep(iter(batches)):
                     batch = on_device(batch, device_of(model))
-                    value = (_model_loss if loss is None else loss)(model, batch)
+                    value = _checked((_model_loss if loss is None else loss)(model, batch))
                     if value.requires_grad:
                         value.backward()
                     seen += 1
@@ -127,6 +138,25 @@ def fit_gradient_projectors(
         )
     missing = {name: "no gradient reached its output" for name in layers if name not in learned}
     return LayerProjectors(learned, missing=missing)
+
+
+def _make_learner(factory: Callable[[int], GradientLearner], rank: int) -> GradientLearner:
+    cure = "pass GradientSketch, DampedGradientSketch or GradientWeightedInputs"
+    learner = make_learner_of(GradientLearner, factory, rank, cure)
+    if isinstance(learner, Learner):
+        raise SettingError(
+            f"expected a learner of inputs and gradients, got {type(learner).__name__}; pass "
+            "functools.partial(GradientWeightedInputs, learner=...)"
+        )
+    return learner
+
+
+def _checked(loss: torch.Tensor) -> torch.Tensor:
+    """Return a loss after a check that it is a scalar."""
+    check_instance("the loss", loss, torch.Tensor, "a tensor", cure="return it from the function")
+    if loss.numel() != 1:
+        raise ShapeError(f"expected a scalar loss, got shape {tuple(loss.shape)}; take its mean")
+    return loss
 
 
 def _model_loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
 from ipa_core import Projector
-from ipa_core.errors import EmptyStreamError, NonFiniteError, RankError, SettingError
+from ipa_core.errors import (
+    EmptyStreamError,
+    FileFormatError,
+    NonFiniteError,
+    RankError,
+)
+from ipa_core.learners._validation import check_mergeable
+from ipa_core.settings import check_instance, integer
+from ipa_core.settings import rank as checked_rank
 from ipa_torch._float64 import in_float64
+from ipa_torch._gradient.gradient_learner import check_rows_and_grads
 from ipa_torch._layers.row_samples import strided_sample
 
 #: Rows of each batch in the sample of the energies that P captures of the inputs.
@@ -48,15 +57,18 @@ class GradientSketch:
     True
     """
 
+    _settings: ClassVar[tuple[str, ...]] = ("rank", "seed")
+
     def __init__(self, rank: int, *, seed: int = 0) -> None:
-        self.rank = rank
-        self.seed = seed
+        self.rank = checked_rank(rank)
+        self.seed = integer("seed", seed, least=0)
         self.samples = 0
         self._image: torch.Tensor | None = None
         self._sampled_rows: list[torch.Tensor] = []
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
+        check_rows_and_grads(x, g)
         if self.rank > x.shape[-1]:
             raise RankError(
                 f"expected a rank of at most {x.shape[-1]}, the number of features, "
@@ -84,13 +96,9 @@ class GradientSketch:
         Raises
         ------
         SettingError
-            If ranks or seeds differ.
+            If settings differ.
         """
-        if (self.rank, self.seed) != (other.rank, other.seed):
-            raise SettingError(
-                f"expected sketches of equal rank and seed, got {self.rank, self.seed} and "
-                f"{other.rank, other.seed}"
-            )
+        check_mergeable(self, other, self._settings)
         merged = copy.copy(self)
         images = [sketch._image for sketch in (self, other) if sketch._image is not None]
         merged._image = torch.stack(images).sum(0) if images else None
@@ -136,10 +144,24 @@ class GradientSketch:
         return state | {"image": self._image, "kept": kept, "template": self._image[:0]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
-        """Take over a state from `state_dict`."""
-        self.rank, self.seed, self.samples = state["rank"], state["seed"], state["samples"]
-        self._image = state.get("image")
-        self._sampled_rows = [state["kept"]] if "kept" in state else []
+        """Take over a state from `state_dict`.
+
+        Raises
+        ------
+        FileFormatError
+            If it is something else.
+        """
+        check_instance("the state", state, Mapping, "a mapping", error=FileFormatError)
+        rank, seed, samples = (
+            integer(name, state.get(name), least=0, error=FileFormatError)
+            for name in ("rank", "seed", "samples")
+        )
+        arrays = {name: state[name] for name in ("image", "kept") if name in state}
+        for name, array in arrays.items():
+            check_instance(name, array, torch.Tensor, "a tensor", error=FileFormatError)
+        self.rank, self.seed, self.samples = rank, seed, samples
+        self._image = arrays.get("image")
+        self._sampled_rows = [arrays["kept"]] if "kept" in arrays else []
         return self
 
     def _directions(self, image: torch.Tensor) -> torch.Tensor:
@@ -148,7 +170,7 @@ class GradientSketch:
         return rows[: self.rank]
 
     def _signs(self, outputs: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed % 2**63)
         width = max(32, 2 * self.rank + 8)
         signs = torch.randint(0, 2, (outputs, width), generator=generator, device="cpu")
         return signs.float() * 2 - 1

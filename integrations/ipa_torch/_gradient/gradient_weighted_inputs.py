@@ -9,6 +9,9 @@ from typing import Any, Self
 import torch
 
 from ipa_core import Learner, Projector, RandomizedSVD
+from ipa_core.learners._validation import check_mergeable
+from ipa_core.learners.factory import make_learner
+from ipa_torch._gradient.gradient_learner import check_rows_and_grads
 
 
 class GradientWeightedInputs:
@@ -38,7 +41,7 @@ class GradientWeightedInputs:
     """
 
     def __init__(self, rank: int, *, learner: Callable[[int], Learner] = RandomizedSVD) -> None:
-        self._inputs = learner(rank)
+        self._inputs = make_learner(learner, rank)
 
     @property
     def rank(self) -> int:
@@ -52,11 +55,13 @@ class GradientWeightedInputs:
 
     def update(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add rows x (n, groups, features) with gradients g (n, groups, outputs of a group)."""
+        check_rows_and_grads(x, g)
         norms = torch.linalg.vector_norm(g.float(), dim=-1).flatten()
         self._inputs.update(x.flatten(0, 1), norms)
 
     def merge(self, other: Self) -> Self:
         """Return the learner of both parts."""
+        check_mergeable(self, other, ())
         return self._with(self._inputs.merge(other._inputs))
 
     def finalize(self) -> Projector:

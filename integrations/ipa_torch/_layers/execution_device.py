@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ipa_core.errors import with_context
 from ipa_torch.errors import LayerError
 
 
@@ -21,6 +23,24 @@ def reference_tensor(layer: nn.Module) -> torch.Tensor | None:
         return weight
     tensors = (*layer.parameters(), *layer.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def check_loaded(layers: Mapping[str, nn.Module]) -> None:
+    """Check that weights of at least one layer are in memory, or are loaded when it runs.
+
+    Raises
+    ------
+    LayerError
+        If all are on the meta device.
+    """
+    for number, (name, layer) in enumerate(layers.items(), start=1):
+        try:
+            execution_device(layer)
+        except LayerError as error:
+            if number == len(layers):
+                raise with_context(error, f"layer {name!r}") from error
+        else:
+            return
 
 
 def execution_device(layer: nn.Module) -> torch.device:

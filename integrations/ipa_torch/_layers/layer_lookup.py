@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ipa_core.settings import check_instance
 from ipa_torch.errors import LayerError
 
 
@@ -15,9 +16,10 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
     LayerError
         If there is none of this name, or it is the model itself, or its forward never runs.
     """
+    check_instance("the name of a layer", name, str, "a string")
     try:
         layer = model.get_submodule(name)
-    except AttributeError as error:
+    except (AttributeError, RuntimeError) as error:
         cure = "check the name"
         if name.endswith("]"):  # of ipa_hf.expert_layers
             cure = "adapt fused experts with ipa_hf.get_ipa_model"

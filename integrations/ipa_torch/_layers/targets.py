@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from ipa_core.errors import SettingError
+from ipa_core.settings import check_instance, check_iterable
 from ipa_torch._layers.layer_properties import is_linear
 from ipa_torch._layers.output_head import output_head, tied_to_embedding
+from ipa_torch._layers.unwrap import check_model
 from ipa_torch.errors import LayerError
 
 Targets: TypeAlias = "str | Iterable[str] | Callable[[str, nn.Module], bool]"
@@ -54,6 +57,7 @@ def select_layers(model: nn.Module, targets: Targets = ALL_LINEAR) -> dict[str, 
     >>> list(select_layers(model, ["2"]))
     ['2']
     """
+    check_model(model)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return _require_some(_all_linear(model), targets)
     matches = _matcher(targets)
@@ -93,9 +97,15 @@ def _matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:
                 "give names as a list"
             ) from error
         return lambda name, module: pattern.fullmatch(name) is not None
+    form = "a regular expression, names of layers or a function of name and module"
+    if isinstance(targets, (type, nn.Module)):
+        raise SettingError(f"expected targets to be {form}, got {reprlib.repr(targets)}")
     if callable(targets):
         return targets
+    check_iterable("targets", targets, form)
     names = tuple(targets)
+    for name in names:
+        check_instance("each name of the targets", name, str, "a string")
     ends = tuple(f".{name}" for name in names)
     return lambda name, module: name in names or name.endswith(ends)
 
