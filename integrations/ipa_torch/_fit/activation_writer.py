@@ -32,6 +32,7 @@ from ipa_torch._fit.folder_lock import lock_folder
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.row_buffer import RowBuffer
 from ipa_torch._fit.shared_inputs import InputPrefix, SharedInputTree
+from ipa_torch._fit.weight_digests import WeightDigests
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch._settings import check_choice, check_positive, resolve_max_patches
