@@ -70,6 +70,12 @@ def _truncate_by_svd(xp: Namespace, rows: Array, keep: int) -> Array:
     return (lengths[:keep, None] * directions[:keep, :]) @ basis.T
 
 
+def pad_rows(xp: Namespace, rows: Array, count: int) -> Array:
+    """Return the rows, and as many rows of zeros as ``count`` needs."""
+    missing = count - rows.shape[0]
+    return xp.concat([rows, *[xp.zeros_like(rows[:1, :])] * missing]) if missing > 0 else rows
+
+
 @on_one_thread
 def orthonormal_columns(xp: Namespace, columns: Array) -> Array:
     """Return an orthonormal basis Q of the columns, in their order; zero columns are completed."""

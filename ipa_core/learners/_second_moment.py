@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ipa_core._array import Array, Namespace, cast, device, wide_dtype
-from ipa_core._linalg import gram, top_eigh
+from ipa_core._linalg import gram, pad_rows, top_eigh
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,7 @@ class SecondMoment:
         if not self.is_root:
             values, vectors = top_eigh(xp, self.array, rank)
             return vectors.T, values
-        rows, features = self.array.shape
-        if rows < rank:
-            missing = xp.zeros_like(self.array[:1, :])
-            padded = xp.concat([self.array, *[missing] * (rank - rows)])
-        else:
-            padded = self.array
+        padded = pad_rows(xp, self.array, rank)
         _, lengths, directions = xp.linalg.svd(padded, full_matrices=False)
         return directions[:rank, :], lengths[:rank] ** 2
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, Self
 
-from ipa_core import _array
 from ipa_core._array import Array, Namespace
-from ipa_core._linalg import orthonormal_columns, principal_rows, truncate_rows
+from ipa_core._linalg import pad_rows, principal_rows, truncate_rows
 from ipa_core.learners._row_blocks import Rows
 from ipa_core.learners.base import Learner
 
@@ -50,12 +49,12 @@ class StochasticRule(Learner):
         """Set the state from a factor of ``_width`` orthogonal rows, of total ``weight``."""
 
     def _absorb_rows(self, xp: Namespace, rows: Rows) -> None:
-        first = self._directions is None
-        if first:
-            self._start(xp, rows)
         self._rows_stepped += rows.count
         weight = rows.total_weight()
-        self._step(xp, rows, weight, 1.0 if first else self._step_size(weight))
+        if self._directions is None:
+            self._start(xp, rows, weight)
+        else:
+            self._step(xp, rows, weight, self._step_size(weight))
 
     def _step_size(self, weight: float) -> float:
         """Return c / (t + c - 1), with t counted in micro-batches of the usual weight."""
@@ -63,16 +62,15 @@ class StochasticRule(Learner):
         usual = self._weight * self._block_rows / self._rows_stepped
         return min(1.0, numerator * weight / (self._weight + (numerator - 1) * usual))
 
-    def _start(self, xp: Namespace, rows: Rows) -> None:
-        """Start from randomly signed sums of the first rows."""
-        signs = _array.from_numpy(
-            xp,
-            _array.random_signs((self._width, rows.count), self.seed, 0),
-            _array.device(rows.x),
-            rows.x.dtype,
-        )
+    def _start(self, xp: Namespace, rows: Rows, weight: float) -> None:
+        """Start from the leading directions of the first rows.
+
+        A random start can be nearly orthogonal to a direction, which then grows too slowly where
+        the next eigenvalue is close.
+        """
         self._unit = rows.unit()
-        self._directions = orthonormal_columns(xp, (signs @ rows.apply_weights(rows.x)).T).T
+        factor = truncate_rows(xp, rows.sqrt_weighted(xp), self._width)
+        self._from_factor(xp, pad_rows(xp, factor, self._width), weight)
 
     def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
         self._stack(xp, shift.x, self._weight)

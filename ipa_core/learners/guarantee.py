@@ -15,7 +15,7 @@ class Guarantee:
     kind : {"exact", "bounded", "statistical"}
         ``exact``: the optimum up to rounding. ``bounded``: within ``excess`` of it on any cutting,
         order and merging of a stream whose distribution does not drift. ``statistical``: within
-        ``excess`` once the stream is long beside the rank.
+        ``excess``, but for rare chances, once such a stream is long beside the rank.
     excess : float
         residual / optimal residual - 1.
 

@@ -35,7 +35,14 @@ def test_law(xp, factory, law, stream, dtype):
 
 # Few cases by default, as on the host; all of them in a search.
 searching = settings.default.max_examples > 50
-on_device = settings(max_examples=settings.default.max_examples if searching else 8)
+
+
+def cases(count):
+    """Settings of ``count`` cases, and of as many as the profile has when it searches."""
+    return settings(max_examples=settings.default.max_examples if searching else count)
+
+
+on_device = cases(8)
 
 
 @given(stream=streams(), dtype=dtypes)
@@ -77,7 +84,7 @@ def test_resume(xp, factory, tmp_path_factory, stream, dtype):
 @pytest.mark.parametrize("rule", [HebbianRule, ReconstructionAutoencoder])
 @pytest.mark.parametrize("center", [False, True])
 @given(stream=streams(full_rank=True, offset=False))
-@settings(max_examples=10)
+@cases(10)
 def test_statistical_law(xp, center, rule, stream):
     stream = replace(stream, rows=20_000)
     contract.law_statistical(xp, partial(rule, center=center), stream, "float32")
@@ -85,7 +92,7 @@ def test_statistical_law(xp, center, rule, stream):
 
 @pytest.mark.parametrize("learner_class", [ExactCovariance, IncrementalPCA, RandomizedSVD])
 @given(stream=hard_streams(), rank=st.integers(4, 8))
-@settings(max_examples=25)
+@cases(25)
 def test_guarantee_on_hard_streams(xp, learner_class, stream, rank):
     _, batches = stream
     learner = learner_class(rank)

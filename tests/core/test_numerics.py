@@ -5,9 +5,11 @@ import pytest
 
 from ipa_core import (
     ExactCovariance,
+    HebbianRule,
     IncrementalPCA,
     NonFiniteError,
     RandomizedSVD,
+    ReconstructionAutoencoder,
     excess_error,
     fit_projector,
 )
@@ -54,6 +56,15 @@ def test_scales(xp, learner_class, dtype, scale):
 def test_scales_out_of_range_are_refused(xp, learner_class, scale):
     with pytest.raises(NonFiniteError, match="float32 can hold"):
         fitted(xp, learner_class, scale * spectrum_rows(), "float32")
+
+
+@pytest.mark.parametrize("rule", [HebbianRule, ReconstructionAutoencoder])
+@pytest.mark.parametrize("seed", [53, 80, 125, 205, 271])
+def test_close_eigenvalues(xp, rule, seed):
+    """Seeds whose random start was nearly orthogonal to the leading direction."""
+    x = np.random.default_rng(seed).standard_normal((20_000, 2)) * [1, 0.9]
+    projector = rule(1).update(xp.asarray(x.astype(np.float32))).finalize()
+    assert excess(x, projector) < 0.1
 
 
 def test_rows_whose_sums_leave_the_range(xp, learner_class):
