@@ -1,6 +1,7 @@
 """Tables of the likelihood of held-out text, in nats per token: small figures are good."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import mean
 
 from benchmarks import record
@@ -156,11 +157,12 @@ def classification(cells: Sequence[Cell]) -> str:
                     difference(own, lora),
                     difference(own, random),
                     _share(own, lora, random),
+                    _to_halfway(own, lora, random),
                     f"{own[0].rate:g}",
                 ]
             )
     header = ["set", "method", "nats", "seeds", "to LoRA", "to random A, frozen"]
-    return record.table([*header, "share of the gap", "rate"], rows)
+    return record.table([*header, "share of the gap", "to halfway", "rate"], rows)
 
 
 def differences(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
@@ -265,6 +267,17 @@ def _share(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell]) ->
         return "-"
     here, there, start = (mean(some[seed] for seed in common) for some in at)
     return f"{100 * (start - here) / (start - there):.0f} %"
+
+
+def _to_halfway(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell]) -> str:
+    """Return the difference to the middle between random A and LoRA, paired by seed."""
+    start = {cell.seed: nats(cell) for cell in random}
+    halfway = [
+        replace(cell, test={_kind(cell): (nats(cell) + start[cell.seed]) / 2})
+        for cell in lora
+        if cell.seed in start
+    ]
+    return "-" if own in (lora, random) else difference(own, halfway)
 
 
 def _spread(values: Sequence[float]) -> str:

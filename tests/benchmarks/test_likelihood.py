@@ -339,7 +339,7 @@ def test_table_of_classification():
     assert list(found) == ["classification"] and "EVA" not in found["classification"]
     line = found["classification"].splitlines()[-1]
     assert line.startswith("| toy | IPA, frozen | 1.050 ± 0.707 | 2 | **+0.050 ± 0.000** |")
-    assert line.endswith(" **-0.150 ± 0.000** | 75 % | 0.1 |")
+    assert line.endswith(" **-0.150 ± 0.000** | 75 % | **-0.050 ± 0.000** | 0.1 |")
 
 
 def test_cells_at_the_best_rate_of_their_kind():
