@@ -260,10 +260,13 @@ def _shown(found: Difference) -> str:
 
 
 def _share(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell]) -> str:
-    """Return how much of the way from random A to LoRA a method goes, over common seeds."""
+    """Return how much of the way from random A to LoRA a method goes, over common seeds.
+
+    "-" where LoRA is not shown to be better than random A: there is no way to go.
+    """
     at = [{cell.seed: nats(cell) for cell in some} for some in (own, lora, random)]
     common = at[0].keys() & at[1].keys() & at[2].keys()
-    if len(common) < 2 or own in (lora, random):
+    if len(common) < 2 or own in (lora, random) or not paired(lora, random, nats).clear:
         return "-"
     here, there, start = (mean(some[seed] for seed in common) for some in at)
     return f"{100 * (start - here) / (start - there):.0f} %"

@@ -340,6 +340,9 @@ def test_table_of_classification():
     line = found["classification"].splitlines()[-1]
     assert line.startswith("| toy | IPA, frozen | 1.050 ± 0.707 | 2 | **+0.050 ± 0.000** |")
     assert line.endswith(" **-0.150 ± 0.000** | 75 % | **-0.050 ± 0.000** | 0.1 |")
+    wide = [replace(c, test={"toy": c.test["toy"] + 9 * c.seed}) for c in tested[:2]]
+    line = likelihood_tables.tables([*wide, *tested[2:]])["classification"].splitlines()[-1]
+    assert " | - | " in line  # no gap is shown, so no share of it
 
 
 def test_cells_at_the_best_rate_of_their_kind():
