@@ -3,15 +3,18 @@
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 
 import pytest
 
 from ipa_core import BrokenDependencyError, MissingDependencyError
 from ipa_core.optional_dependencies import import_optional
 
+NEEDS_TORCH = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+
 #: Module of ours, the package that it needs, and the extra that installs the package.
 DOORS = [
-    ("ipa_torch", "tqdm", "torch"),
+    pytest.param("ipa_torch", "tqdm", "torch", marks=NEEDS_TORCH),
     ("ipa_hf", "peft", "hf"),
     ("ipa_sklearn", "sklearn", "sklearn"),
     ("ipa_timm", "timm", "timm"),

@@ -48,7 +48,7 @@ def test_projector_is_that_of_the_dense_rows(rows, make_learner, form):
 
 
 def test_streams_of_sparse_batches_with_weights(rows):
-    weights = np.random.default_rng(1).integers(0, 3, 3000).astype(float)
+    weights, rows = np.random.default_rng(1).integers(0, 3, 3000).astype(float), rows.tocsr()
     parts = [
         (rows[start : start + 700], weights[start : start + 700]) for start in range(0, 3000, 700)
     ]

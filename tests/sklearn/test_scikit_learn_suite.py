@@ -56,6 +56,7 @@ def run_tests(folder, *arguments, **environment):
 
 @pytest.mark.slow
 def test_estimator_checks_on_other_array_libraries(tmp_path):
+    pytest.importorskip("torch")
     # The variable is read when SciPy is imported.
     arguments = [__file__, "-k", "test_estimator_checks and array_api"]
     # Release 1.8 has 25 such checks for this estimator.
