@@ -1,5 +1,7 @@
 """Memory saved for the backward pass, and peak memory of an action."""
 
+import ctypes
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def peak_bytes(action: Callable[[], object]) -> int | None:
     """Return what an action allocates at most above what was held before it.
 
     On the GPU, if there is one; else in this process, which only Linux tells. There, what was freed
-    before and not given back hides as much: use a fresh process.
+    before is given back first, as far as the allocator can: use a fresh process.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -42,6 +44,9 @@ def peak_bytes(action: Callable[[], object]) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if not _STATUS.is_file():
         return None
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # in glibc
+        libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
     before = _peak_of_process()
     action()

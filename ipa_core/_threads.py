@@ -23,13 +23,18 @@ _SMALL = 2**26
 
 
 def on_one_thread(function: Function) -> Function:
-    """Let a function of a namespace and a matrix run on one thread if the matrix is small."""
+    """Let a function of a namespace and a matrix run on one thread if the matrix is small.
+
+    The matrix may come in pieces, a list or a tuple of them.
+    """
 
     @wraps(function)
     def run(xp: Any, matrix: Any, *args: Any) -> Any:
-        if max(matrix.shape) * min(matrix.shape) ** 2 > _SMALL:
+        pieces = matrix if isinstance(matrix, (list, tuple)) else [matrix]
+        shape = sum(piece.shape[0] for piece in pieces), pieces[0].shape[1]
+        if max(shape) * min(shape) ** 2 > _SMALL:
             return function(xp, matrix, *args)
-        with _one_thread(matrix):
+        with _one_thread(pieces[0]):
             return function(xp, matrix, *args)
 
     return cast(Function, run)

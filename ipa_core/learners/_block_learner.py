@@ -159,7 +159,7 @@ class BlockLearner(ABC):
         pilot = rows.x[0, :]
         x = rows.x - pilot
         offset = xp.sum(rows.apply_weights(x), axis=0) / weight
-        x = x - offset
+        x -= offset
         wide = _array.wide_dtype(xp, _array.device(x))
         mean = _array.cast(xp, pilot, wide) + _array.cast(xp, offset, wide)
         centered = Rows.of(xp, x, rows.weights)

@@ -47,32 +47,8 @@ class Segment:
     is_half: bool = False
 
     @classmethod
-    def begin(
-        cls,
-        xp: Namespace,
-        known: Array,
-        block: Rows,
-        width: int,
-        seed: tuple[int, int],
-        is_half: bool,
-    ) -> Segment:
-        """Choose a basis: known directions (d, m) and ``width`` - m probes of the block to come.
-
-        The known directions are orthonormal within rounding, or zero. The probes are randomly
-        signed sums of what the rows of the block have outside of them, power-iterated once on it.
-        """
-        unit = block.unit()
-        x = block.x / unit
-        outside = x - (x @ known) @ known.T
-        signs = _array.from_numpy(
-            xp,
-            _array.random_signs((width - known.shape[1], block.count), *seed),
-            _array.device(x),
-            x.dtype,
-        )
-        tests = orthonormal_columns(xp, (signs @ block.apply_weights(outside)).T)
-        response = outside.T @ block.apply_weights(outside @ tests)
-        columns = xp.concat([known, orthonormal_columns(xp, response)], axis=1)
+    def begin(cls, xp: Namespace, columns: Array, unit: float, is_half: bool) -> Segment:
+        """Begin a segment with the span of the columns (d, k) as its basis."""
         basis = reorthonormalize(xp, columns) / unit
         if is_half:
             half = _array.half_dtype(xp, _array.device(basis))
@@ -107,3 +83,25 @@ class Segment:
     def to_factor(self, xp: Namespace) -> Array:
         """Return F (k, features) with F^T F the second moment of the rows, by Nystrom."""
         return nystrom_rows(xp, self.basis, self.image, self.energy / self.rows / self.unit**2)
+
+
+def with_probes(
+    xp: Namespace, known: Array, block: Rows, width: int, seed: tuple[int, int]
+) -> Array:
+    """Return known directions (d, m) and ``width`` - m probes of the rows to come, as columns.
+
+    The known directions are orthonormal within rounding, or zero. The probes are randomly signed
+    sums of what the rows of the block have outside of them, power-iterated once on it. The block
+    may be sparse.
+    """
+
+    def outside(columns: Array) -> Array:
+        return columns - known @ (known.T @ columns)
+
+    x, unit = block.x, block.unit()
+    drawn = _array.random_signs((width - known.shape[1], block.count), *seed)
+    signs = _array.from_numpy(xp, drawn.T, _array.device(known), known.dtype)
+    tests = orthonormal_columns(xp, outside(x.T @ block.apply_weights(signs / unit)))
+    seen = x @ outside(tests) / unit
+    response = outside(x.T @ block.apply_weights(seen / unit))
+    return xp.concat([known, orthonormal_columns(xp, response)], axis=1)

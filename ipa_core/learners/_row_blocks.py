@@ -68,10 +68,17 @@ class Rows:
         return Rows(self.x.toarray(), self.weights, self.squares, self.host_weights)
 
     def copy(self, xp: Namespace) -> Rows:
-        """Return a dense copy that no later change of the caller's array can reach."""
+        """Return a copy that no later change of the caller's array can reach."""
         weights = None if self.weights is None else xp.asarray(self.weights, copy=True)
-        x = self.x.toarray() if _sparse_rows.is_sparse(self.x) else xp.asarray(self.x, copy=True)
+        x = self.x.copy() if _sparse_rows.is_sparse(self.x) else xp.asarray(self.x, copy=True)
         return Rows(x, weights, self.squares, self.host_weights)
+
+    def weights_or_ones(self, xp: Namespace) -> Array:
+        """Return the weights as an array (n,)."""
+        if self.weights is not None:
+            return self.weights
+        like = _sparse_rows.stored(self.x)
+        return xp.ones(self.count, dtype=like.dtype, device=device(like))
 
     def apply_weights(self, values: Array) -> Array:
         """Multiply each row of ``values`` (n, d) by the row's weight."""
@@ -182,8 +189,8 @@ def align(xp: Namespace, waiting: tuple[Rows, ...], x: Array, block_rows: int) -
     missing = block_rows - sum(part.count for part in waiting)
     if not waiting or x.shape[0] < missing:
         return (x,)
-    block = xp.concat([*(part.x for part in waiting), _sparse_rows.to_dense(x[:missing, :])])
-    return block, x[missing:, :]
+    block = [*(part.x for part in waiting), x[:missing, :]]
+    return xp.concat([_sparse_rows.to_dense(part) for part in block]), x[missing:, :]
 
 
 def align_rows(
@@ -203,8 +210,7 @@ def join(xp: Namespace, parts: tuple[Rows, ...], x: Array | None = None) -> Rows
         return parts[0].dense()
     weights = None
     if any(part.weights is not None for part in parts):
-        ones = [xp.ones_like(p.x[:, 0]) if p.weights is None else p.weights for p in parts]
-        weights = xp.concat(ones)
+        weights = xp.concat([part.weights_or_ones(xp) for part in parts])
     squares = host_concat([part.squares for part in parts])
     host_weights = host_concat([part.host_weights for part in parts])
     x = xp.concat([_sparse_rows.to_dense(part.x) for part in parts]) if x is None else x

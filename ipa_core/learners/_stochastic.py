@@ -80,8 +80,8 @@ class StochasticRule(Learner):
         self._stack(xp, other._to_factor(xp), self._weight + other._weight)
 
     def _stack(self, xp: Namespace, rows: Array, weight: float) -> None:
-        stacked = xp.concat([self._to_factor(xp), rows])
-        self._from_factor(xp, truncate_rows(xp, stacked, self._width), weight)
+        pieces = [self._to_factor(xp), rows]
+        self._from_factor(xp, truncate_rows(xp, pieces, self._width), weight)
 
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
-        return principal_rows(xp, self._to_factor(xp), self.rank)
+        return principal_rows(xp, [self._to_factor(xp)], self.rank)

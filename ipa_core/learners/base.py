@@ -195,14 +195,15 @@ class Learner(BlockLearner):
         xp = self._xp
         done = self._flushed()
         directions, energies = done._solve(xp)
-        like = done._template
-        mean = xp.zeros_like(directions[0, :]) if done._mean is None else done._mean
+        mean, energy, weight = done._mean, done._energy, done._weight
+        del done  # what the rows that waited have added to it
+        dtype = self._template.dtype
         return Projector(
-            _array.cast(xp, fixed_basis(xp, directions), like.dtype),
-            _array.cast(xp, mean, like.dtype),
-            _array.cast(xp, energies / done._weight, like.dtype),
-            done._energy / done._weight,
-            math.ceil(done.samples / done.passes),
+            _array.cast(xp, fixed_basis(xp, directions), dtype),
+            _array.cast(xp, xp.zeros_like(directions[0, :]) if mean is None else mean, dtype),
+            _array.cast(xp, energies / weight, dtype),
+            energy / weight,
+            math.ceil(self.samples / self.passes),
         )
 
     @isolated_method

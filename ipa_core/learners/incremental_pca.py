@@ -58,8 +58,8 @@ class IncrementalPCA(Learner):
         self._stack(xp, other._factor)
 
     def _stack(self, xp: Namespace, rows: Array) -> None:
-        stacked = rows if self._factor is None else xp.concat([self._factor, rows])
-        self._factor = truncate_rows(xp, stacked, (5 * self.rank + 1) // 2)
+        pieces = [rows] if self._factor is None else [self._factor, rows]
+        self._factor = truncate_rows(xp, pieces, (5 * self.rank + 1) // 2)
 
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
-        return principal_rows(xp, self._factor, self.rank)
+        return principal_rows(xp, [self._factor], self.rank)

@@ -11,7 +11,7 @@ from ipa_core import _array, settings
 from ipa_core._array import Array, HostArray, Namespace
 from ipa_core._linalg import principal_rows, truncate_rows, unit_rows
 from ipa_core.learners._novelty_detection import NoveltyTest
-from ipa_core.learners._nystrom_segment import BLOCK, Segment
+from ipa_core.learners._nystrom_segment import BLOCK, Segment, with_probes
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, take_first
 from ipa_core.learners._second_moment import SecondMoment
 from ipa_core.learners.base import Learner
@@ -184,7 +184,7 @@ class RandomizedSVD(Learner):
     def _decompose(self, xp: Namespace, chunks: RowChunks) -> int:
         """Fold the first block into the factor as it is."""
         block = self._first_block(xp, chunks)
-        self._fold(xp, block.sqrt_weighted(xp))
+        self._fold(xp, [block.copy(xp).sqrt_weighted(xp)])
         return block.count
 
     def _add_to_segment(self, xp: Namespace, chunks: RowChunks) -> int:
@@ -294,8 +294,14 @@ class RandomizedSVD(Learner):
         missed = self._expected * self._weight
         is_half = self._allows_half(xp) and missed > _LEAST_MISSED * self._energy
         count = min(self._factor.shape[0], self._width - probes)
-        known = unit_rows(xp, self._factor[:count, :], energies[:count]).T
-        self._segment = Segment.begin(xp, known, block, self._width, seed, is_half)
+        columns = with_probes(
+            xp,
+            unit_rows(xp, self._factor[:count, :], energies[:count]).T,
+            block,
+            self._width,
+            seed,
+        )
+        self._segment = Segment.begin(xp, columns, block.unit(), is_half)
         self._segments_begun += 1
 
     def _allows_half(self, xp: Namespace) -> bool:
@@ -310,12 +316,12 @@ class RandomizedSVD(Learner):
             self._expected = self._novelty.usual
         self._segment = self._novelty = self._heavy = None
         if rows:
-            self._fold(xp, xp.concat(rows))
+            self._fold(xp, rows)
 
-    def _fold(self, xp: Namespace, rows: Array) -> None:
-        """Fold rows into the factor."""
-        stacked = rows if self._factor is None else xp.concat([self._factor, rows])
-        self._factor = truncate_rows(xp, stacked, self._width + self._width // 4)
+    def _fold(self, xp: Namespace, rows: list[Array]) -> None:
+        """Fold pieces of rows into the factor."""
+        pieces = rows if self._factor is None else [self._factor, *rows]
+        self._factor = truncate_rows(xp, pieces, self._width + self._width // 4)
 
     def _open_rows(self, xp: Namespace) -> list[Array]:
         """Return what the open segment adds to the factor."""
@@ -331,7 +337,7 @@ class RandomizedSVD(Learner):
             return
         self._fold_segment(xp)
         other._fold_segment(xp)
-        self._fold(xp, other._factor)
+        self._fold(xp, [other._factor])
         self._rows_absorbed += other._rows_absorbed
 
     def _condense(self, xp: Namespace) -> None:
@@ -340,11 +346,12 @@ class RandomizedSVD(Learner):
     def _solve(self, xp: Namespace) -> tuple[Array, Array]:
         if self._moment is not None:
             return self._moment.principal(xp, self.rank)
-        rows = [self._factor, *self._open_rows(xp)]
-        return principal_rows(xp, xp.concat(rows), self.rank)
+        return principal_rows(xp, [self._factor, *self._open_rows(xp)], self.rank)
 
     def _first_block(self, xp: Namespace, chunks: RowChunks) -> Rows:
-        return chunks.cut(0, self._block_ends(chunks)[0]).joined(xp)
+        """Return the first block, sparse if it lies in one piece of sparse rows."""
+        block = chunks.cut(0, self._block_ends(chunks)[0])
+        return block.parts[0] if len(block.parts) == 1 else block.joined(xp)
 
     def _block_ends(self, chunks: RowChunks) -> list[int]:
         """Return where the blocks of rows end; the last one takes what exceeds whole blocks."""

@@ -121,9 +121,10 @@ def test_a_batch_may_be_overwritten_afterwards(learner_class):
     assert np.array_equal(learner.finalize().components, expected.components)
 
 
-def test_a_whole_block_may_be_overwritten_afterwards(learner_class):
-    """As many rows as a block has at this rank: none of them waits in a copy."""
-    learner = learner_class(64)
+@pytest.mark.parametrize("rank", [50, 64])
+def test_a_whole_block_may_be_overwritten_afterwards(learner_class, rank):
+    """As many rows as a block has: none waits in a copy. At rank 50 a factor has room for all."""
+    learner = learner_class(rank)
     x = np.random.default_rng(0).standard_normal(
         (learner.update(np.zeros((0, 400)))._block_rows, 400)
     )

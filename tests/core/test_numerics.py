@@ -215,6 +215,27 @@ def test_without_float64(monkeypatch):
         assert excess(outlier, hard) < 0.05
 
 
+def test_decompositions_in_slices(xp, monkeypatch):
+    """As of the whole, the last slice having fewer rows than columns, and one column being zero."""
+    from ipa_core import _linalg
+
+    rows = np.random.default_rng(0).standard_normal((50, 163)).astype("float32")
+    rows[7] = 0.0
+    x = xp.asarray(rows)
+    whole = _linalg.truncate_rows(xp, [x], 20)
+    monkeypatch.setattr(_linalg, "_SLICE", 40)
+    monkeypatch.setattr(_linalg, "_ENTRIES", 1)
+    basis = np.asarray(_linalg.orthonormal_columns(xp, x.T))
+    assert np.allclose(basis.T @ basis, np.eye(50), atol=1e-5)
+    assert np.allclose(basis @ (basis.T @ rows.T), rows.T, atol=1e-4)
+    ordered = np.triu(basis.T @ rows.T)
+    assert np.allclose(basis @ ordered, rows.T, atol=1e-4)
+    pieces = [x[:11, :], x[11:, :]]
+    sliced = np.asarray(_linalg.truncate_rows(xp, pieces, 20))
+    whole = np.asarray(whole)
+    assert np.allclose(sliced.T @ sliced, whole.T @ whole, atol=1e-3)
+
+
 def test_accelerators_leave_small_decompositions_to_the_host(monkeypatch, learner_class):
     torch = pytest.importorskip("torch")
     from array_api_compat import torch as xp

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -115,6 +116,29 @@ def test_sparse_products_are_of_sparse_rows(wide, monkeypatch):
     )
     fit_projector(wide, 6)
     assert max(dense) <= 128
+
+
+def test_memory_is_that_of_some_sketches():
+    """The state of the learner is 3.25 k x features numbers; k is 64 at rank 26."""
+    rng = np.random.default_rng(0)
+    matrix = sparse.random_array((9000, 15000), density=1e-3, rng=rng, dtype=np.float32).tocsr()
+    fit_projector(matrix[:300], 26)
+    tracemalloc.start()
+    try:
+        fit_projector(matrix, 26)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8.5 * 64 * matrix.shape[1] * 4
+
+
+def test_sparse_rows_may_be_overwritten_afterwards(wide):
+    for count in (100, 128):
+        rows = wide[:count].copy()
+        learner = RandomizedSVD(50).update(rows)
+        before = learner.finalize().components
+        rows.data[:] = 0.0
+        np.testing.assert_array_equal(learner.finalize().components, before)
 
 
 def test_entries_that_repeat_are_added(rows):
