@@ -53,7 +53,10 @@ class Segment:
         if is_half:
             half = _array.half_dtype(xp, _array.device(basis))
             basis = _array.cast(xp, _array.cast(xp, basis, half), basis.dtype)
-        return cls(basis, xp.zeros_like(basis.T), unit, is_half=is_half)
+        # In the order of basis.T, which zeros_like keeps, torch adds products of rows slowly.
+        features, width = basis.shape
+        image = xp.zeros((width, features), dtype=basis.dtype, device=_array.device(basis))
+        return cls(basis, image, unit, is_half=is_half)
 
     def multiply(self, xp: Namespace, x: Array) -> Product:
         """Return X O / unit.
