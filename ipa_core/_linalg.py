@@ -139,11 +139,10 @@ def principal_rows(xp: Namespace, factor: Sequence[Array], rank: int) -> tuple[A
     The factor comes in pieces. A row's squared length is its energy; `fixed_basis` makes them
     orthonormal.
     """
+    *leading, last = factor
     missing = rank + 1 - sum(piece.shape[0] for piece in factor)
-    if missing > 0:
-        # One zero row beyond the rank has a short factor decomposed, too: its rows may be oblique.
-        shape, like = (missing, factor[0].shape[1]), factor[0]
-        factor = [*factor, xp.zeros(shape, dtype=like.dtype, device=device(like))]
+    # One zero row beyond the rank has a short factor decomposed, too: its rows may be oblique.
+    factor = [*leading, pad_rows(xp, last, last.shape[0] + missing)]
     rows = truncate_rows(xp, factor, rank)
     return rows, row_energies(xp, rows)
 

@@ -69,7 +69,7 @@ class StochasticRule(Learner):
         the next eigenvalue is close.
         """
         self._unit = rows.unit()
-        factor = truncate_rows(xp, rows.sqrt_weighted(xp), self._width)
+        factor = truncate_rows(xp, [rows.sqrt_weighted(xp)], self._width)
         self._from_factor(xp, pad_rows(xp, factor, self._width), weight)
 
     def _absorb_shift(self, xp: Namespace, shift: Rows) -> None:
