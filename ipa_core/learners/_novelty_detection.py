@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ipa_core._array import HostArray, HostMask
@@ -10,6 +11,9 @@ from ipa_core._array import HostArray, HostMask
 # and this many times the mean residual of a row.
 _HEAVY_SHARE = 0.01
 _HEAVY_RATIO = 8.0
+# A row of which the basis misses nothing is heavy, too, if it is to be rounded and has this share
+# of the residual: its rounding, 2^-9 of its energy, would hide that much of the others.
+_ROUNDED_SHARE = 0.25
 # A change is found when blocks have missed this share of the residual beyond the usual.
 _CHANGE = 0.02
 # Share of the usual by which a block may miss more without counting towards a change.
@@ -36,6 +40,8 @@ class NoveltyTest:
         Energy outside the leading ``rank`` directions when the basis was chosen.
     heavy_energy : float
         Energy above which a row that the basis misses is heavy.
+    heavy_rounded : float
+        Energy above which a row is heavy whatever the basis misses of it.
     expected : float
         Energy that the basis before missed of a unit of weight: the most that is usual.
         0 if nothing is expected; the first block then does not count as a rise.
@@ -51,25 +57,27 @@ class NoveltyTest:
 
     residual: float
     heavy_energy: float
+    heavy_rounded: float = math.inf
     expected: float = 0.0
     missed: float = 0.0
     weight: float = 0.0
     rise: float = 0.0
 
     @classmethod
-    def begin(cls, residual: float, rows: int, expected: float) -> NoveltyTest:
+    def begin(cls, residual: float, rows: int, expected: float, is_half: bool) -> NoveltyTest:
         """Return the test of a basis chosen after so many rows with this residual."""
         residual = max(0.0, residual)
-        return cls(residual, max(_HEAVY_SHARE, _HEAVY_RATIO / rows) * residual, expected)
+        heavy = max(_HEAVY_SHARE, _HEAVY_RATIO / rows) * residual
+        return cls(residual, heavy, _ROUNDED_SHARE * residual if is_half else math.inf, expected)
 
     @property
     def usual(self) -> float:
         """Energy that the basis usually misses of a unit of weight."""
         return self.missed / self.weight if self.weight else self.expected
 
-    def heavy(self, missed: HostArray) -> HostMask:
-        """Return which rows (n,) are heavy, from the energy that the basis misses in each."""
-        mask: HostMask = missed > self.heavy_energy
+    def heavy(self, missed: HostArray, energies: HostArray) -> HostMask:
+        """Return which rows (n,) are heavy, from their energies and what the basis misses of it."""
+        mask: HostMask = (missed > self.heavy_energy) | (energies > self.heavy_rounded)
         return mask
 
     def after(

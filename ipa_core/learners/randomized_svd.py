@@ -211,7 +211,7 @@ class RandomizedSVD(Learner):
     ) -> None:
         """Add rows to the segment, heavy ones apart; end it when it is due."""
         assert self._segment is not None and self._novelty is not None
-        heavy = self._novelty.heavy(missed)
+        heavy = self._novelty.heavy(missed, chunks.energies())
         begin, light = 0, []
         for part, product in zip(chunks.parts, products, strict=False):
             mask = heavy[begin : begin + part.count]
@@ -266,8 +266,9 @@ class RandomizedSVD(Learner):
     ) -> int:
         """Return how many rows the leading blocks have before a change of the stream."""
         assert self._segment is not None and self._novelty is not None
-        weights, heavy = chunks.host_weights, self._novelty.heavy(missed)
-        energies, heavy_rows = (_array.group_sums(v, ends) for v in (chunks.energies(), heavy))
+        weights, row_energies = chunks.host_weights, chunks.energies()
+        heavy = self._novelty.heavy(missed, row_energies)
+        energies, heavy_rows = (_array.group_sums(v, ends) for v in (row_energies, heavy))
         blocks = self._fitting_blocks(xp, energies, heavy_rows)
         light = _array.group_sums(_array.zero_where(missed, heavy), ends)[:blocks]
         is_first = not self._segment.rows
@@ -289,10 +290,10 @@ class RandomizedSVD(Learner):
         """Choose a basis for the block and what follows it."""
         energies = _array.row_energies(xp, self._factor)
         residual = self._energy - float(_array.on_host(energies)[: self.rank].sum())
-        self._novelty = NoveltyTest.begin(residual, self._rows_absorbed, self._expected)
-        seed = self.seed, self._segments_begun
         missed = self._expected * self._weight
         is_half = self._allows_half(xp) and missed > _LEAST_MISSED * self._energy
+        self._novelty = NoveltyTest.begin(residual, self._rows_absorbed, self._expected, is_half)
+        seed = self.seed, self._segments_begun
         count = min(self._factor.shape[0], self._width - probes)
         columns = with_probes(
             xp,

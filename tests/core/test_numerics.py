@@ -19,10 +19,10 @@ ROWS, FEATURES, RANK = 3000, 40, 4
 ACCURATE = [ExactCovariance, IncrementalPCA, RandomizedSVD]  # whatever the order of the rows
 
 
-def spectrum_rows(seed=0, rows=ROWS, decay=0.7):
+def spectrum_rows(seed=0, rows=ROWS, decay=0.7, features=FEATURES):
     rng = np.random.default_rng(seed)
-    basis = np.linalg.qr(rng.standard_normal((FEATURES, FEATURES)))[0]
-    return (rng.standard_normal((rows, FEATURES)) * np.arange(1, FEATURES + 1) ** -decay) @ basis
+    basis = np.linalg.qr(rng.standard_normal((features, features)))[0]
+    return (rng.standard_normal((rows, features)) * np.arange(1, features + 1) ** -decay) @ basis
 
 
 def allowed(learner_class):
@@ -292,6 +292,17 @@ def cauchy_entries():
 def test_streams_that_broke_the_former_sketch(stream, most):
     x = stream()
     assert excess(x, RandomizedSVD(16).update(x).finalize()) < most
+
+
+@pytest.mark.parametrize("factor", [100, 1000, 1e5])
+def test_a_huge_row_at_any_place(xp, factor):
+    """In half precision its rounding must not hide the other rows, in the first block neither."""
+    for place in range(0, 1600, 64):
+        x = spectrum_rows(seed=place, rows=1600, decay=0.4, features=200)
+        x[place] *= factor
+        x = x.astype(np.float32)
+        span = oracle.span(RandomizedSVD(5).update(xp.asarray(x)).finalize().components)
+        assert oracle.excess(oracle.moment(x), span) < 0.03, place
 
 
 def suddenly(start, rows):
