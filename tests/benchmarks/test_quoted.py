@@ -42,7 +42,7 @@ def training(found):
 
 
 QUOTED = [
-    ("README.md", "forward pass with learning", "torch_learning", learning),
+    ("README.md", "time of a forward pass with learning", "torch_learning", learning),
     ("README.md", "learning P beside PEFT's EVA", "torch_peers", eva),
     ("README.md", "training step beside PEFT's LoRA", "torch_training", training),
     ("docs/torch.md", "(forward + learning) / forward", "torch_learning", learning),
