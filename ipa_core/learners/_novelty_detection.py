@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, replace
 
 from ipa_core._array import HostArray, HostMask
@@ -14,6 +14,8 @@ _HEAVY_RATIO = 8.0
 # A row of which the basis misses nothing is heavy, too, if it is to be rounded and has this share
 # of the residual: its rounding, 2^-9 of its energy, would hide that much of the others.
 _ROUNDED_SHARE = 0.25
+# More energy than a row has. Files of states hold no infinity.
+_ANY_ENERGY = sys.float_info.max
 # A change is found when blocks have missed this share of the residual beyond the usual.
 _CHANGE = 0.02
 # Share of the usual by which a block may miss more without counting towards a change.
@@ -57,7 +59,7 @@ class NoveltyTest:
 
     residual: float
     heavy_energy: float
-    heavy_rounded: float = math.inf
+    heavy_rounded: float = _ANY_ENERGY
     expected: float = 0.0
     missed: float = 0.0
     weight: float = 0.0
@@ -68,7 +70,8 @@ class NoveltyTest:
         """Return the test of a basis chosen after so many rows with this residual."""
         residual = max(0.0, residual)
         heavy = max(_HEAVY_SHARE, _HEAVY_RATIO / rows) * residual
-        return cls(residual, heavy, _ROUNDED_SHARE * residual if is_half else math.inf, expected)
+        rounded = _ROUNDED_SHARE * residual if is_half else _ANY_ENERGY
+        return cls(residual, heavy, rounded, expected)
 
     @property
     def usual(self) -> float:
