@@ -150,7 +150,7 @@ ROOMS = {
     "ipa_torch": _ALL_WINGS,
     "ipa_timm": _BRIDGE,
     "ipa_hf": _BRIDGE,
-    "ipa_sklearn": CORE,
+    "ipa_sklearn": CORE | {"ipa_core.learners"},
 }
 
 _BRIDGE_LIBRARIES = {"torch.*", "safetensors", "safetensors.torch"}

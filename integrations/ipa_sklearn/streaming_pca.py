@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
+from functools import partial
 from typing import Any, Self
 
 from scipy import sparse
@@ -13,7 +13,8 @@ from sklearn.utils import gen_batches
 from sklearn.utils._array_api import get_namespace
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from ipa_core import Learner, RandomizedSVD, SettingError, rank_for_energy
+from ipa_core import Learner, RandomizedSVD, SettingError, rank_for_energy, settings
+from ipa_core.learners.factory import make_learner
 from ipa_sklearn._canonical_components import canonical
 from ipa_sklearn._log_likelihood import log_likelihood
 from ipa_sklearn._n_components import is_share, resolve_rank
@@ -310,17 +311,16 @@ class StreamingPCA(IncrementalPCA):
 
     def _make_learner(self, rows: int, features: int, weight: float) -> Learner:
         """Return a fresh learner of the rank that ``n_components`` asks for."""
-        return self.learner(resolve_rank(self.n_components, rows, features, weight), center=True)
+        settings.boolean("whiten", self.whiten)
+        settings.boolean("copy", self.copy)
+        settings.check_callable("learner", self.learner, cure="pass a Learner class")
+        rank = resolve_rank(self.n_components, rows, features, weight)
+        return make_learner(partial(self.learner, center=True), rank)
 
     def _checked_batch_size(self, features: int) -> int:
         if self.batch_size is None:
             return max(1, _BATCH_ENTRIES // features)
-        if not isinstance(self.batch_size, Integral) or self.batch_size < 1:
-            raise SettingError(
-                f"expected batch_size to be an integer of at least 1 or None, got "
-                f"{self.batch_size!r}"
-            )
-        return int(self.batch_size)
+        return settings.integer("batch_size", self.batch_size, least=1, cure="or pass None")
 
     def _keep(self, learner: Learner, total: float) -> None:
         """Remember a learner that has seen rows; attributes of its former state go."""

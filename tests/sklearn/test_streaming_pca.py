@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from ipa_core import (
     ExactCovariance,
     IPAError,
+    RandomizedSVD,
     RankError,
     ReconstructionAutoencoder,
     SettingError,
@@ -261,3 +262,30 @@ def test_guide_runs(tmp_path, monkeypatch, capsys):
 
 def test_public_names_have_docstring_example_and_types():
     assert not bare_names("ipa_sklearn")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"whiten": "no"},
+        {"whiten": np.nan},
+        {"copy": 2},
+        {"batch_size": True},
+        {"batch_size": 1.5},
+        {"learner": None},
+        {"learner": "RandomizedSVD"},
+        {"learner": ExactCovariance(2)},
+        {"learner": lambda rank, center: None},
+        {"learner": partial(RandomizedSVD, absent=1)},
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_and_a_retry_works(rows, setting):
+    pca = StreamingPCA(2, **setting)
+    calls = [pca.fit] if "batch_size" in setting else [pca.fit, pca.partial_fit]
+    for call in calls:
+        with pytest.raises(SettingError, match=r"expected .*, got"):
+            call(rows)
+    valid = {"whiten": False, "copy": True, "batch_size": None, "learner": RandomizedSVD}
+    pca.set_params(**{name: valid[name] for name in setting}).fit(rows)
+    assert pca.n_samples_seen_ == len(rows)
