@@ -278,7 +278,6 @@ def test_public_names_have_docstring_example_and_types():
         {"learner": lambda rank, center: None},
         {"learner": partial(RandomizedSVD, absent=1)},
     ],
-    ids=str,
 )
 def test_wrong_settings_are_refused_and_a_retry_works(rows, setting):
     pca = StreamingPCA(2, **setting)
