@@ -217,7 +217,7 @@ def test_seeds(learner_class, seed):
     [
         (RandomizedSVD(2), "callable.*learner=RandomizedSVD"),
         ("RandomizedSVD", "callable"),
-        (int, "ipa_core.Learner, got int"),
+        (int, "to be a Learner, got int"),
         (dict, "learner=RandomizedSVD"),
         (lambda rank: RandomizedSVD(rank, oversampl=3), "oversampl"),
     ],
