@@ -48,8 +48,8 @@ class CheckpointConfig:
     Examples
     --------
     >>> from ipa_torch import CheckpointConfig
-    >>> CheckpointConfig("learning", batches=100, seconds=None)
-    CheckpointConfig(folder='learning', batches=100, seconds=None)
+    >>> CheckpointConfig("learning", batches=100, seconds=None).batches
+    100
     """
 
     folder: str | os.PathLike[str]
