@@ -302,3 +302,9 @@ def test_large_inputs_are_compared_in_every_column():
     other = x.clone()
     other[5] = 1
     assert sample_bytes(other) != sample_bytes(x)
+
+
+def test_inputs_that_are_lazily_negated_are_compared():
+    x = torch.complex(X, X).conj().imag
+    assert x.is_neg()
+    assert sample_bytes(x) == sample_bytes(-X)

@@ -43,7 +43,8 @@ def sample_bytes(tensor: torch.Tensor) -> bytes:
         # A prime step meets every column, which an even step need not.
         steps = torch.arange(_SAMPLED, device=tensor.device) * _PRIME
         entries = entries[steps % len(entries)]
-    return entries.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    entries = entries.resolve_neg().cpu().contiguous()  # `imag` of a conjugate is lazily negated
+    return entries.view(torch.uint8).numpy().tobytes()
 
 
 class TensorIds:
