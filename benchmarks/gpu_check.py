@@ -1,7 +1,8 @@
 """Stage ``check`` of `benchmarks.gpu`: the tests of contract, devices and adapters on a device.
 
-Every step is a run of pytest in a process of its own, with a time limit; all limits together are
-under four minutes. A step that reaches its limit is interrupted and tells of the tests that ended.
+Every step is a run of pytest in a process of its own, with a time limit. All start together: a
+device has hardly work from tests, and its time is short. A step that reaches its limit is
+interrupted and tells of the tests that ended.
 """
 
 import importlib.util
@@ -12,14 +13,17 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
-#: Seconds that an interrupted run may take to write its report.
-GRACE = 10
+#: Seconds of a step, and those that an interrupted run may take to write its report.
+LIMIT, GRACE = 110, 10
+#: Processes of all steps together.
+PROCESSES = 20
 #: One law, about the origin, of the default learner.
 REHEARSED = "(law_weights and RandomizedSVD and origin) or test_merge"
 
@@ -36,9 +40,9 @@ CONTRACT = ("tests/core/test_contract.py",)
 #: Tests that start processes or compilers say nothing about a device.
 ADAPTERS = "not kill and not ranks and not compiled"
 STEPS = {
-    "cupy": Tests(CONTRACT, "cupy", 60),
-    "torch": Tests(CONTRACT, "torch", 50),
-    "adapters": Tests(
+    "check cupy": Tests(CONTRACT, "cupy", LIMIT),
+    "check torch": Tests(CONTRACT, "torch", LIMIT),
+    "check adapters": Tests(
         (
             "tests/torch/test_async_devices.py",
             "tests/torch/test_matmul_view.py",
@@ -46,16 +50,25 @@ STEPS = {
             "tests/torch/test_adapters.py",
         ),
         ADAPTERS,
-        40,
+        LIMIT,
     ),
     # JAX compiles every operation for every shape: the default learner only.
-    "jax": Tests(CONTRACT, "jax and RandomizedSVD", 50),
+    "check jax": Tests(CONTRACT, "jax and RandomizedSVD", LIMIT),
 }
 
 
 def steps(device: str, tiny: bool) -> dict[str, Any]:
     """Return the steps in their order, for torch tensors on ``device``."""
-    return {f"check {name}": partial(_run, tests, device, tiny) for name, tests in STEPS.items()}
+    running: dict[str, Future[dict[str, Any]]] = {}
+
+    def result(step: str, results: Mapping[str, Any]) -> dict[str, Any]:
+        if not running:
+            left = [name for name in STEPS if name not in results.get("ended", {})]
+            pool = ThreadPoolExecutor(len(left))
+            running.update((name, pool.submit(_run, STEPS[name], device, tiny)) for name in left)
+        return running[step].result()
+
+    return {step: partial(result, step) for step in STEPS}
 
 
 def failures(results: Mapping[str, Any], tiny: bool) -> int:
@@ -67,7 +80,7 @@ def failures(results: Mapping[str, Any], tiny: bool) -> int:
     )
 
 
-def _run(tests: Tests, device: str, tiny: bool, results: Mapping[str, Any]) -> dict[str, Any]:
+def _run(tests: Tests, device: str, tiny: bool) -> dict[str, Any]:
     selected = f"({tests.selected}) and ({REHEARSED})" if tiny else tests.selected
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -87,7 +100,7 @@ def _workers(tiny: bool) -> list[str]:
     """Return options for several processes where pytest-xdist is installed."""
     if tiny or importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(min(8, os.cpu_count() or 1))]
+    return ["-n", str(max(1, min(PROCESSES, os.cpu_count() or 1) // len(STEPS)))]
 
 
 def _limited(command: list[str], limit: int) -> tuple[str, bool]:

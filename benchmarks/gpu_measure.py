@@ -158,7 +158,7 @@ def eva(body: nn.Module, batches: list[Any], rank: int, targets: list[str]) -> d
     state: dict[str, torch.Tensor] = {}
     start = time.perf_counter()
     try:
-        state = get_eva_state_dict(wrapped, Loader(batches), show_progress_bar=False)
+        state = get_eva_state_dict(wrapped, Loader(batches, seconds=5), show_progress_bar=False)
     except Late:
         pass
     if DEVICE == "cuda":

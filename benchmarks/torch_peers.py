@@ -50,8 +50,8 @@ class Late(Exception):
 class Loader:
     """Batches that end by an exception once time is up: EVA goes round them until it converges."""
 
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.end = batches, time.monotonic() + 15 * len(batches)
+    def __init__(self, batches: list[Any], seconds: float = 15) -> None:
+        self.batches, self.end = batches, time.monotonic() + seconds * len(batches)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -89,8 +89,17 @@ def test_rehearsal_for_the_gpu_checks_every_library(monkeypatch, capsys):
     assert "check torch" in shown and "'passed': 1" in shown
     for part in ("check cupy", "check adapters", "check jax"):
         assert part in shown
-    limits = sum(tests.limit + gpu_check.GRACE for tests in gpu_check.STEPS.values())
-    assert limits <= 240
+    limits = max(tests.limit + gpu_check.GRACE for tests in gpu_check.STEPS.values())
+    assert limits <= 120
+
+
+def test_a_step_for_the_gpu_that_fails_does_not_stop_those_after_it(capsys):
+    results = gpu.Results(quick=True, written=False)
+    results.add("first", lambda before: before["never written"])
+    results.add("second", lambda before: 2)
+    assert results.broken == ["first"] and results.values["second"] == 2
+    assert "first" not in results.values["ended"]
+    assert "never written" in capsys.readouterr().err
 
 
 def test_a_cut_run_for_the_gpu_goes_on_after_its_last_result(tmp_path, monkeypatch):
