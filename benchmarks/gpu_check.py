@@ -85,8 +85,10 @@ def _run(tests: Tests, device: str, tiny: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *tests.files, "-k", selected, "-q", "--tb=short"]
-        command += [f"--junit-xml={report}", f"--torch-device={device}", "-p", "no:cacheprovider"]
-        command += ["--hypothesis-profile=jax", *_workers(tiny)]
+        # The device's machine has plugins and releases of its own: their warnings are no failures.
+        command += [f"--junit-xml={report}", f"--torch-device={device}", "-o", "filterwarnings="]
+        command += ["-p", "no:cacheprovider"]
+        command += ["-p", "_hypothesis_pytestplugin", "--hypothesis-profile=jax", *_workers(tiny)]
         output, interrupted = _limited(command, tests.limit)
         counted = summarize(report.read_text()) if report.is_file() else summarize("<none/>")
     nothing = not counted["passed"] and not counted["skipped"]
@@ -100,7 +102,12 @@ def _workers(tiny: bool) -> list[str]:
     """Return options for several processes where pytest-xdist is installed."""
     if tiny or importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(max(1, min(PROCESSES, os.cpu_count() or 1) // len(STEPS)))]
+    return [
+        "-p",
+        "xdist.plugin",
+        "-n",
+        str(max(1, min(PROCESSES, os.cpu_count() or 1) // len(STEPS))),
+    ]
 
 
 def _limited(command: list[str], limit: int) -> tuple[str, bool]:
@@ -109,6 +116,7 @@ def _limited(command: list[str], limit: int) -> tuple[str, bool]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the device
     }
     process = subprocess.Popen(

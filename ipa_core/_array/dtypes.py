@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
 
 import array_api_compat
 
 from ipa_core._array.types import Array, Device, DType, Namespace
 from ipa_core._torch_modes import torch_module
+
+Value = TypeVar("Value")
 
 HOST_DTYPES = frozenset(
     ("bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64")
@@ -23,14 +27,28 @@ def state_dtype(xp: Namespace, array: Array) -> DType:
     return xp.float64 if xp.finfo(array.dtype).bits > 32 else xp.float32
 
 
-@cache
+def _cached(function: Callable[[Namespace, Device], Value]) -> Callable[[Namespace, Device], Value]:
+    """Keep the results of a function by the names of library and device: CuPy's have no hash."""
+    known: dict[tuple[str, str], Value] = {}
+
+    @wraps(function)
+    def find(xp: Namespace, on: Device) -> Value:
+        key = xp.__name__, str(on)
+        if key not in known:
+            known[key] = function(xp, on)
+        return known[key]
+
+    return find
+
+
+@_cached
 def wide_dtype(xp: Namespace, on: Device) -> DType:
     """Return float64 where library and device have it, else float32 (JAX by default, MPS)."""
     available = xp.__array_namespace_info__().dtypes(device=on, kind="real floating")
     return available.get("float64", xp.float32)
 
 
-@cache
+@_cached
 def half_dtype(xp: Namespace, on: Device) -> DType | None:
     """Return bfloat16 where the device multiplies it faster than float32, else None.
 

@@ -161,3 +161,17 @@ def test_an_accelerator_is_waited_for_by_an_event(monkeypatch):
     assert events == ["pinned", torch.device("cpu"), "recorded"]
     assert read().tolist() == [0.0, 1.0, 2.0]
     assert events[-1] == "waited"
+
+
+def test_dtypes_of_a_device_without_a_hash():
+    """Devices of CuPy cannot be keys of a dictionary."""
+
+    class Device:
+        __hash__ = None
+
+    info = np.__array_namespace_info__()
+    dtypes = SimpleNamespace(dtypes=lambda device, kind: info.dtypes(kind=kind))
+    xp = SimpleNamespace(
+        __name__="library", float32=np.float32, __array_namespace_info__=lambda: dtypes
+    )
+    assert _array.wide_dtype(xp, Device()) == np.float64
