@@ -87,9 +87,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, dropout: flo
     >>> torch.equal(base(images), model(images))
     True
     """
-    model = unwrap_model(model)
-    state, saved = _read(path, _architecture(model))
-    classifier = classifier_parameters(model)
+    plain = unwrap_model(model)
+    state, saved = _read(path, _architecture(plain))
+    classifier = classifier_parameters(plain)
     for name in sorted(classifier.keys() | saved.keys()):
         expected, got = (
             tuple(tensors[name].shape) if name in tensors else None
@@ -104,7 +104,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, dropout: flo
     with torch.no_grad():
         for name, parameter in classifier.items():
             parameter.copy_(saved[name])
-    prepare_for_training(model)
+    prepare_for_training(plain)
 
 
 def _read(

@@ -10,11 +10,18 @@ from torch import nn
 import ipa_torch
 from ipa_core import Projector
 from ipa_timm import batchnorm
-from ipa_timm.classifier import classifier_parameters
+from ipa_timm.classifier import check_outside_classifier, classifier_parameters
 from ipa_timm.fit import fit_projectors
 from ipa_timm.fused_qkv import restore_fused_qkv_bias, use_separate_qkv_bias
+from ipa_timm.targets import resolve_targets
 from ipa_torch import FitOptions, LayerProjectors
-from ipa_torch.extension import Scaling, Targets, adapter_layers, unwrap_model
+from ipa_torch.extension import (
+    Scaling,
+    Targets,
+    adapter_layers,
+    check_attachable,
+    unwrap_model,
+)
 
 _SEPARATE_QKV = "_ipa_timm_separate_qkv_bias"
 
@@ -56,7 +63,7 @@ def adapt(
     LayerError, ArrayTypeError, ShapeError, EmptyStreamError, RankError, NonFiniteError
         As for `fit_projectors`.
     SettingError
-        If the model already has this adapter, or a setting is out of range.
+        If the model already has this adapter, or a setting is out of range; before the fit.
 
     Examples
     --------
@@ -68,8 +75,14 @@ def adapt(
     >>> sum(p.requires_grad for p in model.parameters())  # B of each layer; the head's two
     26
     """
-    classifier_parameters(unwrap_model(model))  # refused before the fit, which takes long
-    projectors = fit_projectors(model, loader, rank, targets=targets, **options)
+    # Refused before the fit, which takes long.
+    classifier_parameters(unwrap_model(model))
+    supported, unsupported = resolve_targets(unwrap_model(model), targets)
+    check_attachable(model, supported, scaling=scaling, trainable=trainable, dropout=dropout)
+    names = supported.keys() | unsupported.keys()
+    projectors = fit_projectors(
+        model, loader, rank, targets=lambda name, module: name in names, **options
+    )
     attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
     return projectors
 
@@ -103,7 +116,8 @@ def attach(
     Raises
     ------
     LayerError, ShapeError, SettingError
-        As for `ipa_torch.attach`; a `LayerError` also if accelerate offloads the classifier.
+        As for `ipa_torch.attach`; a `LayerError` also if accelerate offloads the classifier, or a
+        layer belongs to it.
 
     Examples
     --------
@@ -114,10 +128,12 @@ def attach(
     >>> projectors = ipa_timm.fit_projectors(model, [images], rank=4, progress=False)
     >>> ipa_timm.attach(model, projectors.truncate(2), trainable=True)
     """
-    model = unwrap_model(model)
-    classifier_parameters(model)  # refused before the model changes
+    plain = unwrap_model(model)
+    classifier_parameters(plain)  # refused before the model changes
+    for name in projectors if isinstance(projectors, Mapping) else ():
+        check_outside_classifier(plain, name)
     ipa_torch.attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
-    prepare_for_training(model)
+    prepare_for_training(plain)
 
 
 def prepare_for_training(model: nn.Module) -> None:

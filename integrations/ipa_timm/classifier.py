@@ -1,11 +1,11 @@
-"""Classifier parameters of a timm model."""
+"""Classifier of a timm model: its parameters and modules."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from ipa_torch import LayerError
-from ipa_torch.extension import classifier_modules
+from ipa_torch.extension import classifier_modules, get_layer
 
 
 def classifier_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -26,3 +26,22 @@ def classifier_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 "offloaded with a device_map"
             )
     return parameters
+
+
+def modules_of_classifier(model: nn.Module) -> set[int]:
+    """Return the ids of the classifier's modules."""
+    return {id(module) for head in classifier_modules(model) for module in head.modules()}
+
+
+def check_outside_classifier(model: nn.Module, name: str) -> None:
+    """Check that a layer may have an adapter beside a trained classifier.
+
+    Raises
+    ------
+    LayerError
+        If it is a part of the classifier, or not in the model.
+    """
+    if id(get_layer(model, name)) in modules_of_classifier(model):
+        raise LayerError(
+            f"layer {name!r}: it belongs to the classifier, which is trained without an adapter"
+        )

@@ -92,7 +92,8 @@ def fit_projectors(
     supported, unsupported = resolve_targets(model, targets)
     if not supported:
         report_missing(LayerProjectors({}, missing=unsupported), on_missing)
-    options.setdefault("forward", _forward)
+    if options.get("forward") is None:
+        options["forward"] = _forward
     options.setdefault("row_weights", partial(valid_patches, model))
     with separate_qkv_bias(model, supported):
         fitted = ipa_torch.fit_projectors(

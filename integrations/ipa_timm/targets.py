@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from torch import nn
 
 from ipa_core.errors import IPAError
+from ipa_timm.classifier import check_outside_classifier, modules_of_classifier
 from ipa_torch import LayerError, select_layers
 from ipa_torch.extension import (
     Convolution,
     Targets,
-    classifier_modules,
     features_of,
     get_layer,
     is_linear,
+    unwrap_model,
     view_of,
 )
 
@@ -60,6 +61,11 @@ def default_targets(model: nn.Module) -> list[str]:
     model : torch.nn.Module
         A timm model, or an instance of a subclass.
 
+    Raises
+    ------
+    SettingError
+        If the model is no module.
+
     Examples
     --------
     >>> import timm
@@ -67,6 +73,7 @@ def default_targets(model: nn.Module) -> list[str]:
     >>> default_targets(timm.create_model("test_vit"))[:4]
     ['blocks.0.attn.qkv', 'blocks.0.attn.proj', 'blocks.0.mlp.fc1', 'blocks.0.mlp.fc2']
     """
+    model = unwrap_model(model)
     pattern = FAMILIES.get(_family(model))
     layers = _matmul_layers(model)
     known = [name for name in layers if pattern and re.fullmatch(pattern, name)]
@@ -92,16 +99,12 @@ def resolve_targets(
             )
     else:
         names = list(select_layers(model, targets))
-    heads = {id(module) for head in classifier_modules(model) for module in head.modules()}
     supported: dict[str, int] = {}
     unsupported: dict[str, str] = {}
     for name in names:
         try:
             layer = get_layer(model, name)
-            if id(layer) in heads:
-                raise LayerError(
-                    "it belongs to the classifier, which is trained without an adapter"
-                )
+            check_outside_classifier(model, name)
             view_of(layer)
             supported[name] = features_of(layer)
         except IPAError as error:
@@ -124,7 +127,7 @@ def _matmul_layers(model: nn.Module) -> list[str]:
     Layers inside an `nn.MultiheadAttention` are included; `resolve_targets` rejects them with the
     reason.
     """
-    outside = {id(m) for head in classifier_modules(model) for m in head.modules()}
+    outside = modules_of_classifier(model)
     outside |= {id(m) for name in _stems(model) for m in model.get_submodule(name).modules()}
     return [
         name

@@ -6,6 +6,7 @@ They are no part of the interface for users, and may change in any release.
 from ipa_torch._adapters.adapter_file import read_adapter_file, write_adapter_file
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.adapter_scale import Scaling, check_scaling, energy_scale, resolve_scale
+from ipa_torch._adapters.attach import check_attachable
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.batch_device import device_of, on_device
 from ipa_torch._capture.row_selection import RowSelection
@@ -45,6 +46,7 @@ __all__ = [
     "Targets",
     "WeightedRows",
     "adapter_layers",
+    "check_attachable",
     "check_choice",
     "check_scaling",
     "classifier_modules",

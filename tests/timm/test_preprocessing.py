@@ -98,6 +98,7 @@ def naflex_batch(padding):
         "patches": patches,
         "patch_coord": grid.reshape(1, 6, 2).repeat(2, 1, 1),
         "patch_valid": torch.tensor([[True] * 6, [True] * 4 + [False] * 2]),
+        "seq_len": 6,  # timm's collator adds it
     }
 
 

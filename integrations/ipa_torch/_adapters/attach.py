@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from ipa_core.errors import SettingError
 from ipa_core.settings import boolean, check_instance
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters, set_adapter
 from ipa_torch._adapters.adapter_layer import adapter_layers
-from ipa_torch._adapters.adapter_scale import Scaling, resolve_scale
+from ipa_torch._adapters.adapter_scale import Scaling, check_scaling, resolve_scale
 from ipa_torch._adapters.class_checks import warn_of_class_checks
 from ipa_torch._adapters.freezing import freeze, unfreeze
 from ipa_torch._adapters.layer_replacement import (
@@ -93,26 +93,63 @@ def attach(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_B.default', '2.lora_B.default']
     """
-    check_unwrapped(model)
-    model = unwrap_model(model)
     check_projectors(projectors)
-    check_dropout(dropout)
-    trainable = boolean("trainable", trainable)
-    scales = {name: resolve_scale(projector, scaling) for name, projector in projectors.items()}
     if not projectors:
         raise SettingError("expected projectors of at least one layer, got none")
-    check_new(model, adapter_name)
-    layers = {name: get_layer(model, name) for name in projectors}
+    layers = check_attachable(
+        model,
+        projectors,
+        scaling=scaling,
+        trainable=trainable,
+        dropout=dropout,
+        adapter_name=adapter_name,
+    )
     for name, projector in projectors.items():
         check_fit(name, layers[name], projector.features)
-    check_replaceable(model, layers)
     specs = {
-        id(projector): ProjectionSpec(as_tensor(projector.components), scales[name], trainable)
-        for name, projector in projectors.items()
+        id(projector): ProjectionSpec(
+            as_tensor(projector.components), resolve_scale(projector, scaling), bool(trainable)
+        )
+        for projector in projectors.values()
     }
     layer_specs = {name: specs[id(projector)] for name, projector in projectors.items()}
+    model = unwrap_model(model)
     with changing(model):
         add_adapter(model, layer_specs, dropout, adapter_name)
+
+
+def check_attachable(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    scaling: Scaling,
+    trainable: bool,
+    dropout: float,
+    adapter_name: str = "default",
+) -> dict[str, nn.Module]:
+    """Check all that `attach` asks of a model and its settings but for projectors.
+
+    For callers that fit projectors first, whose work would be lost.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        The layers of these names.
+
+    Raises
+    ------
+    LayerError, SettingError
+        As for `attach`.
+    """
+    check_unwrapped(model)
+    model = unwrap_model(model)
+    check_scaling(scaling)
+    boolean("trainable", trainable)
+    check_dropout(dropout)
+    check_new(model, adapter_name)
+    layers = {name: get_layer(model, name) for name in names}
+    check_replaceable(model, layers)
+    return layers
 
 
 @dataclass(frozen=True, eq=False)
