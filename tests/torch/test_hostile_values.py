@@ -5,6 +5,7 @@ Errors raised within what a caller passes, such as a model, a callback or an ite
 
 import copy
 import inspect
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,13 @@ import torch
 from torch import nn
 
 import ipa_torch
-from ipa_core import IPAError, RandomizedSVD, SettingError
+from ipa_core import (
+    IPAError,
+    RandomizedSVD,
+    ReconstructionAutoencoder,
+    SettingError,
+    ShapeError,
+)
 from ipa_torch import (
     DampedGradientSketch,
     GradientSketch,
@@ -310,6 +317,15 @@ def test_numbers_of_numpy_are_settings(tmp_path):
     assert len(learners(**options, checkpoint=tmp_path / "heads")["0"]) == 2
     assert "0" in store(tmp_path / "store", max_patches=np.int64(9))
     attach(small(), PROJECTORS, scaling=np.float32(0.5), dropout=np.float32(0.1))
+
+
+def test_huge_numbers():
+    """Heads were made one by one, and torch's repetition of batches has a limit."""
+    for options in ({}, {"source": "outputs"}, {"max_bytes": 10**30}):
+        with pytest.raises(ShapeError, match=f"layer '0': .* {10**30} heads divide, got"):
+            learners(heads=10**30, **options)
+    stop = ipa_torch.StoppingCriteria(max_batches=2)
+    assert fit(learner=partial(ReconstructionAutoencoder, epochs=10**30), stop=stop)["0"].rank == 2
 
 
 @pytest.mark.parametrize("folder", ["~/activations", "~/checkpoints"])

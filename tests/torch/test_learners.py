@@ -144,6 +144,9 @@ def test_wrong_calls_name_their_cure():
         quiet_fit(model, [rows], heads=2, stop=StoppingCriteria(tolerance=0.1))
     with pytest.raises(ShapeError, match=r"layer '0'.*5 heads divide, got 16"):
         quiet_fit(model, [rows], source="outputs", heads=5)
+    for options in ({}, {"source": "outputs"}, {"targets": ["1"], "source": "outputs"}):
+        with pytest.raises(ShapeError, match=rf"layer '[01]'.* {10**30} heads divide, got "):
+            quiet_fit(model, [rows], heads=10**30, **options)
 
 
 KILLED = """

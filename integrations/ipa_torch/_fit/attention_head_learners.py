@@ -44,23 +44,42 @@ class HeadLearners(Sequence[Learner]):
             check_instance("the learner of a head", learner, Learner, "a Learner")
         if not self._learners:
             raise SettingError("expected learners of at least one head, got none")
+        self._count = len(self._learners)
         self.passes = max(learner.passes for learner in self._learners)
+
+    @classmethod
+    def repeat(cls, learner: Learner, count: int) -> Self:
+        """Return new learners of ``count`` heads, equal to one.
+
+        They are made with the first rows, which have at least as many features.
+        """
+        heads = cls([learner])
+        heads._count = count
+        return heads
+
+    def _all(self) -> tuple[Learner, ...]:
+        """Return the learners of all heads, after making them if need be."""
+        if len(self._learners) < self._count:
+            self._learners = tuple(copy.copy(self._learners[0]) for _ in range(self._count))
+        return self._learners
 
     @overload
     def __getitem__(self, index: int) -> Learner: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[Learner, ...]: ...
     def __getitem__(self, index: int | slice) -> Learner | tuple[Learner, ...]:
-        return self._learners[index]
+        return self._all()[index]
 
     def __len__(self) -> int:
-        return len(self._learners)
+        return self._count
 
     def __copy__(self) -> Self:
-        return type(self)(map(copy.copy, self._learners))
+        twin = type(self)(map(copy.copy, self._learners))
+        twin._count = self._count
+        return twin
 
     def __repr__(self) -> str:
-        return f"HeadLearners({len(self)} of {self._learners[0]!r})"
+        return f"HeadLearners({self._count} of {self._learners[0]!r})"
 
     @property
     def samples(self) -> int:
@@ -84,15 +103,15 @@ class HeadLearners(Sequence[Learner]):
         if rows.layout != torch.strided:
             raise ArrayTypeError(f"expected dense rows, got {rows.layout}; pass rows.to_dense()")
         features = int(rows.shape[-1]) if rows.ndim else 0
-        if not features or features % len(self):
+        if not features or features % self._count:
             raise ShapeError(
-                f"expected features that {len(self)} heads divide, got {features}; give the number "
-                "of heads of this activation, or leave the layer out of the targets"
+                f"expected features that {self._count} heads divide, got {features}; give the "
+                "number of heads of this activation, or leave the layer out of the targets"
             )
-        blocks = rows.split(features // len(self), dim=-1)
+        blocks = rows.split(features // self._count, dim=-1)
         pending = [
             learner.begin_update(block, weights)
-            for learner, block in zip(self._learners, blocks, strict=True)
+            for learner, block in zip(self._all(), blocks, strict=True)
         ]
         return PendingHeads(pending)
 
@@ -103,7 +122,7 @@ class HeadLearners(Sequence[Learner]):
 
     def compact(self) -> Self:
         """Return the same in its smallest form."""
-        return type(self)(learner.compact() for learner in self._learners)
+        return type(self)(learner.compact() for learner in self._all())
 
     def merge(self, other: Self) -> Self:
         """Return new learners of the rows of both.
@@ -117,12 +136,12 @@ class HeadLearners(Sequence[Learner]):
         if len(other) != len(self):
             raise SettingError(f"expected {len(self)} heads to merge with, got {len(other)}")
         return type(self)(
-            learner.merge(peer) for learner, peer in zip(self._learners, other, strict=True)
+            learner.merge(peer) for learner, peer in zip(self._all(), other, strict=True)
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all heads, their keys after the number of the head."""
-        states = [learner.state_dict() for learner in self._learners]
+        states = [learner.state_dict() for learner in self._all()]
         flat = {
             f"{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()
         }
@@ -142,7 +161,7 @@ class HeadLearners(Sequence[Learner]):
             raise SettingError(f"expected the state of {len(self)} heads, got {state['heads']}")
         self._learners = tuple(
             copy.copy(learner).load_state_dict(_of_head(state, f"{head}."))
-            for head, learner in enumerate(self._learners)
+            for head, learner in enumerate(self._all())
         )
         return self
 
@@ -178,4 +197,4 @@ def by_head(
             "expected no tolerance with heads, whose excess error is not estimated, got "
             f"{tolerance!r}; use max_rows or max_batches"
         )
-    return lambda rank: HeadLearners(make_learner(rank) for _ in range(heads))
+    return lambda rank: HeadLearners.repeat(make_learner(rank), heads)

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def _repeated(batches: Iterable[Any], passes: int) -> Iterable[Any]:
             f"one-shot {type(batches).__name__}; pass a list or a DataLoader"
         )
     # Not a generator function: ending early, it would close the caller's generator.
-    return chain.from_iterable(repeat(batches, passes))
+    return chain.from_iterable(batches for _ in range(passes))
 
 
 def _first(batches: Iterable[Any]) -> Any:
