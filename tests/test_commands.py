@@ -94,6 +94,7 @@ EXCEPTIONS = {
     "python -m benchmarks.likelihood headlines": STUDY,
     "python -m benchmarks.gpu": "minutes on a GPU",
     "python -m benchmarks.gpu study": "eight minutes on a GPU; tests/benchmarks/test_suite.py",
+    "python -m benchmarks.gpu_bundle": "half an hour; tests/benchmarks/test_replicas.py",
     "python -m benchmarks.gpu --rehearse": "runs tests beside it; tests/benchmarks/test_suite.py",
     "python -m benchmarks.vtab DATA": "needs timm, and hours; tests/timm/test_vtab.py is tiny",
     "python -m benchmarks.vtab.make_sets DATA": "downloads sets; tests/timm/test_vtab.py is tiny",

@@ -77,16 +77,18 @@ class LikelihoodTask:
         self._first = len(blocks_of(model)[1]) - adapted
         parts = corpus.parts(sizes)
         parts["other"] = other.parts(sizes)["test"][: len(parts["test"]) // 4]
-        tokens = {part: _tokens(tokenizer, pairs) for part, pairs in parts.items()}
-        known = _vocabulary(tokens.values())
+        #: By part, the tokens of each text and how many are the instruction's.
+        self.tokens = {part: _tokens(tokenizer, pairs) for part, pairs in parts.items()}
+        known = _vocabulary(self.tokens.values())
         if full_vocabulary:
             known = torch.arange(model.config.vocab_size)
         self.vocabulary = known
-        self._parts = {
+        #: By part, the same texts as examples.
+        self.parts = {
             part: _examples(_entering(model, rows, self._first, cache), rows, known, dtype, device)
-            for part, rows in tokens.items()
+            for part, rows in self.tokens.items()
         }
-        some = _batch(tokens["test"][:4])
+        some = _batch(self.tokens["test"][:4])
         head = model.get_output_embeddings().weight[known].clone()
         self._body = cut(model, self._first, some).base_model
         self._output = nn.Linear(head.shape[1], len(known), bias=False)
@@ -98,7 +100,7 @@ class LikelihoodTask:
         return Speaker(copy.deepcopy(self._body), self._output, TARGETS)
 
     def training(self, seed: int) -> Sequence[Example]:
-        pool = self._parts["train"]
+        pool = self.parts["train"]
         return random.Random(seed).sample(pool, round(SHARE * len(pool)))
 
     def of_texts(self, name: str, seed: int) -> Sequence[Example]:
@@ -108,7 +110,7 @@ class LikelihoodTask:
         return model(batch)[0].mean()
 
     def size(self, part: str) -> int:
-        return len(self._parts[part])
+        return len(self.parts[part])
 
     @torch.inference_mode()
     def likelihood(self, model: nn.Module, part: str) -> dict[str, float]:
@@ -121,9 +123,9 @@ class LikelihoodTask:
         part : {"validation", "test"}
             With "test" comes what has become of the other kind.
         """
-        found = {self.kinds[0]: self._nats(model, self._parts[part])}
+        found = {self.kinds[0]: self._nats(model, self.parts[part])}
         if part == "test":
-            found[self.kinds[1]] = self._nats(model, self._parts["other"])
+            found[self.kinds[1]] = self._nats(model, self.parts["other"])
         return found
 
     def _nats(self, model: nn.Module, examples: Sequence[Example]) -> float:
@@ -136,7 +138,7 @@ class LikelihoodTask:
 
     def some(self, count: int) -> list[Batch]:
         """Return validation texts in batches, for a look at the model as it is."""
-        return sample(self._parts["validation"], BATCH, count, 0)
+        return sample(self.parts["validation"], BATCH, count, 0)
 
 
 Tokens = tuple[torch.Tensor, int]

@@ -16,6 +16,9 @@ from benchmarks.evidence.refreshing import ScheduledRefresh
 from benchmarks.evidence.task import Settings, Task, batches
 from benchmarks.memory import saved_for_backward
 
+#: Added to the seed of a run: its batches are not those that P is chosen from.
+BATCHES = 1000
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -108,8 +111,7 @@ def train(
     )
     trained = [*adapters, *head]
     kept = 0
-    # Not the seed of the batches that P is chosen from.
-    stream = batches(task.training(seed), settings.batch_size, steps, seed + 1000)
+    stream = batches(task.training(seed), settings.batch_size, steps, seed + BATCHES)
     for step, batch in enumerate(stream):
         if turn is not None and step == turn.refresh.after:
             turn(optimizer)

@@ -87,7 +87,7 @@ def test_likelihood_is_the_whole_models(full, folder, tmp_path):
 
 
 def test_loss_is_the_likelihood(task):
-    batch = sample(task._parts["validation"], 20, 20, 0)[0]
+    batch = sample(task.parts["validation"], 20, 20, 0)[0]
     with torch.no_grad():
         loss = float(task.loss(task.fresh(0), batch))
     assert loss == pytest.approx(task.likelihood(task.fresh(0), "validation")["toy"], rel=1e-5)
@@ -97,7 +97,7 @@ def test_seeds_vary_the_training_texts_only(task):
     first, second = ({id(example) for example in task.training(seed)} for seed in (0, 1))
     assert len(first) == len(second) == 60 and first != second
     assert not first & {
-        id(example) for part in ("validation", "test") for example in task._parts[part]
+        id(example) for part in ("validation", "test") for example in task.parts[part]
     }
 
 

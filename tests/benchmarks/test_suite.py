@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from benchmarks import gpu, gpu_check, gpu_study, growth, record, summary
+from benchmarks import gpu, gpu_bundle, gpu_check, gpu_study, growth, record, summary
+from benchmarks.evidence import bundle
 from benchmarks.floor import Machine, entries, two_products
 from benchmarks.timing import interleaved, ratio
 from ipa_torch import fit_projectors
@@ -119,19 +120,33 @@ def test_rehearsal_for_the_gpu_studies(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu", "study", "--rehearse"])
     assert gpu.main() == 0
     shown = capsys.readouterr().out
-    assert "'cells left': 0" in shown and "'edge': True" in shown
-    assert gpu_study.Plan().limit <= 480
+    for part in ("'steps': 12", "'graph': 'not captured", "'edge': True", "step 12: "):
+        assert part in shown
+    assert gpu_study.LIMIT <= 480
 
 
-def test_a_study_for_the_gpu_goes_on_until_no_cell_is_left(tmp_path, monkeypatch):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would time the device")
+def test_rehearsal_for_the_gpu_times_a_step(monkeypatch, capsys):
     pytest.importorskip("peft")
+    monkeypatch.setattr(sys, "argv", ["gpu", "study", "--quick", "--rehearse"])
+    assert gpu.main() == 0
+    assert "'difference': 0.0" in capsys.readouterr().out
+
+
+def test_a_study_for_the_gpu_without_its_bundle_names_the_command(tmp_path):
+    pytest.importorskip("peft")
+    with pytest.raises(bundle.BundleError, match=r"run python -m benchmarks\.gpu_bundle \S*absent"):
+        gpu_study.run(gpu_bundle.Plan(), tmp_path / "absent", 1.0, lambda value: None)
+
+
+def test_parts_of_a_step_for_the_gpu_are_kept_until_it_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "FOLDER", tmp_path)
-    late = gpu_study.steps(True, tmp_path / "cells.jsonl", limit=0.0)["study"]
-    gpu.Results(quick=True, written=True).add("study", late)
+    gpu.Results(quick=True, written=True).keep("study", {"step": 80})
     results = gpu.Results(quick=True, written=True)
-    assert results.values["study"]["cells left"] == 6
-    results.add("study", lambda before: {"cells left": 0})
+    assert results.values["study"] == {"step": 80}
+    results.add("study", lambda before: {"step": 400})
     results.add("study", lambda before: pytest.fail("ran twice"))
+    assert json.loads((tmp_path / "gpu_quick.json").read_text())["study"] == {"step": 400}
 
 
 def test_checks_for_the_gpu_keep_the_first_failure_of_each_kind():
