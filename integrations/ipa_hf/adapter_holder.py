@@ -8,7 +8,7 @@ import torch
 from peft import PeftMixedModel, PeftModel
 
 from ipa_core.errors import SettingError
-from ipa_torch.extension import unwrap_model
+from ipa_torch.extension import check_model, unwrap_model
 
 
 def adapter_holder(model: torch.nn.Module) -> Any:
@@ -22,14 +22,38 @@ def adapter_holder(model: torch.nn.Module) -> Any:
     SettingError
         If there is none.
     """
-    for module in model.modules():
-        holder = unwrap_model(module)
-        if isinstance(getattr(holder, "peft_config", None), dict):
-            return holder
+    holder = _find_holder(model)
+    if holder is not None:
+        return holder
     raise SettingError(
         f"expected a model with adapters of PEFT, got a {type(model).__name__} without; add one "
         "with ipa_hf.get_ipa_model, peft.get_peft_model or the model's add_adapter"
     )
+
+
+def check_without_adapters(model: torch.nn.Module, cure: str) -> None:
+    """Check that PEFT has not injected adapters into a model: a second injection would wrap them.
+
+    Raises
+    ------
+    SettingError
+        If it has.
+    """
+    holder = _find_holder(model)
+    if holder is not None:
+        raise SettingError(
+            f"expected a model without adapters, got a {type(holder).__name__} with "
+            f"{sorted(holder.peft_config)}; {cure}"
+        )
+
+
+def _find_holder(model: torch.nn.Module) -> Any | None:
+    check_model(model)
+    for module in model.modules():
+        holder = unwrap_model(module)
+        if isinstance(getattr(holder, "peft_config", None), dict):
+            return holder
+    return None
 
 
 def base_model(model: torch.nn.Module) -> Any:

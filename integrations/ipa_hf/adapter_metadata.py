@@ -14,6 +14,7 @@ import torch
 
 from ipa_core.errors import FileFormatError
 from ipa_core.io.atomic_write import replace_file
+from ipa_core.io.paths import as_path
 from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_layers
 from ipa_torch.extension import Scaling, in_float64
@@ -72,7 +73,7 @@ class AdapterMetadata:
         FileFormatError
             If the file is missing, damaged or of another format version.
         """
-        path = Path(directory) / FILE_NAME
+        path = as_path(directory) / FILE_NAME
         if not path.is_file():
             raise FileFormatError(
                 f"expected {FILE_NAME} in {directory}, got no such file; load an adapter without "
@@ -90,7 +91,7 @@ class AdapterMetadata:
             layers = {name: LayerMetadata(**layer) for name, layer in content["layers"].items()}
             row_weights = content.get("row_weights")  # absent in earlier files
             return cls(bool(content["frozen"]), content["scaling"], layers, row_weights)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             if isinstance(error, FileFormatError):
                 raise
             raise FileFormatError(f"{path}: expected adapter metadata, got {error}") from error

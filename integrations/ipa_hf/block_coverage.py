@@ -12,7 +12,14 @@ from torch import nn
 
 from ipa_hf.fused_parameters import refusal
 from ipa_hf.repeated_blocks import block_modules
-from ipa_torch.extension import Convolution, features_of, is_linear, outputs_of
+from ipa_torch.extension import (
+    Convolution,
+    check_model,
+    compile_pattern,
+    features_of,
+    is_linear,
+    outputs_of,
+)
 
 
 def target_coverage(model: torch.nn.Module, targets: str) -> float:
@@ -33,6 +40,11 @@ def target_coverage(model: torch.nn.Module, targets: str) -> float:
     float
         Between 0 and 1; 0 for a model without blocks.
 
+    Raises
+    ------
+    SettingError
+        If ``targets`` is no regular expression.
+
     Examples
     --------
     >>> from transformers import BertConfig, BertModel
@@ -44,10 +56,12 @@ def target_coverage(model: torch.nn.Module, targets: str) -> float:
     >>> round(target_coverage(bert, r".*\.(query|value)"), 2)
     0.33
     """
+    check_model(model)
+    pattern = compile_pattern(targets)
     covered = total = 0
     for name, size in _matrices(model):
         total += size
-        covered += size if re.fullmatch(targets, name) else 0
+        covered += size if pattern.fullmatch(name) else 0
     return covered / total if total else 0.0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ipa_core.settings import check_instance
 from ipa_torch import OnlineLearning
 
 
@@ -31,6 +32,7 @@ class OnlineCallback(TrainerCallback):
     Raises
     ------
     SettingError
+        If ``online`` is no `OnlineLearning`.
         During training, if the hooks saw no forward pass; see `OnlineLearning.step`.
 
     Examples
@@ -44,6 +46,7 @@ class OnlineCallback(TrainerCallback):
     """
 
     def __init__(self, online: OnlineLearning) -> None:
+        check_instance("online", online, OnlineLearning, "an OnlineLearning")
         self._online = online
         self.lost_share: Mapping[str, float] = {}
 

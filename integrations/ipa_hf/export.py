@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ from transformers import AutoConfig
 
 from ipa_core.errors import SettingError
 from ipa_core.io.atomic_write import replace_file
+from ipa_core.io.paths import output_folder
+from ipa_hf.adapter_config_file import write_lora_config
 from ipa_hf.adapter_holder import base_model
 from ipa_hf.adapter_metadata import write_metadata
 from ipa_hf.export_check import ServedModel, check_layer_names
@@ -114,17 +114,13 @@ def export_lora(
         for name, pair in pairs.items()
         for part, tensor in zip("AB", pair, strict=True)
     }
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(directory)
     replace_file(folder / "adapter_model.safetensors", to_bytes(tensors, {"format": "pt"}))
     targets = _exported_targets(peft_model, linear) | experts.target_modules
     exported = _export_config(
         peft_model, config, size, sorted(targets), sorted(experts.target_parameters)
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        exported.save_pretrained(scratch)
-        name = "adapter_config.json"
-        replace_file(folder / name, (Path(scratch) / name).read_bytes())
+    write_lora_config(exported, folder)
     write_metadata(peft_model, adapter_name, folder)
 
 

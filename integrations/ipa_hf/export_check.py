@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ipa_core.errors import SettingError
+from ipa_core.settings import check_instance
 from ipa_torch.extension import unwrap_model
 
 #: A model as it will be served, on any device, or its class.
@@ -35,13 +36,17 @@ def check_layer_names(names: Collection[str], served: ServedModel, base: nn.Modu
     Raises
     ------
     SettingError
-        If the served model has none of the layers, or the class takes another configuration.
+        If the served model has none of the layers, is none, or its class takes another
+        configuration.
 
     Warns
     -----
     UserWarning
         If it has only some of them.
     """
+    if not (isinstance(served, type) and issubclass(served, PreTrainedModel)):
+        form = "a model, a class of transformers' models or None"
+        check_instance("check", served, nn.Module, form)
     model = _build(served, base) if isinstance(served, type) else served
     layers = {name for name, _ in unwrap_model(model).named_modules()}
     missing = sorted(name for name in names if name not in layers)

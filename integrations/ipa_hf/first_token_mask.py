@@ -32,7 +32,8 @@ def without_first_token(batch: Any) -> torch.Tensor:
     Raises
     ------
     ShapeError
-        If the batch has no such tensor, or is that of an encoder-decoder model.
+        If the batch has no such tensor, has positions of another shape, or is that of an
+        encoder-decoder model.
 
     Notes
     -----
@@ -48,10 +49,16 @@ def without_first_token(batch: Any) -> torch.Tensor:
     present = _present(batch)
     first = present & (present.cumsum(1) == 1)
     positions = batch.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.shape[-1:] == present.shape[-1:]:
-        breaks = positions[..., 1:] != positions[..., :-1] + 1
-        if breaks.ndim == 2:  # not the three axes of multimodal rotary positions
-            first[:, 1:] |= breaks
+    # Not the three axes of multimodal rotary positions.
+    if isinstance(positions, torch.Tensor) and positions.ndim == 2:
+        fits = positions.shape in (present.shape, (1, present.shape[1]))
+        if not fits or positions.device != present.device:
+            raise ShapeError(
+                f"expected position_ids of shape {tuple(present.shape)} on {present.device}, got "
+                f"{tuple(positions.shape)} on {positions.device}; build batches with the collator "
+                "of training"
+            )
+        first[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
     return (present & ~first).long()
 
 

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
+from ipa_core.settings import check_instance, check_iterable
 from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_config import lora_config
 from ipa_hf.lora_layers import lora_A_and_B, lora_layers, takes_projection
@@ -67,7 +68,7 @@ def freeze_projections(
         for name, layer in lora_layers(peft_model, adapter_name).items()
         if takes_projection(layer, adapter_name)
     }
-    for name in linear if layers is None else {layer_name(name) for name in layers}:
+    for name in linear if layers is None else _layer_names(layers):
         if name not in linear:
             raise SettingError(
                 f"layer {name!r}: expected a linear layer with adapter {adapter_name!r}, got none; "
@@ -75,6 +76,14 @@ def freeze_projections(
             )
         set_lora_A_frozen(linear[name], adapter_name, True)
     return peft_model
+
+
+def _layer_names(slots: Collection[str]) -> set[str]:
+    check_iterable("layers", slots, "names of layers, or None")
+    slots = tuple(slots)
+    for slot in slots:
+        check_instance("each name of the layers", slot, str, "a string")
+    return {layer_name(slot) for slot in slots}
 
 
 def set_lora_A_frozen(layer: LoraLayer, adapter_name: str, frozen: bool) -> None:

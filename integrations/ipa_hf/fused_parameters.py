@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ipa_core.settings import check_instance, check_iterable
 from ipa_hf.layer_names import base_name
 from ipa_torch import LayerError
+from ipa_torch.extension import check_model
 
 ExpertSharing = Literal["never", "unreached", "always"]
 #: Names of the parameters in transformers' interface of experts.
@@ -74,10 +76,16 @@ def fused_parameters(model: nn.Module, targets: Iterable[str]) -> dict[str, Fuse
 
     Raises
     ------
+    SettingError
+        If the targets are no names.
     LayerError
         If nothing matches, or the inputs of a matched parameter cannot be observed.
     """
+    check_model(model)
+    check_iterable("targets", targets, "names of fused parameters", cure="pass a list of them")
     suffixes = tuple(targets)
+    for name in suffixes:
+        check_instance("each name of the targets", name, str, "a string")
     matched = {
         name: FusedParameter(name, module)
         for name, module in _parameters(model)

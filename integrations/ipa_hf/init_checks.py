@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from ipa_core.errors import SettingError
-from ipa_hf.lora_config import TRAINABLE_LORA, unsupported_fields
+from ipa_hf.lora_config import TRAINABLE_LORA, check_lora_config, unsupported_fields
 from ipa_hf.lora_layers import lora_A_and_B
 
 
@@ -18,12 +18,14 @@ def check_initializable(config: LoraConfig) -> None:
     Raises
     ------
     SettingError
-        If a field of the configuration is neither supported nor at its default.
+        If it is no `LoraConfig`, or a field is neither supported nor at its default.
     """
-    if config.init_lora_weights not in (True, "gaussian"):
+    check_lora_config(config)
+    init = config.init_lora_weights
+    if not (init is True or (isinstance(init, str) and init == "gaussian")):
         raise SettingError(
             "expected a LoraConfig with init_lora_weights=True, which keeps B zero and the base "
-            f"weights, got {config.init_lora_weights!r}"
+            f"weights, got {init!r:.80}"
         )
     if used := unsupported_fields(config, TRAINABLE_LORA):
         raise SettingError(

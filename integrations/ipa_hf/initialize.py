@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
@@ -13,14 +12,18 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
+from ipa_core.settings import boolean
+from ipa_hf.adapter_holder import check_without_adapters
+from ipa_hf.adapter_injection import peft_errors, restored_on_error
 from ipa_hf.adapter_metadata import AdapterMetadata, row_weights_name
+from ipa_hf.adapter_names import check_adapter_name
 from ipa_hf.block_coverage import warn_of_small_coverage
 from ipa_hf.fit import fit_lora_projectors
 from ipa_hf.freezing import Model, set_lora_A_frozen
 from ipa_hf.fused_parameters import ExpertSharing
 from ipa_hf.init_checks import check_fresh, check_initializable
 from ipa_hf.layer_names import compact_names, layer_name
-from ipa_hf.lora_config import lora_config
+from ipa_hf.lora_config import copy_lora_config, lora_config
 from ipa_hf.lora_layers import layer_kind, lora_layers, takes_projection
 from ipa_hf.lora_slots import find_projectors, lora_slots, truncate_to_slot, write_lora_A
 from ipa_hf.offloaded_lora import materialize
@@ -28,7 +31,14 @@ from ipa_hf.renamed_keys import lost_on_loading
 from ipa_hf.save_pretrained import keep_metadata
 from ipa_hf.targets import default_targets
 from ipa_torch import FitOptions, LayerError, attention_mask
-from ipa_torch.extension import NEVER_RAN, OnMissing, Scaling, check_choice, check_scaling
+from ipa_torch.extension import (
+    NEVER_RAN,
+    OnMissing,
+    Scaling,
+    check_choice,
+    check_projectors,
+    check_scaling,
+)
 
 
 def get_ipa_model(
@@ -88,20 +98,19 @@ def get_ipa_model(
     >>> [name for name, p in model.named_parameters() if p.requires_grad and "query" in name]
     ['base_model.model.encoder.layer.0.attention.self.query.lora_B.default.weight']
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    check_without_adapters(
+        model, "add another with add_adapter() and call ipa_hf.initialize_lora_ipa_weights"
+    )
+    check_adapter_name(adapter_name)
     check_initializable(config)  # before PEFT injects adapters, as KaSA and PiSSA change weights
-    config = copy.deepcopy(config)
+    config = copy_lora_config(config)
     if config.target_modules is None and config.target_parameters is None:
         config.target_modules = default_targets(model)
         warn_of_small_coverage(model, config.target_modules)
-    try:
-        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise SettingError(
-            f"expected a {type(model).__name__} and a LoraConfig that PEFT takes, got "
-            f"{type(error).__name__}: {error}; name other layers in target_modules"
-        ) from error
-    try:
+    taken = f"a {type(model).__name__} and a LoraConfig that PEFT takes"
+    with restored_on_error(model):
+        with peft_errors(taken, "name other layers in target_modules"):
+            peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         return initialize_lora_ipa_weights(
             peft_model,
             data,
@@ -113,11 +122,6 @@ def get_ipa_model(
             on_missing=on_missing,
             **options,
         )
-    except BaseException:
-        peft_model.unload()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
 
 
 def initialize_lora_ipa_weights(
@@ -200,12 +204,18 @@ def initialize_lora_ipa_weights(
     >>> peft_model.print_trainable_parameters()  # doctest: +ELLIPSIS
     trainable params: 16 ...
     """
+    config = lora_config(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter_name)
+    trainable = boolean("trainable", trainable)
+    routing_weights = boolean("routing_weights", routing_weights)
     check_scaling(scaling)
     check_choice("on_missing", on_missing, OnMissing)
+    check_choice("expert_sharing", expert_sharing, ExpertSharing)
+    if isinstance(data, Mapping):
+        check_projectors(data, cure="pass batches in a list")
     for name, layer in layers.items():
         materialize(name, layer, adapter_name)
-    check_fresh(lora_config(peft_model, adapter_name), layers, adapter_name)
+    check_fresh(config, layers, adapter_name)
     unsupported = {
         name: f"{layer_kind(x)} are not supported"
         for name, x in layers.items()

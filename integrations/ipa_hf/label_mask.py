@@ -23,7 +23,7 @@ def causal_label_mask(batch: Any) -> torch.Tensor:
     Parameters
     ----------
     batch : mapping
-        With ``labels`` of shape (batch, positions), and optionally ``attention_mask``.
+        With integer ``labels`` of shape (batch, positions), and optionally ``attention_mask``.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def causal_label_mask(batch: Any) -> torch.Tensor:
     Raises
     ------
     ShapeError
-        If the batch has no labels of this shape.
+        If the batch has no such labels, or a mask of another shape.
 
     Examples
     --------
@@ -40,12 +40,31 @@ def causal_label_mask(batch: Any) -> torch.Tensor:
     tensor([[0, 1, 1, 0]])
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+    if not (isinstance(labels, torch.Tensor) and labels.ndim == 2 and _are_tokens(labels)):
         raise ShapeError(
-            "expected batches with labels of shape (batch, positions), got "
-            f"{'none' if labels is None else labels!r}; build batches with the collator of training"
+            "expected batches with integer labels of shape (batch, positions), got "
+            f"{_described(labels)}; build batches with the collator of training"
         )
     weights = torch.zeros_like(labels)
     weights[:, :-1] = labels[:, 1:] != _IGNORED
     mask = attention_mask(batch)
-    return weights * mask if isinstance(mask, torch.Tensor) else weights
+    if not isinstance(mask, torch.Tensor):
+        return weights
+    if (mask.shape, mask.device) != (labels.shape, labels.device):
+        raise ShapeError(
+            "expected an attention_mask of the labels' shape and device, got "
+            f"{_described(mask)} beside {_described(labels)}; build batches with the collator of "
+            "training"
+        )
+    return weights * mask
+
+
+def _are_tokens(labels: torch.Tensor) -> bool:
+    dtype = labels.dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _described(labels: Any) -> str:
+    if not isinstance(labels, torch.Tensor):
+        return "none" if labels is None else type(labels).__name__
+    return f"{labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
 from ipa_core.errors import SettingError
+from ipa_core.settings import boolean, check_instance, integer, number
 from ipa_hf.adapter_holder import adapter_holder
+from ipa_torch.extension import check_dropout
 
 #: Fields that do not change what an adapter computes: z = W x + alpha / r * B A x.
 PLAIN_LORA = frozenset(
@@ -66,12 +70,57 @@ def lora_config(peft_model: torch.nn.Module, adapter_name: str) -> LoraConfig:
         If the model has no adapter of this name, or the adapter is not LoRA.
     """
     known = adapter_holder(peft_model).peft_config
-    if adapter_name not in known:
-        raise SettingError(f"expected one of the adapters {sorted(known)}, got {adapter_name!r}")
+    if not isinstance(adapter_name, str) or adapter_name not in known:
+        raise SettingError(
+            f"expected one of the adapters {sorted(known)}, got {adapter_name!r:.80}"
+        )
     config = known[adapter_name]
     if not isinstance(config, LoraConfig):
         raise SettingError(f"expected a LoRA adapter, got {adapter_name!r} of {config.peft_type}")
     return config
+
+
+def check_lora_config(config: Any) -> None:
+    """Check that a configuration is one of LoRA, whose scaling and dropout can be computed.
+
+    Raises
+    ------
+    SettingError
+        If it is not.
+    """
+    check_instance("config", config, LoraConfig, "a peft.LoraConfig")
+    integer("r of the LoraConfig", config.r, least=1)
+    boolean("use_rslora of the LoraConfig", config.use_rslora)
+    check_dropout(config.lora_dropout)
+    _check_alpha("lora_alpha", config.lora_alpha)
+    check_instance("alpha_pattern of the LoraConfig", config.alpha_pattern, Mapping, "a mapping")
+    for name, alpha in config.alpha_pattern.items():
+        _check_alpha(f"alpha_pattern[{name!r}]", alpha)
+
+
+def _check_alpha(name: str, alpha: Any) -> None:
+    form = "a finite number other than 0"
+    number(f"{name} of the LoraConfig", alpha, form=form, valid=_is_scaling)
+
+
+def _is_scaling(alpha: float) -> bool:
+    return math.isfinite(alpha) and alpha != 0
+
+
+def copy_lora_config(config: LoraConfig) -> LoraConfig:
+    """Return a deep copy of a configuration.
+
+    Raises
+    ------
+    SettingError
+        If a field cannot be copied, such as a generator of names.
+    """
+    try:
+        return copy.deepcopy(config)
+    except TypeError as error:
+        raise SettingError(
+            f"expected a LoraConfig of plain values, got {error}; pass names as a list"
+        ) from error
 
 
 def unsupported_fields(config: LoraConfig, supported: Collection[str]) -> list[str]:

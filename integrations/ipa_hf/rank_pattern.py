@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections import Counter
@@ -13,6 +12,8 @@ from peft import LoraConfig
 from ipa_core import Projector
 from ipa_core.errors import RankError
 from ipa_hf.layer_names import layer_name
+from ipa_hf.lora_config import check_lora_config, copy_lora_config
+from ipa_torch.extension import check_projectors
 
 
 def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> LoraConfig:
@@ -37,6 +38,8 @@ def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> Lora
 
     Raises
     ------
+    SettingError
+        If ``config`` is no `LoraConfig`, or ``projectors`` no mapping from names to projectors.
     RankError
         If the experts of a fused parameter have projectors of different ranks.
 
@@ -51,7 +54,9 @@ def match_ranks(config: LoraConfig, projectors: Mapping[str, Projector]) -> Lora
     >>> matched.rank_pattern, matched.alpha_pattern
     ({'q_proj': 1, 'v_proj': 3}, {'q_proj': 2.0, 'v_proj': 6.0})
     """
-    matched = copy.deepcopy(config)
+    check_lora_config(config)
+    check_projectors(projectors)
+    matched = copy_lora_config(config)
     ranks: dict[str, int] = {}
     for slot, projector in projectors.items():
         name = layer_name(slot)

@@ -14,14 +14,19 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
-from ipa_core.errors import FileFormatError, SettingError
+from ipa_core.errors import FileFormatError
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.file_header import FileFormat
-from ipa_core.io.paths import input_file, input_path
+from ipa_core.io.paths import input_file, input_path, output_folder
+from ipa_core.settings import boolean, check_instance
+from ipa_hf.adapter_config_file import read_lora_config, write_lora_config
+from ipa_hf.adapter_holder import check_without_adapters
+from ipa_hf.adapter_injection import peft_errors, restored_on_error
 from ipa_hf.adapter_metadata import FILE_NAME, AdapterMetadata, write_metadata
+from ipa_hf.adapter_names import check_adapter_names
+from ipa_hf.lora_config import lora_config
 from ipa_hf.lora_layers import lora_A_and_B, lora_layers
 from ipa_hf.save_pretrained import keep_metadata
-from ipa_hf.shared_adapters import checked_names
 from ipa_hf.tied_lora_a import tie_adapter, tied_layers
 
 _A_FILE, _B_FILE = "lora_A.safetensors", "lora_B.safetensors"
@@ -73,20 +78,21 @@ def save_shared(
     ...     sorted(path.name for path in pathlib.Path(folder).iterdir())
     ['ipa_adapter.json', 'lora_A.safetensors', 'mail', 'news']
     """
-    tasks = checked_names(peft_model.peft_config if names is None else names)
+    check_instance("peft_model", peft_model, PeftModel, "a PeftModel")
+    tasks = check_adapter_names(peft_model.peft_config if names is None else names)
     layers = tied_layers(peft_model, tasks)
     a = {name: lora_A_and_B(layer, tasks[0])[0] for name, layer in layers.items()}
     data = to_bytes({name: _contiguous(tensor) for name, tensor in a.items()}, {"format": "pt"})
     header = _FORMAT.seal({"lora_A": hashlib.sha256(data).hexdigest()})
-    folder = Path(directory)
+    folder = output_folder(directory)
     for task in tasks:
-        (folder / task).mkdir(parents=True, exist_ok=True)
+        output_folder(folder / task)
     replace_file(folder / _A_FILE, data)
     write_metadata(peft_model, tasks[0], folder)
     for task in tasks:
         b = {name: _contiguous(lora_A_and_B(layer, task)[1]) for name, layer in layers.items()}
         replace_file(folder / task / _B_FILE, to_bytes(b, header))
-        peft_model.peft_config[task].save_pretrained(str(folder / task))
+        write_lora_config(lora_config(peft_model, task), folder / task)
 
 
 def load_shared(
@@ -138,27 +144,39 @@ def load_shared(
     >>> list(loaded.peft_config)
     ['mail', 'news']
     """
-    if isinstance(model, PeftModel):
-        raise SettingError(
-            f"expected a model without adapters, got a PeftModel with {sorted(model.peft_config)}; "
-            "load ordinary folders with load_adapter, and join them with ipa_hf.share"
-        )
+    check_without_adapters(
+        model, "load ordinary folders with load_adapter, and join them with ipa_hf.share"
+    )
+    is_trainable = boolean("is_trainable", is_trainable)
     folder = input_path(directory)
     data = input_file(folder / _A_FILE).read_bytes()
     a = _tensors(folder / _A_FILE, data)
     saved = sorted(path.parent.name for path in folder.glob(f"*/{_B_FILE}"))
-    tasks = checked_names(saved if names is None else names)
+    tasks = check_adapter_names(saved if names is None else names)
     b = {task: _read_b(folder / task / _B_FILE, hashlib.sha256(data).hexdigest()) for task in tasks}
-    configs = {task: LoraConfig.from_pretrained(str(folder / task)) for task in tasks}
+    configs = {task: read_lora_config(folder / task) for task in tasks}
     for config in configs.values():
         config.inference_mode = not is_trainable
-    first = tasks[0]
-    peft_model: PeftModel = get_peft_model(model, configs[first], adapter_name=first)
+    with restored_on_error(model):
+        return _injected(model, folder, configs, a, b)
+
+
+def _injected(
+    model: torch.nn.Module,
+    folder: Path,
+    configs: Mapping[str, LoraConfig],
+    a: Mapping[str, torch.Tensor],
+    b: Mapping[str, Mapping[str, torch.Tensor]],
+) -> PeftModel:
+    """Return the model with adapters of these configurations and matrices."""
+    first, *_ = configs
+    with peft_errors(f"the base model of the adapters in {folder}", "load them into that model"):
+        peft_model: PeftModel = get_peft_model(model, configs[first], adapter_name=first)
     layers = lora_layers(peft_model, first)
     _write(folder / _A_FILE, {n: lora_A_and_B(x, first)[0] for n, x in layers.items()}, a)
     if (folder / FILE_NAME).is_file():
         keep_metadata(peft_model, first, AdapterMetadata.read(folder))
-    for task in tasks:
+    for task in configs:
         tie_adapter(peft_model, first, task, configs[task])
         targets = {name: lora_A_and_B(layer, task)[1] for name, layer in layers.items()}
         _write(folder / task / _B_FILE, targets, b[task])

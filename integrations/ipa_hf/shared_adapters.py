@@ -10,11 +10,14 @@ from peft import LoraConfig, PeftModel
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
+from ipa_hf.adapter_holder import check_without_adapters
+from ipa_hf.adapter_injection import restored_on_error
+from ipa_hf.adapter_names import check_adapter_names
 from ipa_hf.initialize import get_ipa_model
-from ipa_hf.lora_config import lora_config
+from ipa_hf.lora_config import check_lora_config, copy_lora_config, lora_config
 from ipa_hf.rank_pattern import match_ranks
-from ipa_hf.tied_lora_a import tie_adapter
-from ipa_torch.extension import Scaling, get_layer, is_conv1d
+from ipa_hf.tied_lora_a import check_tieable, tie_adapter
+from ipa_torch.extension import Scaling, check_projectors, get_layer, is_conv1d
 
 
 def share(
@@ -82,34 +85,25 @@ def share(
     >>> [name.split(".")[-3:] for name, _ in model.named_parameters() if "lora" in name]
     [['lora_A', 'mail', 'weight'], ['lora_B', 'mail', 'weight'], ['lora_B', 'news', 'weight']]
     """
-    tasks = checked_names(names)
+    tasks = check_adapter_names(names)
     if isinstance(projectors, str):
-        peft_model, source = _with_adapter(model, projectors), projectors
-    else:
-        peft_model, source = _initialized(model, projectors, tasks[0], config, scaling), tasks[0]
+        peft_model = _with_adapter(model, projectors)
+        with restored_on_error(peft_model):
+            return _tied(peft_model, projectors, tasks)
+    check_projectors(projectors)
+    check_without_adapters(model, "pass the name of one of them in place of projectors")
+    with restored_on_error(model):
+        return _tied(_initialized(model, projectors, tasks[0], config, scaling), tasks[0], tasks)
+
+
+def _tied(peft_model: PeftModel, source: str, tasks: list[str]) -> PeftModel:
     shared = copy.deepcopy(lora_config(peft_model, source))
     shared.inference_mode = False
+    for name in {source, *tasks} & {*peft_model.peft_config}:
+        check_tieable(peft_model, source, name)  # all of them, before the first is tied
     for name in dict.fromkeys([source, *tasks]):
         tie_adapter(peft_model, source, name, shared)
     return peft_model
-
-
-def checked_names(names: Iterable[str]) -> list[str]:
-    """Return the names of adapters, which are also those of folders.
-
-    Raises
-    ------
-    SettingError
-        If there are none, one is there twice, or PEFT or a file system cannot take it.
-    """
-    tasks = [names] if isinstance(names, str) else list(names)
-    valid = all(isinstance(name, str) and name and not set(name) & set("./\\") for name in tasks)
-    if not (tasks and valid) or len(set(tasks)) < len(tasks):
-        raise SettingError(
-            "expected different names of adapters, one or more, without dots and slashes, got "
-            f"{tasks}"
-        )
-    return tasks
 
 
 def _with_adapter(model: torch.nn.Module, source: str) -> PeftModel:
@@ -129,15 +123,11 @@ def _initialized(
     config: LoraConfig | None,
     scaling: Scaling,
 ) -> PeftModel:
-    if isinstance(model, PeftModel):
-        raise SettingError(
-            f"expected a model without adapters, got a PeftModel with {sorted(model.peft_config)}; "
-            "pass the name of one of them in place of projectors"
-        )
     if config is None:
         config = _default_config(model, projectors)
+    check_lora_config(config)
     if config.target_modules is None:
-        config = copy.deepcopy(config)
+        config = copy_lora_config(config)
         config.target_modules = list(projectors)
     return get_ipa_model(
         model, config, projectors, adapter_name=source, scaling=scaling, on_missing="raise"

@@ -11,7 +11,7 @@ from ipa_core.errors import SettingError
 from ipa_hf.peft_support import is_known_to_peft, trainable_by_peft
 from ipa_hf.repeated_blocks import block_modules
 from ipa_hf.target_pattern import target_pattern
-from ipa_torch.extension import features_of, outputs_of
+from ipa_torch.extension import check_model, features_of, outputs_of
 
 
 def default_targets(model: torch.nn.Module) -> str:
@@ -49,6 +49,7 @@ def default_targets(model: torch.nn.Module) -> str:
     >>> [name for name, _ in bert.named_modules() if re.fullmatch(pattern, name)][-2:]
     ['encoder.layer.0.intermediate.dense', 'encoder.layer.0.output.dense']
     """
+    check_model(model)
     names = trainable_by_peft(model, list(_block_layers(model)))
     if not names:
         raise SettingError(

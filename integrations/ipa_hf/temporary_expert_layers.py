@@ -10,9 +10,11 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ipa_core.errors import SettingError
+from ipa_core.settings import boolean
 from ipa_hf.expert_forward import MODULE_LAYERS, ModuleLayers, forward_expert_by_expert
 from ipa_hf.expert_linear import ExpertLinear
 from ipa_hf.fused_parameters import ExpertSharing, fused_parameters
+from ipa_torch.extension import check_choice
 
 #: Name of `forward_expert_by_expert` in transformers' registry.
 _IMPLEMENTATION = "ipa_expert_by_expert"
@@ -56,7 +58,7 @@ def expert_layers(
     LayerError
         If nothing matches, or the inputs of a parameter cannot be observed; the message names it.
     SettingError
-        If the experts have such layers already.
+        If a setting has another type or value, or the experts have such layers already.
 
     Notes
     -----
@@ -77,6 +79,8 @@ def expert_layers(
     >>> list(projectors)
     ['layers.0.mlp.experts.down_proj[0]', 'layers.0.mlp.experts.down_proj[1]']
     """
+    check_choice("sharing", sharing, ExpertSharing)
+    routing_weights = boolean("routing_weights", routing_weights)
     parameters = fused_parameters(model, targets).values()
     by_experts: dict[nn.Module, ModuleLayers] = {}
     for fused in parameters:

@@ -44,6 +44,22 @@ def tied_layers(peft_model: PeftModel, names: list[str]) -> Mapping[str, LoraLay
     return lora_layers(peft_model, first)
 
 
+def check_tieable(peft_model: PeftModel, source: str, name: str) -> None:
+    """Check that two adapters of a model can share A.
+
+    Raises
+    ------
+    SettingError
+        If they differ in A or in their layers, or one is not plain LoRA.
+    """
+    layers = lora_layers(peft_model, source)
+    _check_shareable(peft_model, source, layers)
+    if name != source:
+        others = lora_layers(peft_model, name)
+        _check_shareable(peft_model, name, others)
+        _check_equal_A(layers, others, source, name)
+
+
 def tie_adapter(peft_model: PeftModel, source: str, name: str, config: LoraConfig) -> None:
     """Make A of an adapter that of another one; add the adapter if it is new.
 
@@ -52,14 +68,12 @@ def tie_adapter(peft_model: PeftModel, source: str, name: str, config: LoraConfi
     SettingError
         If the adapters differ in A or in their layers, or the source is not plain LoRA.
     """
-    layers = lora_layers(peft_model, source)
-    _check_shareable(peft_model, source, layers)
     if name not in peft_model.peft_config:
+        check_tieable(peft_model, source, source)
         peft_model.add_adapter(name, copy.deepcopy(config))
     else:
-        _check_shareable(peft_model, name, lora_layers(peft_model, name))
-        _check_equal_A(layers, lora_layers(peft_model, name), source, name)
-    for layer in layers.values():
+        check_tieable(peft_model, source, name)
+    for layer in lora_layers(peft_model, source).values():
         tie_lora_A(layer, source, name)
         for adapter in (source, name):
             set_lora_A_frozen(layer, adapter, True)

@@ -29,9 +29,10 @@ from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.output_head import classifier_modules
 from ipa_torch._layers.row_subset import RowSubset
 from ipa_torch._layers.row_view import WeightedRows
-from ipa_torch._layers.targets import Targets
-from ipa_torch._layers.unwrap import unwrap_model
-from ipa_torch._settings import check_choice
+from ipa_torch._layers.targets import Targets, compile_pattern
+from ipa_torch._layers.unwrap import check_model, unwrap_model
+from ipa_torch._settings import check_choice, check_dropout
+from ipa_torch.layer_projectors import check_projectors
 
 __all__ = [
     "NEVER_RAN",
@@ -48,8 +49,12 @@ __all__ = [
     "adapter_layers",
     "check_attachable",
     "check_choice",
+    "check_dropout",
+    "check_model",
+    "check_projectors",
     "check_scaling",
     "classifier_modules",
+    "compile_pattern",
     "device_of",
     "energy_scale",
     "execution_device",

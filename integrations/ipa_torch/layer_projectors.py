@@ -234,7 +234,7 @@ class LayerProjectors(LayerMapping[Projector]):
         return cls(loaded)
 
 
-def check_projectors(projectors: Any) -> None:
+def check_projectors(projectors: Any, *, cure: str = "") -> None:
     """Check that a value maps layer names to projectors.
 
     Raises
@@ -242,10 +242,12 @@ def check_projectors(projectors: Any) -> None:
     SettingError
         If it does not.
     """
-    check_instance("projectors", projectors, Mapping, "a mapping from layer names to projectors")
+    form = "a mapping from layer names to projectors"
+    check_instance("projectors", projectors, Mapping, form, cure=cure)
     for name, projector in projectors.items():
-        check_instance("the name of a layer", name, str, "a string")
-        check_instance(f"the projector of layer {name!r}", projector, Projector, "a Projector")
+        check_instance("the name of a layer", name, str, "a string", cure=cure)
+        named = f"the projector of layer {name!r}"
+        check_instance(named, projector, Projector, "a Projector", cure=cure)
 
 
 def as_tensor(array: Any) -> torch.Tensor:

@@ -16,12 +16,13 @@ def as_path(path: Any) -> Path:
     Raises
     ------
     PathError
-        If this is neither a string nor a path-like object of one.
+        If this is neither a string nor a path-like object of one, or is empty.
     """
     text = path if isinstance(path, str) else getattr(path, "__fspath__", lambda: None)()
-    if not isinstance(text, str) or "\0" in text:
+    if not isinstance(text, str) or not text or "\0" in text:
         raise PathError(
-            f"expected a path, a string or pathlib.Path without null characters, got {path!r:.80}"
+            "expected a path, a string or pathlib.Path that is not empty and has no null "
+            f"characters, got {path!r:.80}"
         )
     try:
         return Path(text).expanduser()

@@ -89,13 +89,7 @@ def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
 
 def _matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:
     if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise SettingError(
-                f"expected a regular expression as targets, got {targets!r} ({error}); "
-                "give names as a list"
-            ) from error
+        pattern = compile_pattern(targets)
         return lambda name, module: pattern.fullmatch(name) is not None
     form = "a regular expression, names of layers or a function of name and module"
     if isinstance(targets, (type, nn.Module)):
@@ -108,6 +102,24 @@ def _matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:
         check_instance("each name of the targets", name, str, "a string")
     ends = tuple(f".{name}" for name in names)
     return lambda name, module: name in names or name.endswith(ends)
+
+
+def compile_pattern(targets: str) -> re.Pattern[str]:
+    """Return targets that are a regular expression, compiled.
+
+    Raises
+    ------
+    SettingError
+        If they are none.
+    """
+    check_instance("targets", targets, str, "a regular expression")
+    try:
+        return re.compile(targets)
+    except re.error as error:
+        raise SettingError(
+            f"expected a regular expression as targets, got {targets!r} ({error}); "
+            "give names as a list"
+        ) from error
 
 
 def _require_some(named: dict[str, nn.Module], targets: Targets) -> dict[str, nn.Module]:
