@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument(
         "stages", nargs="*", metavar="stage", help="check, measure, study; all by default"
     )
-    parser.add_argument("--blocks", type=int, help="of LLaMA-3-8B's 32; by default what fits")
+    parser.add_argument("--blocks", type=int, help="of LLaMA-3-8B's 32; by default 8")
     parser.add_argument("--study-seconds", type=float, default=gpu_study.LIMIT, metavar="SECONDS")
     parser.add_argument("--bundle", type=Path, default=FOLDER, help="folder of the study's bundle")
     parser.add_argument("--quick", action="store_true", help="two blocks; of the study 20 steps")

@@ -1,9 +1,9 @@
 """Stage ``measure`` of `benchmarks.gpu`: learning and training beside their floors and PEFT.
 
-Learners of CuPy and torch on the same device; learning over a random-weight model of LLaMA-3-8B's
-shapes in bfloat16, as many blocks as fit, beside its bare forward pass and PEFT's EVA; a training
-step beside PEFT's LoRA and DoRA. The device's own floor (a large matrix product, a large copy)
-stands beside each.
+The default learner of CuPy and torch on the same device; learning over a random-weight model of
+LLaMA-3-8B's shapes in bfloat16, 8 of its blocks by default, beside its bare forward pass and
+PEFT's EVA; a training step beside PEFT's LoRA and DoRA. The device's own floor (a large matrix
+product, a large copy) stands beside each.
 """
 
 import copy
@@ -22,20 +22,25 @@ from benchmarks import floor
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Action, interleaved, medians, ratio
 from benchmarks.torch_peers import Late, Loader
-from ipa_core import IncrementalPCA, Learner, RandomizedSVD
+from ipa_core import RandomizedSVD
 from ipa_torch import attach, fit_projectors, select_layers
 
 RANK = 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARRAYS = "cupy" if DEVICE == "cuda" else "numpy"
-#: Weights of a block, with what DoRA keeps of 2,048 tokens for the backward pass, generously.
-BLOCK_BYTES = 3e9
+#: Of LLaMA-3-8B's 32.
+BLOCKS = 8
+#: Attention with random weights averages over all positions: what it returns falls off along every
+#: sequence, which a learner takes for a change. With queries this many times as long it is sharp.
+SHARPNESS = 4.0
+#: Seconds of EVA for each batch.
+EVA_SECONDS = 2.5
 Results: TypeAlias = Mapping[str, Any]
 Step: TypeAlias = Callable[[Results], Any]
 
 
 def learners(features: int, rows: int, batches: int, machine: floor.Machine) -> dict[str, Any]:
-    """Compare libraries and learners with the two bare products of the sketch's width."""
+    """Compare libraries with the two bare products of the sketch's width, in float32."""
     scale = torch.arange(1, features + 1, device=DEVICE) ** -0.5
     pool = [torch.randn(rows, features, device=DEVICE) * scale for _ in range(4)]
     basis = torch.linalg.qr(torch.randn(features, floor.width(RANK), device=DEVICE)).Q
@@ -46,8 +51,8 @@ def learners(features: int, rows: int, batches: int, machine: floor.Machine) -> 
             x = pool[number % 4]
             image = image + x.T @ (x @ basis)
 
-    def learn(make: Callable[[int], Learner], data: list[Any]) -> None:
-        learner = make(RANK)
+    def learn(data: list[Any]) -> None:
+        learner = RandomizedSVD(RANK)
         for number in range(batches):
             learner.update(data[number % 4])
         learner.finalize()
@@ -57,9 +62,7 @@ def learners(features: int, rows: int, batches: int, machine: floor.Machine) -> 
         other = importlib.import_module(ARRAYS)
         libraries[ARRAYS] = [other.from_dlpack(x) for x in pool]
     actions: dict[str, Action] = {"two bare products": bare} | {
-        f"{library} {make.__name__}": partial(learn, make, data)
-        for library, data in libraries.items()
-        for make in (RandomizedSVD, IncrementalPCA)
+        library: partial(learn, data) for library, data in libraries.items()
     }
     times = interleaved(actions, 3)
     entries = batches * rows * features
@@ -69,12 +72,6 @@ def learners(features: int, rows: int, batches: int, machine: floor.Machine) -> 
         for name, taken in medians(times).items()
     }
     return figures | {"floor": least / figures["two bare products"]["seconds"]}
-
-
-def fitting() -> int:
-    """Return how many of LLaMA-3-8B's 32 blocks the device holds in training."""
-    free, _ = torch.cuda.mem_get_info()
-    return max(1, min(32, int(free / BLOCK_BYTES)))
 
 
 def llama(blocks: int, tiny: bool) -> nn.Module:
@@ -97,9 +94,12 @@ def llama(blocks: int, tiny: bool) -> nn.Module:
     with torch.device(DEVICE):
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return LlamaForCausalLM(config).eval().requires_grad_(False)
+            model = LlamaForCausalLM(config).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= SHARPNESS
+    return model
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -115,36 +115,50 @@ def tokens(model: nn.Module, count: int, batch: int, length: int) -> list[dict[s
 def learning(
     model: nn.Module, batches: list[Any], rank: int, wide: floor.Machine
 ) -> dict[str, Any]:
-    """Compare a pass over all batches with the same pass, learning; then with EVA.
+    """Compare a pass over batches with the same pass, learning; a quarter of them with EVA.
 
-    Learners compute in float32, whatever the model does.
+    Learning costs a part for each token and a part for each layer: `per_token` is the ratio of
+    what the further three quarters take.
     """
     body = model.get_submodule("model")
     targets = list(select_layers(body, "all-linear"))
+    some = batches[: max(1, len(batches) // 4)]
 
-    def bare() -> None:
+    def run(part: list[Any]) -> None:
         with torch.no_grad():
-            for batch in batches:
+            for batch in part:
                 body(**batch)
 
-    learn = partial(fit_projectors, body, batches, rank, targets=targets, progress=False)
-    times = interleaved({"bare": bare, "learning": learn}, 3)
+    fit = partial(fit_projectors, body, rank=rank, targets=targets, progress=False)
+    actions: dict[str, Action] = {
+        "bare": partial(run, batches),
+        "learning": partial(fit, batches),
+        "bare, a quarter": partial(run, some),
+        "learning, a quarter": partial(fit, some),
+    }
+    times = interleaved(actions, 3)
     seconds = medians(times)
-    projectors = learn()
+    print(seconds, flush=True)
+    projectors = fit(some)
     least = wide.seconds(floor.two_products(rank, floor.entries(projectors)))
     own = {name: projector.components for name, projector in projectors.items()}
-    other = eva(body, batches, rank, targets)
+    other = eva(body, some, rank, targets)
+    bare, learn = actions["bare, a quarter"], actions["learning, a quarter"]
+    further = {name: seconds[name] - seconds[f"{name}, a quarter"] for name in ("bare", "learning")}
     return {
         **seconds,
+        "tokens": sum(batch["input_ids"].numel() for batch in batches),
         "ratio": ratio(times, "learning", "bare"),
-        "floor": 1 + least / seconds["bare"],
+        "ratio, a quarter": ratio(times, "learning, a quarter", "bare, a quarter"),
+        "per_token": further["learning"] / further["bare"],
+        "floor": 1 + least / seconds["bare, a quarter"],
         "peak_bytes": {"bare": peak_bytes(bare), "learning": peak_bytes(learn)},
         "lost": lost(body, own, batches[0]),
         "eva_seconds": other["seconds"],
         "eva_ended": other["ended"],
         "eva_lost": lost(body, other["a"], batches[0]) if other["ended"] else None,
-        "times_faster_than_eva": other["seconds"] / seconds["learning"],
-        "eva_floor": other["seconds"] / (seconds["bare"] + least),
+        "times_faster_than_eva": other["seconds"] / seconds["learning, a quarter"],
+        "eva_floor": other["seconds"] / (seconds["bare, a quarter"] + least),
     }
 
 
@@ -158,7 +172,7 @@ def eva(body: nn.Module, batches: list[Any], rank: int, targets: list[str]) -> d
     state: dict[str, torch.Tensor] = {}
     start = time.perf_counter()
     try:
-        state = get_eva_state_dict(wrapped, Loader(batches, seconds=5), show_progress_bar=False)
+        state = get_eva_state_dict(wrapped, Loader(batches, EVA_SECONDS), show_progress_bar=False)
     except Late:
         pass
     if DEVICE == "cuda":
@@ -237,17 +251,6 @@ def stepper(model: nn.Module, batch: Any) -> Action:
     return step
 
 
-def device() -> dict[str, Any]:
-    found: dict[str, Any] = {"name": DEVICE}
-    if importlib.util.find_spec(ARRAYS):  # its distribution has other names than the module
-        found[ARRAYS] = importlib.import_module(ARRAYS).__version__
-    if DEVICE == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        found |= {"name": torch.cuda.get_device_name(), "bytes": total, "free_bytes": free}
-        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return found
-
-
 def steps(tiny: bool, blocks: int | None) -> dict[str, Step]:
     """Return the steps in their order; each gets the results of those before it."""
     rank = 4 if tiny else RANK
@@ -259,16 +262,16 @@ def steps(tiny: bool, blocks: int | None) -> dict[str, Step]:
         return {n: floor.machine(DEVICE, dtype, **size).record() for n, dtype in dtypes.items()}
 
     def learner_times(results: Results) -> Any:
-        size = (128, 256, 4) if tiny else (4096, 8192, 64)
+        size = (128, 256, 4) if tiny else (4096, 8192, 64)  # features, rows, batches
         return learners(*size, _machine(results, "float32"))
 
     def count_blocks(results: Results) -> Any:
-        return 2 if tiny else blocks or fitting()
+        return 2 if tiny else blocks or BLOCKS
 
     def learning_times(results: Results) -> Any:
         frozen = model(results["blocks"], tiny)
-        batches = tokens(frozen, *((2, 2, 32) if tiny else (8, 8, 1024)))
-        return learning(frozen, batches, rank, _machine(results, "float32"))
+        batches = tokens(frozen, *((4, 2, 32) if tiny else (32, 8, 1024)))
+        return learning(frozen, batches, rank, _machine(results, "bfloat16"))
 
     def training_times(results: Results) -> Any:
         frozen = model(results["blocks"], tiny)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ipa_core._array import Array, Namespace, cast, device, eigh, row_energies, wide_dtype
+from ipa_core._array import Array, Namespace, cast, device, leading_eigh, row_energies, wide_dtype
 from ipa_core._threads import on_one_thread
 
 # Energy of a column of a sketch that is all rounding, in units of eps times that of a row.
@@ -53,12 +53,7 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-@on_one_thread
-def top_eigh(xp: Namespace, matrix: Array, count: int) -> tuple[Array, Array]:
-    """Return the ``count`` largest eigenvalues, decreasing, and their eigenvectors as columns."""
-    values, vectors = eigh(xp, (matrix + matrix.T) / 2)
-    leading = xp.flip(values)[:count]
-    return xp.clip(leading, min=0.0), xp.flip(vectors, axis=1)[:, :count]
+top_eigh = on_one_thread(leading_eigh)
 
 
 @on_one_thread

@@ -2,7 +2,14 @@
 
 from ipa_core._array.autograd import detached
 from ipa_core._array.conversion_hints import conversion_hint
-from ipa_core._array.dtypes import cast, dtype_name, half_dtype, state_dtype, wide_dtype
+from ipa_core._array.dtypes import (
+    cast,
+    dtype_name,
+    half_dtype,
+    half_matmul,
+    state_dtype,
+    wide_dtype,
+)
 from ipa_core._array.host_numbers import (
     group_sums,
     host_concat,
@@ -15,7 +22,7 @@ from ipa_core._array.masks import zero_rows, zero_where
 from ipa_core._array.namespaces import as_namespace, namespace
 from ipa_core._array.random_numbers import random_normal, random_signs
 from ipa_core._array.row_norms import row_energies, squared_norms_async
-from ipa_core._array.symmetric_eigen import eigh
+from ipa_core._array.symmetric_eigen import leading_eigh
 from ipa_core._array.transfer import (
     convert,
     from_numpy,
@@ -45,10 +52,11 @@ __all__ = [
     "detached",
     "device",
     "dtype_name",
-    "eigh",
+    "leading_eigh",
     "from_numpy",
     "group_sums",
     "half_dtype",
+    "half_matmul",
     "host_concat",
     "host_ones",
     "host_values",

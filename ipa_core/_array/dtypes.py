@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import array_api_compat
 
@@ -52,14 +52,20 @@ def wide_dtype(xp: Namespace, on: Device) -> DType:
 def half_dtype(xp: Namespace, on: Device) -> DType | None:
     """Return bfloat16 where the device multiplies it faster than float32, else None.
 
-    Known of processors with bfloat16 instructions, through torch. The sums of a product are taken
-    in float32 there, and its result is rounded.
+    Known through torch of processors with bfloat16 instructions, and of CUDA and ROCm devices with
+    bfloat16 matrix units (compute capability 8.0 and above).
     """
-    if not array_api_compat.is_torch_namespace(xp) or getattr(on, "type", None) != "cpu":
+    if not array_api_compat.is_torch_namespace(xp):
         return None
     torch = torch_module()
+    return torch.bfloat16 if _is_fast_in_half(torch, on) else None
+
+
+def _is_fast_in_half(torch: Any, on: Any) -> bool:
+    if on.type == "cuda":
+        return bool(torch.cuda.get_device_capability(on) >= (8, 0))
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return torch.bfloat16 if supported is not None and supported() else None
+    return on.type == "cpu" and supported is not None and bool(supported())
 
 
 def dtype_name(dtype: DType) -> str:
@@ -76,6 +82,18 @@ def available_dtype(xp: Namespace, dtype: DType, on: Device | None) -> DType:
     if name in available or (name in half and hasattr(xp, name)):
         return getattr(xp, name)
     return xp.float32
+
+
+def half_matmul(left: Array, right: Array) -> Array:
+    """Return a product of torch matrices in half precision, summed in float32.
+
+    The result is float32 on CUDA, where torch can return the sums as they are (torch 2.8 and
+    above), and rounded elsewhere.
+    """
+    torch = torch_module()
+    if left.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
 
 
 def cast(xp: Namespace, array: Array, dtype: DType) -> Array:

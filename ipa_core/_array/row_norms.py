@@ -13,6 +13,7 @@ from ipa_core._array.inspection import device
 from ipa_core._array.transfer import on_host, to_host_async
 from ipa_core._array.types import Array, HostArray, Namespace
 from ipa_core._sparse_rows import is_sparse, squared_lengths
+from ipa_core._torch_modes import torch_module
 
 
 def squared_norms(xp: Namespace, rows: Array) -> Array:
@@ -44,12 +45,16 @@ def squared_norms_async(xp: Namespace, matrices: Sequence[Array]) -> Callable[[]
         return lambda: squares
     if not matrices:
         return list
-    lengths = [xp.linalg.vector_norm(_single(xp, rows), axis=-1) for rows in matrices]
+    lengths = [_lengths(xp, rows) for rows in matrices]
     read = to_host_async(lengths[0] if len(lengths) == 1 else xp.concat(lengths))
     ends = list(accumulate(int(rows.shape[0]) for rows in matrices))
     return lambda: np.split(read() ** 2, ends[:-1])
 
 
-def _single(xp: Namespace, rows: Array) -> Array:
-    """Return rows in float32 at least: lengths in half precision would have two digits."""
-    return rows if rows.dtype == xp.float64 else cast(xp, rows, xp.float32)
+def _lengths(xp: Namespace, rows: Array) -> Array:
+    """Return the lengths of rows in float32 at least: in half precision they have two digits."""
+    if rows.dtype in (xp.float32, xp.float64):
+        return xp.linalg.vector_norm(rows, axis=-1)
+    if array_api_compat.is_torch_namespace(xp):  # on an accelerator a copy takes three times that
+        return torch_module().linalg.vector_norm(rows, dim=-1, dtype=xp.float32)
+    return xp.linalg.vector_norm(cast(xp, rows, xp.float32), axis=-1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from ipa_core import _array, _torch_modes, settings
-from ipa_core._array import Array, Namespace
+from ipa_core._array import Array, DType, Namespace
 from ipa_core.errors import IPAError
 from ipa_core.learners._pending_update import PendingUpdate
 from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, align_rows, join
@@ -57,6 +57,11 @@ class BlockLearner(ABC):
         """Fold whole blocks into the summary. Default: one by one."""
         for start in range(0, chunks.count, self._block_rows):
             self._absorb_block(xp, chunks.cut(start, start + self._block_rows).joined(xp))
+
+    @property
+    def _uncast_dtype(self) -> DType | None:
+        """Half precision in which rows are taken as they are. Default: none."""
+        return None
 
     def _begin_sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> tuple[Product, ...]:
         """Start products of rows that are not validated yet. Default: none."""
@@ -123,9 +128,13 @@ class BlockLearner(ABC):
         if full:
             self._absorb_chunks(xp, RowChunks(chunks.parts, sketch).cut(0, full))
             rest = chunks.cut(full, chunks.count).parts
-            self._pending = tuple(part.copy(xp) for part in rest)
+            self._pending = tuple(self._copied(xp, part) for part in rest)
         elif rows.count:
-            self._pending = (*self._pending, rows.copy(xp))
+            self._pending = (*self._pending, self._copied(xp, rows))
+
+    def _copied(self, xp: Namespace, rows: Rows) -> Rows:
+        """Return rows in the state's dtype that no later change of the batch can reach."""
+        return rows.cast(xp, self._template.dtype).copy(xp)
 
     def _whole_rows(self, count: int) -> int:
         """Return how many of so many rows are in whole blocks."""

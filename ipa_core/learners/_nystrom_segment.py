@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -65,10 +66,11 @@ class Segment:
         rows for longer than it takes.
         """
         if not self.is_half or x.shape[0] % BLOCK:
+            x = _array.cast(xp, x, self.basis.dtype)
             return Product(x, x @ self.basis)
         dtype = _array.half_dtype(xp, _array.device(x))
         half = _array.cast(xp, x, dtype)
-        return Product(half, half @ _array.cast(xp, self.basis, dtype))
+        return Product(half, _array.half_matmul(half, _array.cast(xp, self.basis, dtype)))
 
     def largest_energy(self, xp: Namespace) -> float:
         """Return the energy of the largest block that the image has room for."""
@@ -79,7 +81,9 @@ class Segment:
         image, count, energy = self.image, self.rows, self.energy
         for rows, product in parts:
             weighted = _array.cast(xp, rows.apply_weights(product.seen), product.x.dtype)
-            image = image + weighted.T @ product.x
+            is_half = product.x.dtype != image.dtype
+            matmul = _array.half_matmul if is_half else operator.matmul
+            image = image + matmul(weighted.T, product.x)
             count, energy = count + rows.count, energy + rows.energy()
         return replace(self, image=image, rows=count, energy=energy)
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from ipa_core import _sparse_rows
 from ipa_core._array import (
     Array,
+    DType,
     HostArray,
     HostMask,
     Namespace,
+    cast,
     device,
     from_numpy,
     host_concat,
@@ -66,6 +68,12 @@ class Rows:
         if not _sparse_rows.is_sparse(self.x):
             return self
         return Rows(self.x.toarray(), self.weights, self.squares, self.host_weights)
+
+    def cast(self, xp: Namespace, dtype: DType) -> Rows:
+        """Return the rows with ``x`` in a dtype."""
+        if self.x.dtype == dtype:
+            return self
+        return Rows(cast(xp, self.x, dtype), self.weights, self.squares, self.host_weights)
 
     def copy(self, xp: Namespace) -> Rows:
         """Return a copy that no later change of the caller's array can reach."""

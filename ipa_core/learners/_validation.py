@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ipa_core import _array, _sparse_rows, _torch_modes
-from ipa_core._array import Array, HostArray, Namespace
+from ipa_core._array import Array, DType, HostArray, Namespace
 from ipa_core._weight_validation import host_weights
 from ipa_core.errors import (
     ArrayTypeError,
@@ -40,11 +40,13 @@ def template_of(batch: Array, rank: int) -> Array:
     return template
 
 
-def validate(batch: Array, weights: Array | None, template: Array) -> PendingBatch:
+def validate(
+    batch: Array, weights: Array | None, template: Array, uncast: DType | None = None
+) -> PendingBatch:
     """Check a batch against the template; return its rows of positive weight.
 
     Rows of weight zero are dropped first, whatever their values; weights that are all 1 become
-    None.
+    None. The rows get the dtype of the template unless they have the dtype ``uncast``.
     """
     xp = match(batch, template)
     count = math.prod(batch.shape[:-1])
@@ -54,12 +56,11 @@ def validate(batch: Array, weights: Array | None, template: Array) -> PendingBat
         x, held = _drop_absent(xp, x, held)
     device = _array.device(template)
     on_device = None if held is None else _array.from_numpy(xp, held, device, template.dtype)
-    x = (
-        x.astype(template.dtype)
-        if _sparse_rows.is_sparse(x)
-        else _array.cast(xp, x, template.dtype)
-    )
-    return PendingBatch(xp, x, on_device, held)
+    if _sparse_rows.is_sparse(x):
+        x = x.astype(template.dtype)
+    elif uncast is None or x.dtype != uncast:
+        x = _array.cast(xp, x, template.dtype)
+    return PendingBatch(xp, x, template.dtype, on_device, held)
 
 
 def _as_rows(xp: Namespace, batch: Array, count: int) -> Array:
@@ -75,6 +76,7 @@ class PendingBatch:
 
     xp: Namespace
     x: Array
+    dtype: DType
     weights: Array | None
     host_weights: HostArray | None
 
@@ -92,7 +94,7 @@ class PendingBatch:
         """
         held = _array.host_ones(squares.size) if self.host_weights is None else self.host_weights
         rows = Rows(self.x, self.weights, squares, held)
-        _check_range(self.xp, rows)
+        _check_range(self.xp, rows, self.dtype)
         return rows
 
 
@@ -152,9 +154,8 @@ def _drop_absent(xp: Namespace, x: Array, weights: HostArray) -> tuple[Array, Ho
     return x, None if (weights == 1).all() else weights
 
 
-def _check_range(xp: Namespace, rows: Rows) -> None:
+def _check_range(xp: Namespace, rows: Rows, dtype: DType) -> None:
     """Raise if rows are not finite, or if their squares over- or underflow the dtype."""
-    dtype = rows.x.dtype
     energy = float(rows.squares.sum())
     # Lengths are squared on the host, in float64; products of rows are taken in their dtype.
     in_range = rows.squares.max(initial=0.0) <= float(xp.finfo(dtype).max)

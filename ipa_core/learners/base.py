@@ -138,7 +138,7 @@ class Learner(BlockLearner):
         if template is None:
             template = template_of(batch, self.rank)
         with _torch_modes.isolated(template), _array.ignore_overflow():
-            rows = validate(batch, weights, template)
+            rows = validate(batch, weights, template, self._uncast_dtype)
             parts = align(rows.xp, self._pending, rows.x, self._block_rows)
             products = self._begin_sketch(rows.xp, parts)
             seen = [product.seen for product in products]

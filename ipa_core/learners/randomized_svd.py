@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import ClassVar, Self
 
 from ipa_core import _array, settings
-from ipa_core._array import Array, HostArray, Namespace
+from ipa_core._array import Array, DType, HostArray, Namespace
 from ipa_core._linalg import principal_rows, truncate_rows, unit_rows
 from ipa_core.learners._novelty_detection import NoveltyTest
 from ipa_core.learners._nystrom_segment import BLOCK, Segment, with_probes
@@ -17,7 +17,7 @@ from ipa_core.learners._second_moment import SecondMoment
 from ipa_core.learners.base import Learner
 from ipa_core.learners.guarantee import Guarantee
 
-# Lengths of the segments, in sketch widths; the last one is that of all that follow. Short ones
+# Lengths of the first segments, in sketch widths; each further one is twice as long. Short ones
 # first: a short stream then sees several bases, and on a long one their cost is forgotten.
 _LENGTHS = (2, 8, 24, 80, 400)
 # Number of the length to go on with after a change of the stream.
@@ -42,7 +42,8 @@ class RandomizedSVD(Learner):
     :math:`C \approx Y (O^\top Y)^{-1} Y^\top`, and folded into a factor F of 5k/4 rows. The
     next basis holds the leading rows of F and k/8 probes: randomly signed sums of what the next 128
     rows have outside of F, power-iterated once on them. Segments have 2 k rows, 8 k, 24 k, 80 k,
-    and 400 k from then on. The first block of 128 rows is decomposed exactly.
+    400 k, and twice as many each time from then on. The first block of 128 rows is decomposed
+    exactly.
 
     Rows that O does not explain are looked for in every block, by their squared lengths. A row that
     alone would add a hundredth to the error is kept whole and folded into F. Where blocks miss more
@@ -67,9 +68,11 @@ class RandomizedSVD(Learner):
         next multiple of 16. More is more accurate and costs in proportion.
     half_products : bool, default True
         Round float32 rows, O and X O to bfloat16 for the two products where the processor
-        multiplies that faster: torch on CPUs with bfloat16 instructions. The image is summed in
-        float32. The excess error moves by 1e-7 to 4e-6. Norms, exact blocks and decompositions stay
-        in float32 and float64, and so do segments of which a basis misses less than 1/32.
+        multiplies that faster: torch on CPUs with bfloat16 instructions, and on CUDA and ROCm
+        devices of compute capability 8.0 and above. Rows in bfloat16 are multiplied as they are,
+        without a copy in float32. The image is summed in float32. The excess error moves by 1e-7 to
+        4e-6. Norms, exact blocks and decompositions stay in float32 and float64, and so do segments
+        of which a basis misses less than 1/32.
 
     Raises
     ------
@@ -230,8 +233,15 @@ class RandomizedSVD(Learner):
 
     def _set_aside(self, xp: Namespace, heavy: Rows) -> None:
         """Keep heavy rows whole until the segment ends."""
-        rows = heavy.sqrt_weighted(xp)
+        rows = heavy.cast(xp, self._template.dtype).sqrt_weighted(xp)
         self._heavy = rows if self._heavy is None else xp.concat([self._heavy, rows])
+
+    @property
+    def _uncast_dtype(self) -> DType | None:
+        """Half precision of rows that the open segment multiplies as they are."""
+        if self._segment is None or not self._segment.is_half or self.center:
+            return None
+        return _array.half_dtype(self._xp, _array.device(self._template))
 
     def _begin_sketch(self, xp: Namespace, parts: tuple[Array, ...]) -> tuple[Product, ...]:
         if self._segment is None or self.center:
@@ -352,7 +362,8 @@ class RandomizedSVD(Learner):
     def _first_block(self, xp: Namespace, chunks: RowChunks) -> Rows:
         """Return the first block, sparse if it lies in one piece of sparse rows."""
         block = chunks.cut(0, self._block_ends(chunks)[0])
-        return block.parts[0] if len(block.parts) == 1 else block.joined(xp)
+        rows = block.parts[0] if len(block.parts) == 1 else block.joined(xp)
+        return rows.cast(xp, self._template.dtype)
 
     def _block_ends(self, chunks: RowChunks) -> list[int]:
         """Return where the blocks of rows end; the last one takes what exceeds whole blocks."""
@@ -360,7 +371,8 @@ class RandomizedSVD(Learner):
         return [*range(size, chunks.count - size + 1, size), chunks.count]
 
     def _segment_limit(self) -> int:
-        return self._width * _LENGTHS[min(self._length, len(_LENGTHS) - 1)]
+        last = len(_LENGTHS) - 1
+        return self._width * _LENGTHS[min(self._length, last)] << max(0, self._length - last)
 
     def _rows_left(self) -> int:
         """Return how many rows the open segment takes until it ends, in whole blocks."""

@@ -13,6 +13,7 @@ from ipa_core import (
     excess_error,
     fit_projector,
 )
+from ipa_core._array import dtypes
 from tests.core import oracle
 
 ROWS, FEATURES, RANK = 3000, 40, 4
@@ -175,6 +176,26 @@ def test_half_precision_is_computed_in_float32(learner_class):
         projector = learner_class(RANK).update(half).finalize()
         assert projector.components.dtype == torch.float32
         assert excess(half.double().numpy(), projector) < allowed(learner_class)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [512, 700])
+def test_bfloat16_rows_are_multiplied_as_they_are(rows, weighted, monkeypatch):
+    """The result is that of their float32 copies, and no copy is made."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(dtypes, "_is_fast_in_half", lambda torch, on: True)
+    decay = torch.arange(1, 301) ** -0.3
+    x = (torch.randn(20 * rows, 300, generator=torch.manual_seed(0)) * decay).bfloat16()
+    weights = torch.rand(20 * rows) if weighted else torch.ones(20 * rows)
+    half, single = RandomizedSVD(RANK), RandomizedSVD(RANK)
+    for batch, w in zip(x.split(rows), weights.split(rows), strict=True):
+        taken = half.begin_update(batch, w).batch.x
+        is_half = half._segment is not None and half._segment.is_half
+        assert taken.dtype == (torch.bfloat16 if is_half else torch.float32)
+        half.update(batch, w)
+        single.update(batch.float(), w)
+    assert is_half
+    assert torch.equal(half.finalize().components, single.finalize().components)
 
 
 def test_numpy_float16(learner_class):

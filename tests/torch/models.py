@@ -54,11 +54,16 @@ def mlp(*sizes):
     return nn.Sequential(*layers[:-1])
 
 
+def generator(seed):
+    """Return a generator of random numbers on the device of the tensors that torch makes."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def decaying(rows, features, seed=0):
     """Rows whose directions have clearly different energies."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, features, generator=generator)
-    turn = torch.linalg.qr(torch.randn(features, features, generator=generator)).Q
+    source = generator(seed)
+    x = torch.randn(rows, features, generator=source)
+    turn = torch.linalg.qr(torch.randn(features, features, generator=source)).Q
     return (x / torch.arange(1, features + 1)) @ turn
 
 

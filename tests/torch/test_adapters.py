@@ -23,12 +23,11 @@ from ipa_torch import (
 )
 from ipa_torch.extension import energy_scale
 
-from .models import Transformer, decaying, mlp
+from .models import Transformer, decaying, generator, mlp
 
 
 def batch(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 20, (4, 9), generator=generator)
+    return torch.randint(0, 20, (4, 9), generator=generator(seed))
 
 
 def fitted(model, rank=3):
@@ -388,7 +387,7 @@ class TestConventions:
         for layer in ("q", "k", "v"):
             lora_B = getattr(half.attention[0], layer).lora_B
             lora_B["default"] = nn.Parameter(lora_B["default"].float())  # as attach makes it
-        x = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(4, 9, 12, generator=generator(0))
         saved = set()
 
         def pack(tensor):
@@ -414,7 +413,7 @@ class TestConventions:
         train(model)
 
         def gradients(run):
-            x = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(0))
+            x = torch.randn(4, 9, 12, generator=generator(0))
             x.requires_grad_(True)
             model.zero_grad()
             run(x).square().mean().backward()

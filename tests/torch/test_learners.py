@@ -37,7 +37,11 @@ def digest(learner):
     """Return a digest of all bytes of a learner's state."""
     state = hashlib.sha256()
     for key, value in sorted(learner.state_dict().items()):
-        data = value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
+        data = (
+            value.cpu().numpy().tobytes()
+            if isinstance(value, torch.Tensor)
+            else repr(value).encode()
+        )
         state.update(key.encode() + data)
     return state.hexdigest()
 

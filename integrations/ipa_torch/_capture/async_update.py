@@ -33,7 +33,8 @@ class AsyncUpdate:
     @classmethod
     def begin(cls, consumer: RowConsumer, rows: WeightedRows) -> Self:
         """Begin the update of a consumer by rows and weights."""
-        return cls(rows[0], _version(rows[0]), consumer.begin_update(*rows))
+        with torch._C.DisableTorchFunction():  # modes of the model's code, or of its trace
+            return cls(rows[0], _version(rows[0]), consumer.begin_update(*rows))
 
     def finish(self) -> None:
         """Complete the update.
@@ -48,7 +49,8 @@ class AsyncUpdate:
                 "expected a layer that does not change its input, got a change in place; "
                 "leave it out of the targets"
             )
-        self.pending.finish()
+        with torch._C.DisableTorchFunction():
+            self.pending.finish()
 
 
 def is_async_device(device: torch.device) -> bool:
