@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import inf, isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -33,7 +34,9 @@ LIMIT = 450.0
 #: Batches are padded to a multiple of this length: one graph for each.
 PADDED = 8
 #: Positions of all replicas that are computed at once, for the device's memory.
-POSITIONS = 28_000
+POSITIONS = 36_000
+#: Seconds of the limit that are planned for nothing.
+SPARE = 4.0
 #: Steps between two lines of progress; the number of steps is a multiple.
 ROUND = 100
 Write = Callable[[dict[str, Any]], None]
@@ -95,23 +98,26 @@ def tensor_float_32() -> Iterator[None]:
 def _run(plan: Plan, study: Study, began: float, until: float, keep: Write) -> dict[str, Any]:
     found: dict[str, Any] = {"replicas": len(study.runs), "products of adapters": "TF32 on CUDA"}
     found["seconds"] = {"setup": _since(began)}
-    start = time.monotonic()
     study.begin(min(ROUND, plan.steps))
-    found["untrained"] = {part: study.nats(part)[0] for part in ("validation", "test", "other")}
-    each = _since(start)
+    found["untrained"] = {}
+    for part in ("validation", "test", "other"):
+        start = time.monotonic()
+        found["untrained"][part] = study.nats(part)[0]
+        found["seconds"][part] = _since(start)
     keep(found)
     start = time.monotonic()
     by_length, found["graph"] = actions(study)
     taken = timed(study, by_length)
-    # Validation at each checkpoint and at the end, test, the other kind; each at most as above.
-    left = until - time.monotonic() - (len(plan.checkpoints) + 2) * each - 5
+    last = sum(found["seconds"][part] for part in ("validation", "test", "other"))
+    reserve = last + len(plan.checkpoints) * found["seconds"]["validation"] + SPARE
+    left = until - time.monotonic() - reserve
     count = fitting([taken[length] for length in study.lengths], plan.steps, left)
     found |= {"steps": count, "seconds_by_length": {str(n): s for n, s in sorted(taken.items())}}
-    found["seconds"] |= {"untrained": each, "capture": _since(start)}
+    found["seconds"]["capture"] = _since(start)
     keep(found)
     study.begin(count)
     start = time.monotonic()
-    ended = _train(plan, study, by_length, count, until - 2 * each, found, keep)
+    ended = _train(plan, study, by_length, count, until - last, found, keep)
     found["steps_ended"] = ended
     found["seconds"]["training"] = _since(start)
     found["seconds_per_step"] = found["seconds"]["training"] / ended
@@ -287,7 +293,8 @@ def chosen(runs: Sequence[Replica], validation: Sequence[float]) -> dict[str, di
     """Return each method's best rate on validation texts, and whether it is at the edge."""
     found = {}
     for method, rates in by_method(runs, validation).items():
-        best = min(rates, key=lambda rate: mean(rates[rate]))
+        finite = {rate: mean(nats) for rate, nats in rates.items() if isfinite(mean(nats))}
+        best = min(finite or rates, key=lambda rate: finite.get(rate, inf))
         tried = sorted(float(rate) for rate in rates)
         edge = float(best) in (tried[0], tried[-1])
         found[method] = {"rate": float(best), "edge": edge, "validation": rates}

@@ -1,5 +1,8 @@
 """Replicas trained at once are the runs trained alone."""
 
+import json
+import math
+
 import pytest
 import torch
 import transformers
@@ -65,6 +68,7 @@ def test_best_rate_is_below_no_training(found):
         assert method["mean"] < found["untrained"]["test"]
     assert len(found["seconds_by_length"]) > 1
     assert found["checkpoints"].keys() == {"10"}
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_padding_on_the_right_needs_no_mask(study, task_and_settings):
@@ -115,6 +119,13 @@ def test_schedule_is_that_of_transformers_and_adamw(spent):
 def test_schedule_needs_a_step_beside_those_of_a():
     with pytest.raises(ValueError, match="expected A to cost less than 4 steps, got 4"):
         schedule(4, [0.1, 0.1], [0.0, 4.0], 0.1)
+
+
+def test_a_rate_that_diverged_is_not_chosen():
+    runs = [gpu_study.Replica("LoRA", 0, rate) for rate in (0.1, 0.2, 0.3)]
+    found = gpu_study.chosen(runs, [math.nan, 2.0, 3.0])["LoRA"]
+    assert (found["rate"], found["edge"]) == (0.2, False)
+    assert gpu_study.chosen(runs, [math.nan] * 3)["LoRA"]["rate"] == 0.1
 
 
 def test_steps_that_fit():
