@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -83,6 +84,8 @@ def show(args: argparse.Namespace) -> None:
     projectors = _named(args.projectors, args.projectors.stem)
     print(_table([("", "rank", "features", "captured", "effective rank", "samples")], projectors))
     if args.plot is not None:
+        if args.plot.is_dir():
+            raise PathError(f"{args.plot}: expected a picture file to write, got a folder")
         plot = args.plot if args.plot.suffix else args.plot.with_suffix(".png")
         _check_output(plot, [args.projectors])
         replace_file(plot, _rendered(plotting.scree(projectors), plot.suffix[1:]))
@@ -189,10 +192,18 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 def main(arguments: Iterable[str] | None = None) -> int:
     """Run a command; return 0, or 1 after an error, 2 on wrong usage, 130 if interrupted."""
     args = parser().parse_args(None if arguments is None else list(arguments))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
         args.run(args)
-    except (IPAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        # The reader of the output has gone, as `head` does; Python flushes again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (IPAError, OSError, MemoryError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ipa_core.errors import IPAError, PathError, StreamError
+from ipa_core.errors import FileFormatError, IPAError, PathError, StreamError
 from ipa_core.io._formats.array_blocks import LabeledRows
 from ipa_core.io._formats.arrow import read_arrow
 from ipa_core.io._formats.hdf5 import read_hdf5
@@ -97,3 +97,7 @@ def _read_file(file: Path, key: str | None) -> Iterator[LabeledRows]:
         raise
     except OSError as error:
         raise PathError(f"{file}: expected a file that can be read, got {error}") from error
+    except Exception as error:  # of a format's library, by a damaged file
+        raise FileFormatError(
+            f"{file}: expected a {file.suffix} file of numbers, got {type(error).__name__}: {error}"
+        ) from error

@@ -67,7 +67,7 @@ class ActivationStore(Mapping[str, "StoredLayer"]):
         return len(self.index.layers)
 
     def __repr__(self) -> str:
-        rows = sorted({layer.samples for layer in self.values()})
+        rows = sorted({layer.samples for layer in self.values()}) or [0]
         listed = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
         return (
             f"ActivationStore({len(self)} layers, {listed} rows a layer, {self.index.dtype}, "

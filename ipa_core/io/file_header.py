@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ipa_core.errors import FileFormatError
+from ipa_core.errors import FileFormatError, IPAError
+
+
+@contextmanager
+def reading(source: object, form: str) -> Iterator[None]:
+    """Enclose the interpretation of a file's content, which may have any form.
+
+    Raises
+    ------
+    FileFormatError
+        Instead of an error that content of another form than ``form`` causes.
+    """
+    try:
+        yield
+    except IPAError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileFormatError(
+            f"{source}: expected {form}, got {type(error).__name__}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -64,8 +84,8 @@ class FileFormat:
         text = header.get("content")
         if not isinstance(text, str) or header.get("sha256") != self._digest(text, arrays or {}):
             raise FileFormatError(f"{source}: expected contents that match the digest, got others")
-        content: dict[str, Any] = json.loads(text)
-        return content
+        with reading(source, "JSON content"):
+            return dict(json.loads(text))
 
     def _digest(self, text: str, arrays: Mapping[str, Any]) -> str:
         """Hash format, content, and the names, dtypes, shapes and bytes of the arrays."""

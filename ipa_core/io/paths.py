@@ -57,6 +57,21 @@ def input_file(path: Any) -> Path:
     return source
 
 
+def read_file(path: Any) -> bytes:
+    """Return the bytes of an existing regular file.
+
+    Raises
+    ------
+    PathError
+        As `input_file`, or if the file cannot be read.
+    """
+    source = input_file(path)
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise PathError(f"{source}: expected a file that can be read, got {error}") from error
+
+
 def output_path(path: Any) -> Path:
     """Return the file to which a write to ``path`` goes: a regular file or a new name.
 

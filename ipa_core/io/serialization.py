@@ -18,7 +18,7 @@ from ipa_core import _array
 from ipa_core._array import Array, Device
 from ipa_core.errors import ArrayTypeError, FileFormatError, IPAError
 from ipa_core.io.atomic_write import replace_file
-from ipa_core.io.file_header import FileFormat
+from ipa_core.io.file_header import FileFormat, reading
 from ipa_core.io.paths import input_file
 from ipa_core.projector import Projector
 
@@ -111,14 +111,18 @@ def load(
     Projector(rank=2, features=3, captured=0.667, samples=3, numpy float64 on cpu)
     """
     content, tensors = _read(path, _PROJECTORS)
-    entries = content["projectors"]
-    distinct = {
-        name: _projector(name, entry, tensors, path).to(library, device=device)
-        for name, entry in entries.items()
-        if "same_as" not in entry
-    }
-    named = {name: distinct[entry.get("same_as", name)] for name, entry in entries.items()}
-    return named[""] if content["single"] else named
+    with reading(path, "named projectors"):
+        entries = content["projectors"]
+        distinct = {
+            name: _projector(name, entry, tensors, path)
+            for name, entry in entries.items()
+            if "same_as" not in entry
+        }
+        named = {name: distinct[entry.get("same_as", name)] for name, entry in entries.items()}
+        found = {"": named[""]} if content["single"] else named
+    moved = {id(p): p.to(library, device=device) for p in distinct.values()}
+    loaded = {name: moved[id(projector)] for name, projector in found.items()}
+    return loaded[""] if content["single"] else loaded
 
 
 def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipa_core.errors import FileFormatError, IPAError
+from ipa_core.errors import FileFormatError
 from ipa_core.io.atomic_write import replace_file
-from ipa_core.io.file_header import FileFormat
-from ipa_core.io.paths import input_file
+from ipa_core.io.file_header import FileFormat, reading
+from ipa_core.io.paths import read_file
+from ipa_core.settings import integer
 
 _FORMAT = FileFormat("ipa-activations", 3)
 INDEX = "index.json"
@@ -91,15 +92,9 @@ class Index:
             If there is no index.
         """
         path = folder / INDEX
-        try:
-            content = _FORMAT.unseal(json.loads(input_file(path).read_bytes()), path)
-            return cls._of(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, IPAError):
-                raise
-            raise FileFormatError(
-                f"{path}: expected the index of an activation store, got {error}"
-            ) from error
+        data = read_file(path)
+        with reading(path, "the index of an activation store"):
+            return cls._of(_FORMAT.unseal(json.loads(data), path))
 
     @classmethod
     def _of(cls, content: dict[str, Any]) -> Index:
@@ -109,7 +104,15 @@ class Index:
                 raise ValueError(
                     f"a shard {shard.file!r}, which is no name of a file in its folder"
                 )
+            if not isinstance(shard.sha256, str):
+                raise ValueError(f"{shard.sha256!r} as the digest of {shard.file}")
+            for number in (shard.rows, shard.bytes):
+                integer("rows and bytes of a shard", number, least=0, error=FileFormatError)
         named = content.pop("layers").items()
         layers = {name: tuple(shards[file] for file in files) for name, files in named}
         del content["shards"]
-        return cls(layers=layers, **content)
+        index = cls(layers=layers, **content)
+        integer("batches", index.batches, least=0, error=FileFormatError)
+        if index.dtype not in ("float16", "bfloat16") or not isinstance(index.ended, str | None):
+            raise ValueError(f"dtype {index.dtype!r}, ended {index.ended!r}")
+        return index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -9,7 +10,7 @@ from typing import Any
 
 from ipa_core import _array
 from ipa_core.errors import ArrayTypeError, FileFormatError, SettingError
-from ipa_core.settings import check_instance
+from ipa_core.settings import check_instance, integer
 
 
 def flatten(name: str, value: Any) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def check_state(
         If an entry is missing or of another form.
     """
     check_numbers(state, numbers)
+    integer("entry 'samples' of the state", state["samples"], least=0, error=FileFormatError)
     template = state.get("template")
     if template is None:
         if state["samples"]:
@@ -107,6 +109,7 @@ def check_state(
     if not _array.is_array(template) or template.ndim != 2 or template.shape[0] != 0:
         raise FileFormatError("expected a template of shape (0, features) in the state")
     check_arrays(state, ["template", "pending.x", "pending.weights", *arrays])
+    _check_pending(state, int(template.shape[1]))
     for name, cls in values.items():
         inner_numbers, inner_arrays = entries_of(name, cls)
         if any(key in state for key in (*inner_numbers, *inner_arrays)):
@@ -114,18 +117,35 @@ def check_state(
             check_arrays(state, inner_arrays)
 
 
+def _check_pending(state: Mapping[str, Any], features: int) -> None:
+    """Check that the pending rows of a state are a matrix, with a weight for each row, if any."""
+    if "pending.x" not in state:
+        return
+    rows, weights = state["pending.x"], state.get("pending.weights")
+    shape = () if rows is None else tuple(rows.shape)
+    weighted = shape[:1] if weights is None else tuple(weights.shape)
+    if shape[1:] != (features,) or weighted != shape[:1]:
+        raise FileFormatError(
+            f"expected pending rows of {features} features in the state, and a weight of each or "
+            f"none, got shapes {shape} and {weighted}"
+        )
+
+
 def check_numbers(state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Check that entries of a state are numbers.
+    """Check that entries of a state are numbers: counts, sums of weights and energies.
 
     Raises
     ------
     FileFormatError
-        If an entry is missing or of another type.
+        If an entry is missing, of another type, negative or not finite.
     """
     for name in names:
-        if not isinstance(state.get(name), (bool, int, float)):
-            got = reprlib.repr(state.get(name))
-            raise FileFormatError(f"expected a number as entry {name!r} of the state, got {got}")
+        value = state.get(name)
+        if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
+            raise FileFormatError(
+                f"expected a number of at least 0 as entry {name!r} of the state, got "
+                f"{reprlib.repr(value)}"
+            )
 
 
 def check_arrays(state: Mapping[str, Any], names: Iterable[str]) -> None:

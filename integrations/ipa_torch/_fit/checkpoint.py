@@ -18,6 +18,7 @@ import torch
 from ipa_core import load_state
 from ipa_core.errors import FileFormatError, SettingError, with_context
 from ipa_core.io.atomic_write import replace_file
+from ipa_core.io.file_header import reading
 from ipa_core.io.paths import as_path, output_folder
 from ipa_core.io.serialization import pack_state, unpack_state
 from ipa_torch._fit.attention_head_learners import LayerLearner
@@ -253,10 +254,11 @@ def _load(
         index = load_state(folder / _INDEX, library=torch)
         if (version := index.get("format_version", 1)) != _VERSION:
             raise FileFormatError(f"{folder}: expected format version {_VERSION}, got {version}")
+        position.check(index, folder)
         if index["seen"] != _seen([folder]):
             raise FileFormatError(f"{folder}: got the checkpoint of {index['seen']} batches")
-        position.check(index, folder)
-        state = _read_state(folder, index, collector.snapshot().node_of)
+        with reading(folder, "the index of a checkpoint"):
+            state = _read_state(folder, index, collector.snapshot().node_of)
     except (FileFormatError, OSError) as error:
         cure = f"resume from {steps[-2].name}" if len(steps) > 1 else "start over"
         raise FileFormatError(
@@ -291,8 +293,8 @@ def _read_state(
     return CollectorState(
         {name: nodes[name] for name in fresh},
         ran,
-        index["stopped"],
-        index["failed"],
+        dict(index["stopped"]),
+        dict(index["failed"]),
         frozenset(index["bypassed"]),
     )
 

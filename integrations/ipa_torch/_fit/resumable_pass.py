@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from ipa_core.errors import SettingError, StreamError
+from ipa_core.errors import FileFormatError, SettingError, StreamError
+from ipa_core.io.file_header import reading
+from ipa_core.settings import integer
 from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.weight_digests import WeightDigests
 
@@ -61,16 +63,23 @@ class ResumablePass:
 
         Raises
         ------
+        FileFormatError
+            If it is no state of a pass.
         SettingError
-            If it is not.
+            If it is one of another run.
         """
+        with reading(folder, "the state of a pass over batches"):
+            integer("seen", state["seen"], least=0, error=FileFormatError)
+            _random_state(state)
+            weights = {name: str(digest) for name, digest in state["weights"].items()}
+            _ = state["settings"], state["digest"]
         if state["settings"] != self.settings:
             raise SettingError(
                 f"{folder}: expected settings {dict(self.settings)}, got those of another run, "
                 f"{state['settings']}; use another folder, or delete this folder to start over"
             )
         if self.weights is not None:
-            self.weights.check(state["weights"], folder)
+            self.weights.check(weights, folder)
 
     def skip(self, batches: Iterator[Any], state: Mapping[str, Any], folder: Path) -> None:
         """Move to a `state` in a folder: read its batches, and restore its random numbers.
@@ -92,5 +101,11 @@ class ResumablePass:
                 f"expected the first {count} batches to be those of {folder}, got others; "
                 "read them in the same order (seed the loader), or delete the folder to start over"
             )
-        random = bytearray.fromhex(state["random"])
-        torch.set_rng_state(torch.frombuffer(random, dtype=torch.uint8))
+        torch.set_rng_state(_random_state(state))
+
+
+def _random_state(state: Mapping[str, Any]) -> torch.Tensor:
+    """Return the state of torch's random numbers on the host."""
+    random = torch.frombuffer(bytearray.fromhex(state["random"]), dtype=torch.uint8)
+    torch.Generator().set_state(random)  # raises if it is none
+    return random
