@@ -119,9 +119,9 @@ def load(
             if "same_as" not in entry
         }
         named = {name: distinct[entry.get("same_as", name)] for name, entry in entries.items()}
-        found = {"": named[""]} if content["single"] else named
+        named = {"": named[""]} if content["single"] else named
     moved = {id(p): p.to(library, device=device) for p in distinct.values()}
-    loaded = {name: moved[id(projector)] for name, projector in found.items()}
+    loaded = {name: moved[id(projector)] for name, projector in named.items()}
     return loaded[""] if content["single"] else loaded
 
 
