@@ -2,8 +2,8 @@
 
 A machine with a GPU often has no package index. The bundle holds all that the study needs there:
 the weights, the embeddings of the tokens that occur, the texts as tokens, the order in which each
-seed trains on them, and A of each method and seed, learned here. Weights and A are bfloat16; A is
-trained in float32 from there. Files have 58 MB at most.
+seed trains on them, and A of each method and seed, learned here. A and embeddings are bfloat16, and
+weights become it there; A is trained in float32. Files have 58 MB at most.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModel
 
-from benchmarks.assets import cache_folder
+from benchmarks.assets import cache_folder, smollm2
 from benchmarks.evidence import bundle
 from benchmarks.evidence.corpora import Corpus, corpus
 from benchmarks.evidence.likelihood_methods import LIKELIHOOD
@@ -73,13 +74,16 @@ class Plan:
 TINY = Plan(Plan().methods[:3], steps=12, seeds=2, checkpoints=(4,))
 
 
-def write(plan: Plan, task: LikelihoodTask, settings: Settings, folder: Path) -> list[Path]:
-    """Write the bundle of a plan; return its files."""
+def write(
+    plan: Plan, task: LikelihoodTask, settings: Settings, model: Path, folder: Path
+) -> list[Path]:
+    """Write the bundle of a plan, with the weights in a model's folder; return its files."""
     body, output = task.fresh(0).body, task.fresh(0).output
+    stored = AutoModel.from_pretrained(model, dtype=torch.float32)
     known = torch.unique(torch.cat([ids for rows in task.tokens.values() for ids, _ in rows]))
     tensors = {
         f"weights/{name}": tensor
-        for name, tensor in body.state_dict().items()
+        for name, tensor in stored.state_dict().items()
         if not name.startswith("embed_tokens")
     }
     tensors |= {"embedding": body.embed_tokens.weight[known], "output": output.weight}
@@ -150,23 +154,23 @@ def _order(plan: Plan, task: LikelihoodTask, settings: Settings) -> torch.Tensor
     return torch.stack(columns, 1)
 
 
-def headlines(plan: Plan) -> tuple[LikelihoodTask, Settings]:
+def headlines(plan: Plan) -> tuple[LikelihoodTask, Settings, Path]:
     """Return SmolLM2 on headlines, adapters in all blocks."""
     cache = cache_folder() / "likelihood"
     texts = corpus("headlines"), corpus("reviews")
     task = LikelihoodTask(*texts, sizes=SIZES["headlines"], adapted=30, cache=cache)
-    return task, Settings(rank=8, steps=plan.steps, batch_size=16, learn_from=128)
+    return task, Settings(rank=8, steps=plan.steps, batch_size=16, learn_from=128), smollm2()
 
 
 WORDS = ("a", "very", "good", "film", "plot", "it", "was", "bad", "dire", "indeed")
 
 
-def toy(plan: Plan, scratch: Path) -> tuple[LikelihoodTask, Settings]:
+def toy(plan: Plan, scratch: Path) -> tuple[LikelihoodTask, Settings, Path]:
     """Return a random-weight Llama on toy texts."""
     folder = _tiny_model(scratch / "model")
     texts, sizes = (_toy("toy"), _toy("other")), (60, 20, 30)
     task = LikelihoodTask(*texts, sizes=sizes, adapted=2, folder=folder, dtype=torch.float32)
-    return task, Settings(rank=2, steps=plan.steps, batch_size=8, learn_from=16)
+    return task, Settings(rank=2, steps=plan.steps, batch_size=8, learn_from=16), folder
 
 
 def _toy(name: str) -> Corpus:

@@ -220,7 +220,7 @@ def decoder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> L
     body.eval().requires_grad_(False)
     for name, parameter in body.named_parameters():
         if name != "embed_tokens.weight":
-            parameter.data = tensors[f"weights/{name}"].to(DEVICE)
+            parameter.data = tensors[f"weights/{name}"].to(DEVICE, tensors["output"].dtype)
     return body
 
 

@@ -50,7 +50,7 @@ def study(folder):
 
 @pytest.mark.parametrize("method", PLAN.methods)
 def test_replica_is_the_run_alone(method, found, task_and_settings, tmp_path):
-    task, settings = task_and_settings
+    task, settings, _ = task_and_settings
     cells = Cells(tmp_path / "cells.jsonl", "python -m toy")
     alone = LikelihoodStudy("toy", task, settings, cells, methods=LIKELIHOOD)
     adapter, together = Adapter(task, settings), found["methods"][method]
@@ -72,7 +72,7 @@ def test_best_rate_is_below_no_training(found):
 
 
 def test_padding_on_the_right_needs_no_mask(study, task_and_settings):
-    task, _ = task_and_settings
+    task, *_ = task_and_settings
     places = study.texts["validation"].lengths.argsort()[[0, 5, -1]]
     batch = collate([task.parts["validation"][place] for place in places])
     assert not batch["attention_mask"].all()
@@ -136,18 +136,22 @@ def test_steps_that_fit():
 
 
 def test_bundle_is_cut_into_parts_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "PART", 2000)
+    monkeypatch.setattr(bundle, "PART", 1000)
     tensors = {
         "half": torch.randn(40, 30).to(torch.bfloat16),
         "whole": torch.randn(3, 2, dtype=torch.float64)[:, 1:],
+        "unquantized": torch.randn(2, 32),
+        "quantized": torch.randint(16, (3, 64)) * 0.5 + torch.tensor([[-1.0], [0.25], [7.0]]),
         "numbers": torch.arange(5, dtype=torch.int32),
     }
     manifest, first, *more = bundle.write(tmp_path, {"rank": 8}, tensors)
-    assert manifest.name == "bundle.json" and first.stat().st_size == 2000 and more
+    assert manifest.name == "bundle.json" and first.stat().st_size == 1000 and more
     settings, found = bundle.read(tmp_path, "python -m pack")
     assert settings == {"rank": 8} and found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    kinds = {name: kind for name, (kind, _) in json.loads(manifest.read_text())["tensors"].items()}
+    assert kinds["quantized"] == bundle.FOUR_BITS and kinds["unquantized"] == "float32"
     content = first.read_bytes()
     first.write_bytes(content[:-1] + b"?")
     with pytest.raises(bundle.BundleError, match="got other bytes; run python -m pack"):
