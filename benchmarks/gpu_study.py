@@ -80,8 +80,15 @@ def run(plan: Plan, folder: Path, limit: float, keep: Write) -> dict[str, Any]:
     """Train the replicas of a bundle within a limit in seconds; return their nats."""
     began = time.monotonic()
     with tensor_float_32():
-        study = build(*bundle.read(folder, f"{COMMAND} {folder}"))
-        return _run(plan, study, began, began + limit, keep)
+        settings, tensors = bundle.read(folder, f"{COMMAND} {folder}")
+        study = build(settings, tensors)
+        found = {name: settings[name] for name in ("kinds", "rank")}
+        found |= {"blocks": settings["config"]["num_hidden_layers"], "replicas": len(study.runs)}
+        found |= {"adapters": "float32, products in TF32" if DEVICE == "cuda" else "float32"}
+        found["seconds"] = {"setup": _since(began)}
+        _run(plan, study, began + limit, found, keep)
+        found["seconds"]["all"] = _since(began)
+        return found
 
 
 @contextmanager
@@ -95,9 +102,8 @@ def tensor_float_32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _run(plan: Plan, study: Study, began: float, until: float, keep: Write) -> dict[str, Any]:
-    found: dict[str, Any] = {"replicas": len(study.runs), "products of adapters": "TF32 on CUDA"}
-    found["seconds"] = {"setup": _since(began)}
+def _run(plan: Plan, study: Study, until: float, found: dict[str, Any], keep: Write) -> None:
+    """Measure, time, train and measure again; add to what is found."""
     study.begin(min(ROUND, plan.steps))
     found["untrained"] = {}
     for part in ("validation", "test", "other"):
@@ -132,10 +138,8 @@ def _run(plan: Plan, study: Study, began: float, until: float, keep: Write) -> d
         method["nats"] = [tested["test"][place] for place in places]
         method["mean"] = round(mean(method["nats"]), 5)
         method["other"] = [tested["other"][place] for place in places]
-    found["seconds"]["all"] = _since(began)
     if DEVICE == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return found
 
 
 def _train(

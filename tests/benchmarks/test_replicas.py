@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("peft")
 
@@ -98,6 +99,29 @@ def test_gradient_of_a_replica_is_that_of_its_own_loss(study):
         replicas.backward(replicas.losses(hidden, labels)[one].sum())
         torch.testing.assert_close(replicas.gradients[one], together[one])
         assert not replicas.gradients[torch.arange(len(together)) != one].any()
+
+
+class CalledOperators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_no_number(study):
+    study.begin(PLAN.steps)
+    with CalledOperators() as called:
+        study.training.step(7)
+    assert {"bmm", "index_select", "lerp_"} <= called.names
+    assert not called.names & {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh"}
+    with CalledOperators() as called:
+        float(study.training.curve[0].mean())
+    assert "_local_scalar_dense" in called.names
 
 
 @pytest.mark.parametrize("spent", [0.0, 3.0])
