@@ -131,10 +131,10 @@ def test_convolution_with_its_own_forward_is_refused_until_its_view_is_registere
     assert view_of(Standardized(2, 2, 3)) == known(None)
 
 
-def test_gathered_rows_share_memory_that_grows():
+def test_gathered_rows_on_the_host_share_memory_that_grows():
     memory = GatherMemory()
-    subset = RowSubset(torch.tensor([3, 1, 1]), memory=memory)
-    small, large = decaying(5, 4), decaying(5, 8, seed=1)
+    subset = RowSubset(torch.tensor([3, 1, 1], device="cpu"), memory=memory)
+    small, large = decaying(5, 4).cpu(), decaying(5, 8, seed=1).cpu()
     first = subset.take(small)
     assert torch.equal(first, small[[3, 1, 1]])
     second = subset.take(large)
