@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import summary
+from benchmarks import gpu_table, summary
 from benchmarks.evidence.cells import FOLDER as EVIDENCE
 from benchmarks.evidence.cells import read
 from benchmarks.evidence.statistics import mean_and_deviation, of_method
@@ -140,6 +140,11 @@ def test_likelihoods_of_the_evidence_are_of_the_results():
     quoted = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", section)
     assert len(quoted) >= 3
     assert [text for text in quoted if text not in tables] == []
+
+
+def test_table_of_the_gpu_study_is_of_the_results():
+    study = json.loads((FOLDER / "gpu.json").read_text("utf-8"))["study"]
+    assert gpu_table.text(study) == (EVIDENCE / "likelihood_gpu.md").read_text("utf-8")
 
 
 def test_summary_is_of_the_results():
