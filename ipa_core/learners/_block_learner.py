@@ -18,8 +18,8 @@ from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch, alig
 class BlockLearner(ABC):
     """Learner as its algorithm sees it: blocks of rows, whatever the batches.
 
-    Rows wait until they fill a block. With ``center=True`` a block comes about its own mean, and
-    the jump of the mean as one more row. The parameters are those of `Learner`.
+    Rows wait until they fill a block. With ``center=True`` a block comes near its own mean, so that
+    its second moment is what it adds to the scatter. The parameters are those of `Learner`.
     """
 
     #: Number of passes over the stream that the learner asks for.
@@ -158,29 +158,43 @@ class BlockLearner(ABC):
         self._absorb_rows(xp, rows)
 
     def _centered(self, xp: Namespace, rows: Rows, weight: float) -> Rows:
-        """Return the block about its own mean, and the jump of the mean as one more row.
+        """Return rows with the scatter that the block adds to the scatter about the common mean.
 
         The scatter of two groups about their common mean is the sum of the scatters about their
-        own means and of W w / (W + w) times the outer square of the difference of the means: one
-        row, after which no algorithm needs to handle centering.
+        own means and of W w / (W + w) times the outer square of the difference D of the means.
+        Rows about their mean may all be shifted by sqrt(W / (W + w)) D, or one more row stands for
+        the difference: no algorithm needs to handle centering. A D longer than the rows so far
+        were on average would take digits from shifted rows.
         """
-        # About its first row the block is small, whatever the mean: no digits cancel.
-        pilot = rows.x[0, :]
-        x = rows.x - pilot
-        offset = xp.sum(rows.apply_weights(x), axis=0) / weight
-        x -= offset
+        x, pilot = rows.x, xp.zeros_like(rows.x[0, :])
+        if self._mean is None or self._exceeds(xp, self._mean, 0.01):
+            # About its first row the block is small, whatever the mean: no digits cancel.
+            pilot = rows.x[0, :]
+            x = x - pilot
+        offset = rows.weights_or_ones(xp) @ x / weight
         wide = _array.wide_dtype(xp, _array.device(x))
         mean = _array.cast(xp, pilot, wide) + _array.cast(xp, offset, wide)
-        centered = Rows.of(xp, x, rows.weights)
         if self._mean is None:
             self._mean = mean
-            return centered
-        return join(xp, (centered, self._move_mean(xp, mean, weight)))
+            return Rows.of(xp, x - offset, rows.weights)
+        difference, share = self._move_mean(mean, weight)
+        if self._exceeds(xp, difference, 1.0):
+            row = self._shift_row(xp, difference, share * weight)
+            return join(xp, (Rows.of(xp, x - offset, rows.weights), row))
+        offset = offset - _array.cast(xp, difference * math.sqrt(share), x.dtype)
+        return Rows.of(xp, x - offset, rows.weights)
 
-    def _move_mean(self, xp: Namespace, mean: Array, weight: float) -> Rows:
-        """Take another group's mean into the running one; return the row that stands for it."""
-        total = self._weight + weight
-        difference = mean - self._mean
-        self._mean = self._mean + difference * (weight / total)
-        row = difference * math.sqrt(self._weight * weight / total)
+    def _exceeds(self, xp: Namespace, vector: Array, share: float) -> bool:
+        """Return whether a share of a vector's energy exceeds the mean energy of a row."""
+        return share * float(xp.sum(vector**2)) * self._weight > self._energy
+
+    def _move_mean(self, mean: Array, weight: float) -> tuple[Array, float]:
+        """Take another group's mean into the running one; return their difference, W / (W + w)."""
+        difference, share = mean - self._mean, self._weight / (self._weight + weight)
+        self._mean = self._mean + difference * (1 - share)
+        return difference, share
+
+    def _shift_row(self, xp: Namespace, difference: Array, weight: float) -> Rows:
+        """Return the row that stands for a difference of means."""
+        row = difference * math.sqrt(weight)
         return Rows.of(xp, _array.cast(xp, row, self._template.dtype)[None, :])

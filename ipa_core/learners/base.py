@@ -167,7 +167,8 @@ class Learner(BlockLearner):
         xp = self._xp
         merged, right = self._flushed(), other._flushed()
         if merged._mean is not None:
-            shift = merged._move_mean(xp, right._mean, right._weight)
+            difference, share = merged._move_mean(right._mean, right._weight)
+            shift = merged._shift_row(xp, difference, share * right._weight)
             merged._energy += shift.energy()
             merged._absorb_shift(xp, shift)
         merged._absorb_summary(xp, right)

@@ -44,9 +44,9 @@ class WrongFactor(ExactCovariance):
 class NoMeanCorrection(ExactCovariance):
     """Centers each block about its own mean and forgets that the means differ."""
 
-    def _move_mean(self, xp, mean, weight):
-        shift = super()._move_mean(xp, mean, weight)
-        return Rows.of(xp, 0 * shift.x)
+    def _move_mean(self, mean, weight):
+        difference, share = super()._move_mean(mean, weight)
+        return 0 * difference, share
 
 
 class SquaredWeights(ExactCovariance):
