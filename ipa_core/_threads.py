@@ -57,8 +57,8 @@ def _torch_thread() -> Iterator[None]:
     """Set the number of torch's threads, which each thread of a program has for itself."""
     torch = torch_module()
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -31,9 +31,13 @@ def isolated(array: object) -> AbstractContextManager[object]:
     recorded = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     if not recorded and not _is_autocast(array):  # as in most updates of a model's learners
         return nullcontext()
-    context = recorded_nowhere()
-    context.enter_context(no_autocast(array))
-    return context
+    return _isolated(array)
+
+
+@contextmanager
+def _isolated(array: object) -> Iterator[None]:
+    with recorded_nowhere(), no_autocast(array):
+        yield
 
 
 def isolated_method(method: Method) -> Method:
@@ -47,14 +51,13 @@ def isolated_method(method: Method) -> Method:
     return cast(Method, run)
 
 
-def recorded_nowhere() -> ExitStack:
-    """Return a context without torch's inference mode and autograd."""
+@contextmanager
+def recorded_nowhere() -> Iterator[None]:
+    """Leave torch's inference mode and autograd."""
     torch = torch_module()
-    context = ExitStack()
-    if torch.is_inference_mode_enabled():
-        context.enter_context(torch.inference_mode(False))
-    context.enter_context(torch.no_grad())
-    return context
+    inferring = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if inferring else nullcontext(), torch.no_grad():
+        yield
 
 
 def no_autocast(array: Any) -> AbstractContextManager[object]:

@@ -9,7 +9,8 @@ from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_core.settings import check_instance
-from ipa_torch._adapters.adapter_layer import adapter_layers
+from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
+from ipa_torch._adapters.atomic_change import atomic_change
 from ipa_torch._adapters.pass_lock import changing
 
 
@@ -48,7 +49,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     """
     if adapter_name is not None:
         existing_adapter(model, adapter_name)
-    with changing(model):
+    with atomic_change(model):
         for _, layer in adapter_layers(model):
             layer.active = (
                 adapter_name if adapter_name is not None and adapter_name in layer.lora_B else None
@@ -73,19 +74,30 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     >>> with disable_adapter(model):
     ...     y = model(torch.ones(1, 2))
     """
-    with changing(model):
-        before = [(layer, layer.active, layer.merged) for _, layer in adapter_layers(model)]
-        for layer, _, _ in before:
-            layer.active = None
-            layer.unmerge()
+    before: list[tuple[AdapterLayer, str | None, str | None]] = []
     try:
+        with atomic_change(model):
+            before += [(layer, layer.active, layer.merged) for _, layer in adapter_layers(model)]
+            for layer, _, _ in before:
+                layer.active = None
+                layer.unmerge()
         yield
     finally:
-        with changing(model):
-            for layer, active, merged in before:
-                layer.active = active
-                if merged is not None:
-                    layer.merge(merged)
+        try:
+            _enable(model, before)
+        except BaseException:  # an interruption, say
+            _enable(model, before)
+            raise
+
+
+def _enable(model: nn.Module, before: list[tuple[AdapterLayer, str | None, str | None]]) -> None:
+    """Give adapter layers the active and merged adapters that they had."""
+    with changing(model):
+        for layer, active, _ in before:
+            layer.active = active
+        for layer, _, merged in before:
+            if merged is not None:
+                layer.merge(merged)
 
 
 def existing_adapter(model: nn.Module, adapter_name: str) -> str:

@@ -199,10 +199,13 @@ class AdapterLayer(nn.Module):
             lora_B = self.lora_B[name].to(wide) * projection.scale.to(wide)
             delta = self.view.delta_weight(lora_B @ projection.weight.to(wide), weight)
             merged = (weight.to(wide) + delta).to(weight.dtype)
-        self._unmerged_weight = (weight,)
-        # A new parameter: a tied weight (of an embedding) must not change.
-        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
-        self.merged = name
+        self._unmerged_weight, self.merged = (weight,), name
+        try:
+            # A new parameter: a tied weight (of an embedding) must not change.
+            self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        except BaseException:
+            self.unmerge()
+            raise
 
     def unmerge(self) -> None:
         """Restore the old weight, bit by bit."""

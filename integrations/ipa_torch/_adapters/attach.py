@@ -14,6 +14,7 @@ from ipa_core.settings import boolean, check_instance
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters, set_adapter
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.adapter_scale import Scaling, check_scaling, resolve_scale
+from ipa_torch._adapters.atomic_change import atomic_change
 from ipa_torch._adapters.class_checks import warn_of_class_checks
 from ipa_torch._adapters.freezing import freeze, unfreeze
 from ipa_torch._adapters.layer_replacement import (
@@ -22,7 +23,7 @@ from ipa_torch._adapters.layer_replacement import (
     restore_base_layers,
 )
 from ipa_torch._adapters.merge import warn_of_merged_weights
-from ipa_torch._adapters.pass_lock import changing, remove_pass_lock
+from ipa_torch._adapters.pass_lock import remove_pass_lock
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._distributed.parallel_wrappers import check_unwrapped
 from ipa_torch._layers.adapter_support import check_fit
@@ -114,7 +115,7 @@ def attach(
     }
     layer_specs = {name: specs[id(projector)] for name, projector in projectors.items()}
     model = unwrap_model(model)
-    with changing(model):
+    with atomic_change(model, structure=True):
         add_adapter(model, layer_specs, dropout, adapter_name)
 
 
@@ -228,7 +229,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
       (0): Linear(in_features=16, out_features=4, bias=True)
     )
     """
-    with changing(model):
+    with atomic_change(model, structure=True):
         for name in (
             list_adapters(model)
             if adapter_name is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from ipa_core import Projector
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._float64 import in_float64
 
+Writes: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
+
 
 def change_basis(
     projection: SharedProjection,
@@ -19,8 +22,8 @@ def change_basis(
     projector: Projector,
     scale: float,
     optimizer: torch.optim.Optimizer | None,
-) -> dict[str, float]:
-    """Replace P, and change the basis of B and of its first moment; return the lost shares.
+) -> tuple[Writes, dict[str, float]]:
+    """Return the values for a new P, for B and its first moment in the new basis, and lost shares.
 
     The lost share of a layer is the part of B P_old outside the new span, in Frobenius norm.
     """
@@ -28,21 +31,23 @@ def change_basis(
     new = procrustes_align(old, in_float64(projector.components).to(old.device))
     transition = old @ new.T
     ratio = float(projection.scale) / scale
-    lost_share = {}
+    lost_share: dict[str, float] = {}
+    writes: Writes = []
     with torch.no_grad():
         for name, parameter in lora_B.items():
             before = in_float64(parameter)
             after = before @ transition
             lost_share[name] = _share_outside_span(before, after)
-            parameter.copy_((ratio * after).to(parameter.dtype))
+            writes.append((parameter, (ratio * after).to(parameter.dtype)))
             states = {} if optimizer is None else optimizer.state
             moment = states.get(parameter, {}).get("exp_avg")
             if moment is not None:
                 # Gradients rotate as their parameter does, and scale inversely.
-                moment.copy_((in_float64(moment) @ transition / ratio).to(moment.dtype))
-        projection.weight.copy_(new.to(projection.weight.dtype))
-        projection.scale.fill_(scale)
-    return lost_share
+                rotated = in_float64(moment) @ transition / ratio
+                writes.append((moment, rotated.to(moment.dtype)))
+    writes.append((projection.weight, new.to(projection.weight.dtype)))
+    writes.append((projection.scale, torch.full_like(projection.scale, scale)))
+    return writes, lost_share
 
 
 def procrustes_align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

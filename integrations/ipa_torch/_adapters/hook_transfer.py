@@ -10,7 +10,9 @@ from torch import nn
 
 from ipa_torch._capture.hooks import HOOKS
 
-_FLAGS = (
+#: Attributes of a module with its hooks, and what torch notes about them.
+HOOK_ATTRIBUTES = (
+    *HOOKS,
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -23,7 +25,7 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
 
     The dictionaries themselves change place, so that handles still remove their hooks.
     """
-    for name in (*HOOKS, *_FLAGS):
+    for name in HOOK_ATTRIBUTES:
         moved, others = getattr(source, name), getattr(target, name)
         setattr(source, name, others)
         setattr(target, name, moved)

@@ -39,7 +39,7 @@ def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Mod
     """
     # Neither into the old layers nor into their adapter layers, which contain them.
     skipped = {id(module) for pair in replacements.items() for module in pair}
-    for held, replace, _ in list(_references(model, skipped)):
+    for held, replace, _ in list(module_references(model, skipped)):
         if isinstance(held, nn.Module) and held in replacements and replace is not None:
             replace(replacements[held])
 
@@ -53,7 +53,7 @@ def check_replaceable(model: nn.Module, layers: Mapping[str, nn.Module]) -> None
         If a tuple, set, bound method or partial function holds one, which cannot be changed.
     """
     names = {id(layer): name for name, layer in layers.items()}
-    for held, replace, place in _references(model, set(names)):
+    for held, replace, place in module_references(model, set(names)):
         if id(held) in names and replace is None:
             raise LayerError(
                 f"layer {names[id(held)]!r}: expected a layer that is called by its name in the "
@@ -62,7 +62,9 @@ def check_replaceable(model: nn.Module, layers: Mapping[str, nn.Module]) -> None
             )
 
 
-def _references(root: nn.Module, skipped: set[int]) -> Iterator[tuple[Any, _Replace | None, str]]:
+def module_references(
+    root: nn.Module, skipped: set[int]
+) -> Iterator[tuple[Any, _Replace | None, str]]:
     """Yield all modules that a module holds, with the call that replaces each, and its place."""
     seen = set(skipped)
     stack: list[tuple[Any, str]] = [(root, type(root).__name__)]

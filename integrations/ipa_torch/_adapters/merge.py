@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters
 from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
-from ipa_torch._adapters.pass_lock import changing
+from ipa_torch._adapters.atomic_change import atomic_change
 from ipa_torch.errors import LayerError
 
 
@@ -57,23 +57,9 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> None:
     for name, layer, _ in selected:
         if (reason := layer.merge_obstacle()) is not None:
             raise LayerError(f"layer {name!r}: {reason}; leave the adapters unmerged")
-    before = [(layer, layer.merged) for _, layer, _ in selected]
-    with changing(model):
-        try:
-            for _, layer, wanted in selected:
-                layer.merge(wanted)
-        except BaseException:
-            _restore_merged(before)
-            raise
-
-
-def _restore_merged(before: Iterable[tuple[AdapterLayer, str | None]]) -> None:
-    """Put back the weights of layers as they were before a merge that failed."""
-    for layer, merged in before:
-        if layer.merged != merged:
-            layer.unmerge()
-            if merged is not None:
-                layer.merge(merged)
+    with atomic_change(model):
+        for _, layer, wanted in selected:
+            layer.merge(wanted)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -87,7 +73,7 @@ def unmerge(model: nn.Module) -> None:
     >>> from ipa_torch import unmerge
     >>> unmerge(torch.nn.Linear(2, 2))  # no effect without a merged adapter
     """
-    with changing(model):
+    with atomic_change(model):
         for _, layer in adapter_layers(model):
             layer.unmerge()
 

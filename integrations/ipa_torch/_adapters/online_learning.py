@@ -15,7 +15,8 @@ from ipa_core.learners.factory import make_learner
 from ipa_core.settings import check_instance
 from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
 from ipa_torch._adapters.adapter_scale import Scaling, check_scaling, resolve_scale
-from ipa_torch._adapters.basis_change import change_basis
+from ipa_torch._adapters.atomic_change import write_tensors
+from ipa_torch._adapters.basis_change import Writes, change_basis
 from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.activation_rows import ActivationRows
@@ -169,16 +170,20 @@ class OnlineLearning:
         lost_share: dict[str, float] = {}
         learners = {next(iter(g)): self._learners[p] for p, g in self._groups.items()}
         projectors = merge_across_ranks(learners, world())
-        for (projection, layers), projector in zip(
-            self._groups.items(), projectors.values(), strict=True
-        ):
-            if projector is None or projector.samples < projection.rank:
-                lost_share |= dict.fromkeys(layers, 0.0)
-                continue
-            lora_B = {name: layer.lora_B[self._adapter] for name, layer in layers.items()}
-            scale = resolve_scale(projector, self._scaling)
-            with changing(self._model):
-                lost_share |= change_basis(projection, lora_B, projector, scale, optimizer)
+        writes: Writes = []
+        with changing(self._model):
+            for (projection, layers), projector in zip(
+                self._groups.items(), projectors.values(), strict=True
+            ):
+                if projector is None or projector.samples < projection.rank:
+                    lost_share |= dict.fromkeys(layers, 0.0)
+                    continue
+                lora_B = {name: layer.lora_B[self._adapter] for name, layer in layers.items()}
+                scale = resolve_scale(projector, self._scaling)
+                changed, lost = change_basis(projection, lora_B, projector, scale, optimizer)
+                writes += changed
+                lost_share |= lost
+            write_tensors(writes)
         self._fresh = False
         self._forward.clear()
         return lost_share

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -36,6 +38,9 @@ class PassLock:
     def __init__(self) -> None:
         self._condition = threading.Condition(threading.Lock())
         self._passes: dict[int, int] = {}
+        #: Threads whose pass began with a call of the model. torch calls no hook at the end of a
+        #: pass that a KeyboardInterrupt ends; the stack of the thread shows it then.
+        self._called: set[int] = set()
         self._changing: int | None = None
         self._changes_queued = 0
 
@@ -62,7 +67,9 @@ class PassLock:
             depth = self._passes.pop(thread, 1) - 1
             if depth:
                 self._passes[thread] = depth
-            elif self._changes_queued:
+                return
+            self._called.discard(thread)
+            if self._changes_queued:
                 self._condition.notify_all()
 
     @contextmanager
@@ -78,25 +85,26 @@ class PassLock:
         if self._changing == thread:  # a change within a change
             yield
             return
-        with self._condition:
-            self._changes_queued += 1
-            try:
-                free = self._condition.wait_for(lambda: self._is_free(thread), _PATIENCE)
-            finally:
-                self._changes_queued -= 1
-                self._condition.notify_all()
-            if not free:
-                raise SettingError(
-                    f"expected forward passes of other threads to end within {_PATIENCE:.0f} "
-                    f"seconds, got {len(self._passes)} that still run; stop serving first"
-                )
-            self._changing = thread
         try:
+            with self._condition:
+                self._changes_queued += 1
+                try:
+                    free = self._condition.wait_for(lambda: self._is_free(thread), _PATIENCE)
+                finally:
+                    self._changes_queued -= 1
+                    self._condition.notify_all()
+                if not free:
+                    raise SettingError(
+                        f"expected forward passes of other threads to end within {_PATIENCE:.0f} "
+                        f"seconds, got {len(self._passes)} that still run; stop serving first"
+                    )
+                self._changing = thread
             yield
         finally:
             with self._condition:
-                self._changing = None
-                self._condition.notify_all()
+                if self._changing == thread:
+                    self._changing = None
+                    self._condition.notify_all()
 
     def _enter(self, free: Any) -> None:
         thread = threading.get_ident()
@@ -107,19 +115,45 @@ class PassLock:
             self._passes[thread] = depth + 1
 
     def _is_free(self, thread: int) -> bool:
+        if others := self._called - {thread}:
+            stacks = sys._current_frames()
+            for other in others:
+                if not any(_module_calls(stacks.get(other))):
+                    self._forget(other)
         return self._changing is None and not self._passes.keys() - {thread}
+
+    def _forget(self, thread: int) -> None:
+        """Remove a pass that was interrupted."""
+        self._called.discard(thread)
+        self._passes.pop(thread, None)
 
     # Hooks of the model. Compiled code has no use for them: it is compiled anew after a change.
 
     def pre_hook(self, module: nn.Module, args: Any) -> None:
         """Begin a pass."""
-        if not torch.compiler.is_compiling():
-            self.enter_pass()
+        if torch.compiler.is_compiling():
+            return
+        thread = threading.get_ident()
+        if thread in self._called:
+            calls = _module_calls(sys._getframe())
+            if sum(called is module for called in calls) == 1:
+                self._forget(thread)
+        self.enter_pass()
+        if self._passes[thread] == 1:
+            self._called.add(thread)
 
     def post_hook(self, module: nn.Module, args: Any, output: Any) -> None:
         """End a pass, also after an exception."""
         if not torch.compiler.is_compiling():
             self.leave_pass()
+
+
+def _module_calls(frame: FrameType | None) -> Iterator[object]:
+    """Yield the modules whose calls are on a stack, the innermost first."""
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            yield frame.f_locals.get("self")
+        frame = frame.f_back
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from ipa_core.errors import FileFormatError
 from ipa_core.settings import check_instance
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters
 from ipa_torch._adapters.adapter_layer import adapter_layers
+from ipa_torch._adapters.atomic_change import atomic_change
 from ipa_torch._adapters.attach import ProjectionSpec, add_adapter, check_new
 from ipa_torch._adapters.layer_replacement import check_replaceable
-from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._distributed.parallel_wrappers import check_unwrapped
 from ipa_torch._layers.adapter_support import check_fit
@@ -126,7 +126,7 @@ def load_adapter_state_dict(
             )
     check_replaceable(model, {name: get_layer(model, name) for name in layers})
     layer_specs = {name: specs[number] for name, (number, _) in layers.items()}
-    with changing(model):
+    with atomic_change(model, structure=True):
         if adapter_name in list_adapters(model):
             for _, layer in adapter_layers(model):
                 if adapter_name in layer.lora_B:

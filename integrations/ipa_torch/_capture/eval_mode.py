@@ -27,7 +27,11 @@ class _GlobalState:
     def acquire(self) -> Iterator[None]:
         with self._lock:
             if not self._holders:
-                self._set()
+                try:
+                    self._set()
+                except BaseException:
+                    self._restore.close()
+                    raise
             self._holders += 1
         try:
             yield
@@ -57,21 +61,34 @@ class _TrainingFlags:
 
     @contextmanager
     def cleared(self, modules: list[nn.Module]) -> Iterator[None]:
-        with self._lock:
-            for module in modules:
-                holders, training = self._held.get(id(module), (0, module.training))
-                self._held[id(module)] = holders + 1, training
-                module.training = False
+        cleared: list[nn.Module] = []
         try:
-            yield
-        finally:
             with self._lock:
                 for module in modules:
-                    holders, training = self._held.pop(id(module))
-                    if holders > 1:
-                        self._held[id(module)] = holders - 1, training
-                    else:
-                        module.training = training
+                    key = id(module)
+                    holders, training = self._held.get(key, (0, module.training))
+                    cleared.append(module)
+                    self._held[key] = holders + 1, training
+                    module.training = False
+            yield
+        finally:
+            try:
+                self._restore(cleared)
+            except BaseException:  # an interruption
+                self._restore(cleared)
+                raise
+
+    def _restore(self, cleared: list[nn.Module]) -> None:
+        """Take modules from a list, and restore the flags of those that no other fit holds."""
+        with self._lock:
+            while cleared:
+                key = id(cleared[-1])
+                module, (holders, training) = cleared.pop(), self._held[key]
+                if holders > 1:
+                    self._held[key] = holders - 1, training
+                else:
+                    del self._held[key]
+                    module.training = training
 
 
 _GLOBAL_STATE, _TRAINING_FLAGS = _GlobalState(), _TrainingFlags()

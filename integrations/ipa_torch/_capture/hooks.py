@@ -80,15 +80,19 @@ class HookSet:
         self._thread = threading.get_ident()
         try:
             for hook in self._hooks:
-                handle = hook.register(partial(self._call, hook))
-                self._handles.setdefault(hook.name, []).append(handle)
+                handles = self._handles.setdefault(hook.name, [])
+                handles += [hook.register(partial(self._call, hook))]
         except BaseException:
             self._remove_all()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._remove_all()
+        try:
+            self._remove_all()
+        except BaseException:  # an interruption
+            self._remove_all()
+            raise
 
     def _call(self, hook: Hook, *args: Any) -> Any:
         in_backward = torch._C._current_graph_task_id() != -1
@@ -99,8 +103,9 @@ class HookSet:
 
     def remove(self, name: str | None) -> None:
         """Remove the hooks of a name, if they are registered."""
-        for handle in self._handles.pop(name, ()):
+        for handle in self._handles.get(name, ()):
             handle.remove()
+        self._handles.pop(name, None)
 
     def _remove_all(self) -> None:
         for name in list(self._handles):
