@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import argparse
 import io
-import shutil
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 from peft import LoraConfig, TaskType
 
 from ipa_core import __version__
 from ipa_core.documentation import page_path
-from ipa_core.errors import IPAError, first_cause
+from ipa_core.errors import IPAError, PathError, SettingError, first_cause
 from ipa_core.io.atomic_write import replace_file
+from ipa_core.io.paths import as_path
 from ipa_core.text_table import align
-from ipa_hf.adapter_metadata import AdapterMetadata
+from ipa_hf.adapter_directory import check_output, save_adapter
+from ipa_hf.adapter_metadata import AdapterMetadata, find_metadata
 from ipa_hf.calibration_data import CalibrationData
 from ipa_hf.first_token_mask import without_first_token
 from ipa_hf.initialize import get_ipa_model
+from ipa_hf.model_files import file_errors, load_model
 from ipa_torch import CheckpointConfig, attention_mask
+from ipa_torch.extension import remove_checkpoints
 
 #: Seconds between two checkpoints of a fit.
 CHECKPOINT_SECONDS = 60.0
@@ -36,16 +38,19 @@ RATE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    args = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] | None = None
     try:
+        args = _parser().parse_args(arguments)
+        command = args.command
         args.command(args)
     except (IPAError, ImportError, OSError, ValueError) as error:
-        # transformers raises the last three for an incomplete model folder.
         broken = isinstance(error, ImportError) and not isinstance(error, IPAError)
-        print(f"ipa_hf: {f'{error} ({first_cause(error)})' if broken else error}", file=sys.stderr)
+        text = f"{error} ({first_cause(error)})" if broken else str(error)
+        print(f"ipa_hf: {' '.join(text.split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
+        again = "; run the same command again to resume" if command is fit else ""
+        print(f"ipa_hf: stopped{again}", file=sys.stderr)
         return 130
     return 0
 
@@ -54,8 +59,9 @@ def fit(args: argparse.Namespace) -> None:
     """Fit projectors of a model's layers and write an adapter initialized from them.
 
     Checkpoints of the fit go into ``OUT.learning`` beside the adapter. The same command resumes
-    from them; they are removed once the adapter is written.
+    from them; they are removed once the adapter is written. Until then ``OUT`` stays as it was.
     """
+    out = check_output(args.out, [Path(args.model), args.data])
     samples = CalibrationData(
         args.data,
         args.model,
@@ -73,20 +79,28 @@ def fit(args: argparse.Namespace) -> None:
         target_modules=args.targets,
         task_type=TaskType.CAUSAL_LM if causal else None,
     )
-    checkpoint = args.out.with_name(f"{args.out.name}.learning")
-    adapter = get_ipa_model(
-        model,
-        config,
-        samples,
-        trainable=args.trainable,
-        scaling=args.scaling,
-        row_weights=without_first_token if args.without_first_token else attention_mask,
-        max_bytes=args.max_bytes,
-        checkpoint=CheckpointConfig(checkpoint, seconds=CHECKPOINT_SECONDS),
-    )
-    adapter.save_pretrained(str(args.out))
-    shutil.rmtree(checkpoint)
-    print(table(AdapterMetadata.read(args.out)))
+    checkpoint = out.with_name(f"{out.name}.learning")
+    expected = f"a model that computes its outputs from {args.data}"
+    with file_errors(expected, "give other data, or the tokenizer of the model"):
+        adapter = get_ipa_model(
+            model,
+            config,
+            samples,
+            trainable=args.trainable,
+            scaling=args.scaling,
+            row_weights=without_first_token if args.without_first_token else attention_mask,
+            max_bytes=args.max_bytes,
+            checkpoint=CheckpointConfig(checkpoint, seconds=CHECKPOINT_SECONDS),
+        )
+    metadata = find_metadata(adapter)
+    if metadata is None:
+        raise SettingError(
+            f"expected linear layers among the targets, got none in {args.targets}; name others "
+            "with --targets"
+        )
+    save_adapter(adapter, out)
+    remove_checkpoints(checkpoint)
+    print(table(metadata))
     print(f"\nWritten to {args.out}; pass it to any trainer that starts from a LoRA adapter.")
 
 
@@ -96,21 +110,6 @@ def show(args: argparse.Namespace) -> None:
     print(table(metadata))
     if args.plot:
         plot(metadata, args.plot)
-
-
-def load_model(name: str, trust_remote_code: bool, allow_pickle: bool) -> torch.nn.Module:
-    """Load a model as the class it was saved from, so that layer names match the trainer's."""
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
-    remote = [name for name in getattr(config, "auto_map", {}) if name.startswith("AutoModel")]
-    if remote and trust_remote_code:
-        model_class = getattr(transformers, remote[0])
-    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
-    if not allow_pickle:
-        options["use_safetensors"] = True
-    loader = transformers.AutoModel if model_class is None else model_class
-    model: torch.nn.Module = loader.from_pretrained(name, **options)
-    return model
 
 
 def table(metadata: AdapterMetadata) -> str:
@@ -152,25 +151,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ipa-projectors {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    learn = commands.add_parser("fit", help="fit projectors and write an initialized adapter")
+    learn = commands.add_parser(
+        "fit",
+        help="fit projectors and write an initialized adapter",
+        usage="%(prog)s MODEL DATA --out DIRECTORY [options]",
+    )
     learn.set_defaults(command=fit)
     learn.add_argument("model", help="folder or name of a transformers model")
-    learn.add_argument("data", type=Path, help="text file, .jsonl file or folder of images")
-    learn.add_argument("--out", type=Path, required=True, help="adapter directory to write")
-    learn.add_argument("--rank", type=int, default=8)
-    learn.add_argument("--alpha", type=float, help="alpha of LoRA; default: the rank")
+    learn.add_argument("data", type=_path, help="text file, .jsonl file or folder of images")
+    learn.add_argument("--out", type=_path, required=True, help="adapter directory to write")
+    learn.add_argument("--rank", type=_count, default=8)
+    learn.add_argument("--alpha", type=_alpha, help="alpha of LoRA; default: the rank")
     learn.add_argument("--targets", type=_targets, help="q_proj,v_proj or all-linear")
     learn.add_argument("--scaling", type=_scaling, default="energy", help="energy, or a lambda")
     learn.add_argument("--trainable", action="store_true", help="train A as well as B")
-    learn.add_argument("--samples", type=int, default=1000, help="number of calibration samples")
-    learn.add_argument("--batch-size", type=int, default=8)
-    learn.add_argument("--max-length", type=int, default=512, help="tokens kept of each text")
+    learn.add_argument("--samples", type=_count, default=1000, help="number of calibration samples")
+    learn.add_argument("--batch-size", type=_count, default=8)
+    learn.add_argument("--max-length", type=_count, default=512, help="tokens kept of each text")
     learn.add_argument(
         "--without-first-token",
         action="store_true",
         help="exclude the first token of each text, an attention sink in many language models",
     )
-    learn.add_argument("--max-bytes", type=int, help="memory limit of the learners")
+    learn.add_argument("--max-bytes", type=_count, help="memory limit of the learners")
     learn.add_argument("--seed", type=int, default=0, help="seed of the random choice of samples")
     learn.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"
@@ -181,17 +184,45 @@ def _parser() -> argparse.ArgumentParser:
 
     look = commands.add_parser("show", help="print the captured energy of each layer")
     look.set_defaults(command=show)
-    look.add_argument("adapter", type=Path)
-    look.add_argument("--plot", type=Path, help="image file to write")
+    look.add_argument("adapter", type=_path)
+    look.add_argument("--plot", type=_path, help="image file to write")
     return parser
 
 
+def _path(text: str) -> Path:
+    try:
+        return as_path(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+
+
 def _targets(text: str) -> str | list[str]:
-    return text if text == "all-linear" else text.split(",")
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names between commas, got {text!r}")
+    return text if text == "all-linear" else names
+
+
+def _alpha(text: str) -> float:
+    return _number(text, "a finite number other than 0", lambda x: math.isfinite(x) and x != 0)
 
 
 def _scaling(text: str) -> str | float:
-    return text if text == "energy" else float(text)
+    positive = "'energy' or a positive finite number"
+    return text if text == "energy" else _number(text, positive, lambda x: 0 < x < math.inf)
+
+
+def _number(text: str, form: str, valid: Callable[[float], bool]) -> float:
+    with suppress(ValueError):
+        if valid(number := float(text)):
+            return number
+    raise argparse.ArgumentTypeError(f"expected {form}, got {text!r}")
 
 
 if __name__ == "__main__":

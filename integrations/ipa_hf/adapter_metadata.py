@@ -15,9 +15,10 @@ import torch
 from ipa_core.errors import FileFormatError
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.paths import as_path
+from ipa_core.settings import boolean, check_instance, integer
 from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_layers
-from ipa_torch.extension import Scaling, in_float64
+from ipa_torch.extension import Scaling, check_scaling, in_float64
 
 FILE_NAME = "ipa_adapter.json"
 _FORMAT, _VERSION = "ipa-adapter", 2
@@ -33,6 +34,12 @@ class LayerMetadata:
     scale: float
     captured: float
     samples: int
+
+    def __post_init__(self) -> None:
+        integer("rank", self.rank, least=1)
+        integer("samples", self.samples, least=0)
+        check_instance("scale", self.scale, float, "a float")
+        check_instance("captured", self.captured, float, "a float")
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,9 @@ class AdapterMetadata:
                 )
             layers = {name: LayerMetadata(**layer) for name, layer in content["layers"].items()}
             row_weights = content.get("row_weights")  # absent in earlier files
-            return cls(bool(content["frozen"]), content["scaling"], layers, row_weights)
+            check_scaling(content["scaling"])
+            frozen = boolean("frozen", content["frozen"])
+            return cls(frozen, content["scaling"], layers, row_weights)
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             if isinstance(error, FileFormatError):
                 raise

@@ -10,6 +10,7 @@ from ipa_torch._adapters.attach import check_attachable
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.batch_device import device_of, on_device
 from ipa_torch._capture.row_selection import RowSelection
+from ipa_torch._fit.checkpoint import remove_checkpoints
 from ipa_torch._fit.collector import NEVER_RAN
 from ipa_torch._fit.missing_layers import OnMissing, report_missing
 from ipa_torch._float64 import in_float64
@@ -66,6 +67,7 @@ __all__ = [
     "on_device",
     "outputs_of",
     "read_adapter_file",
+    "remove_checkpoints",
     "report_missing",
     "resolve_rank",
     "resolve_scale",

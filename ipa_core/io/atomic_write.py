@@ -62,6 +62,8 @@ def check_writable(path: Any) -> Path:
     """
     target = output_path(path)
     scratch, handle = _create_scratch(target)
-    os.close(handle)
-    scratch.unlink()
+    try:
+        os.close(handle)
+    finally:
+        scratch.unlink()
     return target

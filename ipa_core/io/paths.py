@@ -92,13 +92,28 @@ def output_path(path: Any) -> Path:
         )
     if mode is not None and not os.access(given, os.W_OK):
         raise PathError(f"{given}: expected a file that may be written, got a read-only file")
-    try:
-        target = given.resolve()
-    except (OSError, RuntimeError) as error:
-        raise PathError(f"{given}: expected a path to write to, got {error}") from error
+    target = _resolved(given)
     if not target.parent.is_dir():
         raise PathError(f"{given}: expected the folder {target.parent} to exist, got none; make it")
     return target
+
+
+def output_folder_path(path: Any) -> Path:
+    """Return the folder to which a write to ``path`` goes: a folder or a new name, links followed.
+
+    Raises
+    ------
+    PathError
+        If the path is that of anything else.
+    """
+    given = as_path(path)
+    mode = _mode(given)
+    if mode is not None and not stat.S_ISDIR(mode):
+        raise PathError(
+            f"{given}: expected a folder or a new name to write to, got a {_kind(mode)}; "
+            "choose another name"
+        )
+    return _resolved(given)
 
 
 def output_folder(path: Any) -> Path:
@@ -117,6 +132,14 @@ def output_folder(path: Any) -> Path:
     return folder
 
 
+def _resolved(path: Path) -> Path:
+    """Return the path that links lead to."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise PathError(f"{path}: expected a path to write to, got {error}") from error
+
+
 def _mode(path: Path) -> int | None:
     """Return the mode of what a path leads to, None if there is nothing."""
     try:
@@ -130,6 +153,7 @@ def _mode(path: Path) -> int | None:
 def _kind(mode: int) -> str:
     kinds = {
         stat.S_IFDIR: "folder",
+        stat.S_IFREG: "file",
         stat.S_IFIFO: "pipe",
         stat.S_IFSOCK: "socket",
         stat.S_IFCHR: "device",

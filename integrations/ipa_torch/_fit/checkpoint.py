@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -19,10 +20,11 @@ from ipa_core import load_state
 from ipa_core.errors import FileFormatError, SettingError, with_context
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.file_header import reading
-from ipa_core.io.paths import as_path, output_folder
+from ipa_core.io.paths import as_path
 from ipa_core.io.serialization import pack_state, unpack_state
 from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.collector import ActivationCollector, CollectorState
+from ipa_torch._fit.folder_lock import LOCK
 from ipa_torch._fit.resumable_pass import ResumablePass
 from ipa_torch._fit.shared_inputs import InputPrefix
 from ipa_torch._settings import check_positive
@@ -30,6 +32,8 @@ from ipa_torch._settings import check_positive
 _INDEX = "index.safetensors"
 _VERSION = 4
 _CHECKPOINTS_KEPT = 2
+#: Begin of the names of folders that are being written or removed.
+_UNFINISHED = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,6 @@ class CheckpointConfig:
         SettingError
             If the folder has checkpoints of another number of processes, with other batches.
         """
-        output_folder(self.folder)
         sizes = {path.name.rpartition("-of-")[2] for path in Path(self.folder).glob("rank-*-of-*")}
         single = any(Path(self.folder).glob("step-*"))
         size = None if name is None else name.rpartition("-of-")[2]
@@ -127,7 +130,7 @@ class CheckpointWriter:
         if self.config is None:
             return remaining
         folder = Path(self.config.folder)
-        for unfinished in folder.glob(".writing-*"):
+        for unfinished in folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(unfinished)
         steps = steps_in(folder)
         common = self.all_reduce_min(1 + _seen(steps))
@@ -158,7 +161,7 @@ class CheckpointWriter:
         if self.config is None or seen == self._written:
             return
         folder = Path(self.config.folder)
-        scratch = folder / f".writing-{os.getpid()}"
+        scratch = folder / f"{_UNFINISHED}{os.getpid()}"
         index = {"format_version": _VERSION, **self.position.state()}
         try:
             scratch.mkdir()
@@ -168,7 +171,7 @@ class CheckpointWriter:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         for old in steps_in(folder)[:-_CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
+            _remove(old)
         self._written, self._last = seen, time.monotonic()
 
     def write_last(self) -> None:
@@ -194,6 +197,25 @@ def steps_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a finished fit, and the folder if it has no other files."""
+    with suppress(OSError):
+        for pattern in ("step-*", "pass-*-of-*", "rank-*-of-*"):
+            for path in folder.glob(pattern):
+                _remove(path)
+        for unfinished in folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(unfinished)
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _remove(step: Path) -> None:
+    """Remove a checkpoint; an interruption leaves no part of it that passes for a checkpoint."""
+    hidden = step.with_name(f"{_UNFINISHED}{step.name}")
+    os.replace(step, hidden)
+    shutil.rmtree(hidden)
+
+
 def _seen(steps: list[Path]) -> int:
     """Return the number of batches of the latest checkpoint."""
     return int(steps[-1].name.removeprefix("step-")) if steps else 0
@@ -214,7 +236,7 @@ def _up_to(seen: int, steps: list[Path]) -> list[Path]:
             stacklevel=2,
         )
         for step in steps[len(kept) :]:
-            shutil.rmtree(step)
+            _remove(step)
     return kept
 
 

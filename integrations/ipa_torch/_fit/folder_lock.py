@@ -8,19 +8,20 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from ipa_core.errors import SettingError
 from ipa_core.io.paths import output_folder
 
-_LOCK = ".lock"
+#: Name of the locked file.
+LOCK = ".lock"
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is created if missing.
+    """Hold the lock of a folder, which is created if missing, and removed if it stays empty.
 
     The system releases the lock when the process ends, also by a kill.
 
@@ -43,6 +44,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     ...     print((Path(folder) / ".lock").read_text().split()[0])
     process
     """
+    is_new = not os.path.exists(folder)
     output_folder(folder)
     file = _locked_file(folder)
     if file is None:
@@ -56,14 +58,24 @@ def lock_folder(folder: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+            if is_new:
+                _remove_empty(folder)
             _unlock(file)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder without other files than the lock."""
+    with suppress(OSError):  # an open file cannot be removed on Windows
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def _locked_file(folder: Path) -> IO[str] | None:
     """Return the locked file of a folder, None where nothing can be locked."""
     file = None
     try:
-        file = open(folder / _LOCK, "a+", encoding="utf-8")
+        file = open(folder / LOCK, "a+", encoding="utf-8")
         _lock(file)
     except BlockingIOError as error:
         assert file is not None
