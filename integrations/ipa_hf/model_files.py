@@ -80,6 +80,6 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     if remote and trust_remote_code:
         return getattr(transformers, remote[0])
     architecture = str((config.architectures or [""])[0])
-    found = getattr(transformers, architecture, None)
-    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if known else transformers.AutoModel
+    saved = getattr(transformers, architecture, None)
+    known = isinstance(saved, type) and issubclass(saved, transformers.PreTrainedModel)
+    return saved if known else transformers.AutoModel

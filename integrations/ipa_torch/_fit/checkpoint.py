@@ -79,8 +79,10 @@ class CheckpointConfig:
         SettingError
             If the folder has checkpoints of another number of processes, with other batches.
         """
-        sizes = {path.name.rpartition("-of-")[2] for path in Path(self.folder).glob("rank-*-of-*")}
-        single = any(Path(self.folder).glob("step-*"))
+        folder = Path(self.folder)
+        names = [path.name for path in folder.glob("*-*")] if os.path.isdir(folder) else []
+        sizes = {name.rpartition("-of-")[2] for name in names if name.startswith("rank-")}
+        single = any(name.startswith("step-") for name in names)
         size = None if name is None else name.rpartition("-of-")[2]
         if sizes - {size} or (single and name is not None):
             raise SettingError(
