@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from ipa_core import excess_error, fit_projector, load, load_state, principal_angles, save
+from ipa_core import (
+    RandomizedSVD,
+    _torch_modes,
+    excess_error,
+    fit_projector,
+    load,
+    load_state,
+    principal_angles,
+    save,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -110,3 +119,13 @@ def test_projecting_keeps_gradients():
     x = X.clone().requires_grad_()
     projector.reconstruct(projector.project(x)).square().sum().backward()
     assert x.grad is not None and bool(torch.isfinite(x.grad).all())
+
+
+def test_error_at_the_beginning_of_an_update_leaves_autograd_on(monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_torch_modes, "no_autocast", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        RandomizedSVD(2).update(torch.ones(4, 8))
+    assert torch.is_grad_enabled()
