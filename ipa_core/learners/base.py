@@ -198,6 +198,10 @@ class Learner(BlockLearner):
         directions, energies = done._solve(xp)
         mean, energy, weight = done._mean, done._energy, done._weight
         del done  # what the rows that waited have added to it
+        # By rounding their sum may exceed the energy of the rows.
+        energies = (
+            energies * (energy / xp.clip(xp.sum(energies), min=energy)) if energy else energies
+        )
         dtype = self._template.dtype
         return Projector(
             _array.cast(xp, fixed_basis(xp, directions), dtype),
