@@ -73,16 +73,18 @@ def decaying(features: int, rows: int, count: int) -> list[np.ndarray]:
     return batches
 
 
-def bare_products(pool: list[np.ndarray], count: int, width: int) -> None:
-    """Do nothing but Y <- Y + X^T (X O), on ``count`` batches."""
-    basis = np.linalg.qr(np.ones((pool[0].shape[1], 1)) + np.eye(pool[0].shape[1], width))[0]
+def bare_products(pool: list[Any], count: int, width: int) -> None:
+    """Do nothing but Y <- Y + X^T (X O), on ``count`` batches of NumPy or torch."""
+    basis: Any = np.linalg.qr(np.ones((pool[0].shape[1], 1)) + np.eye(pool[0].shape[1], width))[0]
     basis, image = basis.astype("float32"), 0.0
+    if isinstance(pool[0], torch.Tensor):
+        basis = torch.from_numpy(basis)
     for number in range(count):
         x = pool[number % len(pool)]
         image = image + x.T @ (x @ basis)
 
 
-def learn(learner: Learner, pool: list[np.ndarray], count: int) -> None:
+def learn(learner: Learner, pool: list[Any], count: int) -> None:
     """Feed ``count`` batches to a learner."""
     for number in range(count):
         learner.update(pool[number % len(pool)])
@@ -131,19 +133,26 @@ def long_stream(
 ) -> dict[str, float]:
     """Return time ratios to the bare products over a long stream, its beginning included.
 
-    Among them that of the products' operations at the machine's speed.
+    Products are float32, in the learner's library. Among the ratios is that of the products'
+    operations at the machine's speed.
     """
     pool, count = decaying(features, rows, 4), total // rows
+    tensors = [torch.from_numpy(x) for x in pool]
     least = machine.seconds(floor.two_products(RANK, total * features), 4 * total * features)
-    ratios: dict[str, list[float]] = {"RandomizedSVD": [], "IncrementalPCA": [], "floor": []}
+    # IncrementalPCA's time for a row does not depend on how many came before.
+    cases: dict[str, tuple[str, list[Any], int]] = {
+        "RandomizedSVD": ("RandomizedSVD", pool, count),
+        "IncrementalPCA": ("IncrementalPCA", pool, count // 8),
+        "RandomizedSVD, torch": ("RandomizedSVD", tensors, count),
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in (*cases, "floor")}
     for _ in range(repeats):
-        products = seconds(lambda: bare_products(pool, count, floor.width(RANK)))
-        ratios["floor"].append(least / products)
-        for name in ("RandomizedSVD", "IncrementalPCA"):
-            # Its time for a row does not depend on how many came before.
-            batches = count if name == "RandomizedSVD" else count // 8
-            taken = seconds(partial(learn, LEARNERS[name](RANK), pool, batches))
+        for name, (learner, data, batches) in cases.items():
+            products = seconds(partial(bare_products, data, count, floor.width(RANK)))
+            taken = seconds(partial(learn, LEARNERS[learner](RANK), data, batches))
             ratios[name].append(taken / batches / (products / count))
+            if name == "RandomizedSVD":
+                ratios["floor"].append(least / products)
         print(f"{total:,} rows of {features}: {ratios}", flush=True)
     return {name: statistics.median(values) for name, values in ratios.items()}
 
@@ -173,7 +182,7 @@ def main() -> None:
             ),
         }
     results["floors"] = {"long_stream": results["long_stream"].pop("floor")}
-    packages = ["ipa-projectors", "numpy"]
+    packages = ["ipa-projectors", "numpy", "torch"]
     path = record.write("learners", args.quick, packages, results)
     path.with_suffix(".md").write_text(tables(results))
 

@@ -37,10 +37,16 @@ def _forward(name: str) -> Callable[[dict[str, Any]], float | None]:
 ROWS = [
     Row(
         "learners",
-        "default learner, long stream, over two bare products of its width, 4,096 features, CPU",
+        "default learner, long stream, over two float32 products, 4,096 features, NumPy",
         "1.3",
         lambda r: r["long_stream"]["RandomizedSVD"],
         "long_stream",
+    ),
+    Row(
+        "learners",
+        "the same, torch",
+        "0.75",
+        lambda r: r["long_stream"].get("RandomizedSVD, torch"),
     ),
     Row(
         "gpu",
