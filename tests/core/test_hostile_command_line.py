@@ -21,6 +21,14 @@ X = np.random.default_rng(0).standard_normal((300, 6)).astype("float32")
 PROJECTOR = fit_projector(X, 2)
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path_factory, monkeypatch):
+    """Let ``.`` and ``..`` be empty folders, wherever the tests run."""
+    folder = tmp_path_factory.mktemp("parent") / "current"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
 def run(capsys, *arguments):
     """Run a command; return its status and the lines of its errors."""
     try:
