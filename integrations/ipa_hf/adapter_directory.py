@@ -52,7 +52,8 @@ def save_adapter(peft_model: Any, folder: Path) -> None:
         If it cannot be written.
     """
     name = os.fsdecode(os.fsencode(folder.name)[:200])
-    scratch = folder.with_name(f".{name}.writing")
+    # Within a directory that is there: it may be a volume of its own.
+    scratch = folder / ".writing" if folder.is_dir() else folder.with_name(f".{name}.writing")
     try:
         if scratch.exists():  # after a kill
             shutil.rmtree(scratch)

@@ -32,15 +32,18 @@ def adapter_holder(model: torch.nn.Module) -> Any:
 
 
 def check_without_adapters(model: torch.nn.Module, cure: str) -> None:
-    """Check that PEFT has not injected adapters into a model: a second injection would wrap them.
+    """Check that a model holds no adapters of PEFT: a second injection would wrap them.
+
+    A part of the model may hold some.
 
     Raises
     ------
     SettingError
-        If it has.
+        If it does.
     """
-    holder = _find_holder(model)
-    if holder is not None:
+    check_model(model)
+    holder: Any = unwrap_model(model)
+    if isinstance(getattr(holder, "peft_config", None), dict):
         raise SettingError(
             f"expected a model without adapters, got a {type(holder).__name__} with "
             f"{sorted(holder.peft_config)}; {cure}"

@@ -52,8 +52,9 @@ def wide_dtype(xp: Namespace, on: Device) -> DType:
 def half_dtype(xp: Namespace, on: Device) -> DType | None:
     """Return bfloat16 where the device multiplies it faster than float32, else None.
 
-    Known through torch of processors with bfloat16 instructions, and of CUDA and ROCm devices with
-    bfloat16 matrix units (compute capability 8.0 and above).
+    Known through torch of processors with bfloat16 instructions, and of CUDA devices with bfloat16
+    matrix units (compute capability 8.0 and above). ROCm devices, of which some refuse such
+    products, are not among them.
     """
     if not array_api_compat.is_torch_namespace(xp):
         return None
@@ -62,8 +63,8 @@ def half_dtype(xp: Namespace, on: Device) -> DType | None:
 
 
 def _is_fast_in_half(torch: Any, on: Any) -> bool:
-    if on.type == "cuda":
-        return bool(torch.cuda.get_device_capability(on) >= (8, 0))
+    if on.type == "cuda":  # ROCm's devices, too
+        return torch.version.hip is None and torch.cuda.get_device_capability(on) >= (8, 0)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return on.type == "cpu" and supported is not None and bool(supported())
 

@@ -13,7 +13,7 @@ from ipa_core.learners._row_blocks import Product, Rows
 
 # Rows that are decomposed, that a basis is chosen on, or that are tested for novelty, at a time.
 BLOCK = 128
-# Blocks of the energy of the first block that an image has room for: more than a segment has.
+# Blocks of the energy of the largest block that an image has room for.
 _ROOM = 2.0**12
 
 

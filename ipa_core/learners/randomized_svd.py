@@ -20,6 +20,7 @@ from ipa_core.learners.guarantee import Guarantee
 # Lengths of the first segments, in sketch widths; each further one is twice as long. Short ones
 # first: a short stream then sees several bases, and on a long one their cost is forgotten.
 _LENGTHS = (2, 8, 24, 80, 400)
+_MOST_DOUBLINGS = 12
 # Number of the length to go on with after a change of the stream.
 _LENGTH_AFTER_CHANGE = 1
 # Rounding error of the energy of a row's product in half precision, as a share of the row's energy.
@@ -68,8 +69,8 @@ class RandomizedSVD(Learner):
         next multiple of 16. More is more accurate and costs in proportion.
     half_products : bool, default True
         Round float32 rows, O and X O to bfloat16 for the two products where the processor
-        multiplies that faster: torch on CPUs with bfloat16 instructions, and on CUDA and ROCm
-        devices of compute capability 8.0 and above. Rows in bfloat16 are multiplied as they are,
+        multiplies that faster: torch on CPUs with bfloat16 instructions, and on CUDA devices of
+        compute capability 8.0 and above. Rows in bfloat16 are multiplied as they are,
         without a copy in float32. The image is summed in float32. The excess error moves by 1e-7 to
         4e-6. Norms, exact blocks and decompositions stay in float32 and float64, and so do segments
         of which a basis misses less than 1/32.
@@ -371,8 +372,9 @@ class RandomizedSVD(Learner):
         return [*range(size, chunks.count - size + 1, size), chunks.count]
 
     def _segment_limit(self) -> int:
-        last = len(_LENGTHS) - 1
-        return self._width * _LENGTHS[min(self._length, last)] << max(0, self._length - last)
+        number, last = int(self._length), len(_LENGTHS) - 1
+        doublings = min(max(0, number - last), _MOST_DOUBLINGS)
+        return self._width * _LENGTHS[min(number, last)] << doublings
 
     def _rows_left(self) -> int:
         """Return how many rows the open segment takes until it ends, in whole blocks."""

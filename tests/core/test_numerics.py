@@ -391,3 +391,11 @@ def test_excess_error_with_a_mean_of_a_thousand():
     residual = ((wide - (wide @ p.T) @ p) ** 2).sum() / len(x)
     exact = residual / oracle.optimum(oracle.moment(wide), RANK) - 1
     assert excess_error(projector, x) == pytest.approx(exact, rel=1e-3, abs=1e-6)
+
+
+def test_a_state_after_many_segments_still_ends_them():
+    """Before lengths doubled, a state counted each segment of the last length."""
+    learner = RandomizedSVD(RANK).update(spectrum_rows(rows=4000, features=64))
+    state = learner.state_dict() | {"length": 78}
+    restored = RandomizedSVD(RANK).load_state_dict(state)
+    assert restored._segment_limit() < 10**8

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import transformers
@@ -365,3 +366,22 @@ def test_metadata_of_other_types(work, capsys):
         path = work / "adapter" / "ipa_adapter.json"
         path.write_text(json.dumps(changed | {"sha256": digest}))
         refused(capsys, lambda: main(["show", str(work / "adapter")]), "expected adapter metadata")
+
+
+def test_a_directory_on_a_volume_of_its_own(tmp_path, monkeypatch):
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    replace = os.replace
+
+    def within_a_volume(old, new):
+        if (folder in Path(old).parents) != (folder in Path(new).parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(old, new)
+
+    class Adapter:
+        def save_pretrained(self, directory):
+            (Path(directory) / "adapter_config.json").write_text("{}")
+
+    monkeypatch.setattr(adapter_directory.os, "replace", within_a_volume)
+    adapter_directory.save_adapter(Adapter(), folder)
+    assert [path.name for path in folder.iterdir()] == ["adapter_config.json"]

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralMo
 import ipa_hf
 from ipa_core import IPAError, SettingError
 from ipa_core.errors import FileFormatError, MissingFileError, PathError, ShapeError
+from ipa_hf import adapter_holder
 from ipa_torch import fit_projectors
 
 TARGETS = ["q_proj", "v_proj"]
@@ -332,3 +333,12 @@ def test_every_public_callable_is_tried():
     """A new public name has to join a table."""
     source = inspect.getsource(inspect.getmodule(llama))
     assert all(f"ipa_hf.{name}" in source for name in ipa_hf.__all__)
+
+
+def test_a_part_of_the_model_may_have_adapters():
+    parts = nn.ModuleDict({"left": nn.Linear(4, 4), "right": nn.Linear(4, 4)})
+    other = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    parts["other"] = other
+    adapter_holder.check_without_adapters(parts, "no cure")
+    with pytest.raises(SettingError, match="without adapters"):
+        adapter_holder.check_without_adapters(other, "no cure")
