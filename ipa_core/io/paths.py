@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,8 @@ def output_path(path: Any) -> Path:
         If the path is that of anything else (a folder, device, pipe or socket, or a link to such),
         if the file is read-only, or its folder does not exist.
     """
-    given = as_path(path)
-    mode = _mode(given)
-    if mode is not None and not stat.S_ISREG(mode):
-        raise PathError(
-            f"{given}: expected a regular file or a new name to write to, got a {_kind(mode)}; "
-            "choose another name"
-        )
-    if mode is not None and not os.access(given, os.W_OK):
+    given = _output(path, stat.S_ISREG, "a regular file")
+    if given.exists() and not os.access(given, os.W_OK):
         raise PathError(f"{given}: expected a file that may be written, got a read-only file")
     target = _resolved(given)
     if not target.parent.is_dir():
@@ -106,14 +101,19 @@ def output_folder_path(path: Any) -> Path:
     PathError
         If the path is that of anything else.
     """
+    return _resolved(_output(path, stat.S_ISDIR, "a folder"))
+
+
+def _output(path: Any, is_allowed: Callable[[int], bool], form: str) -> Path:
+    """Return a path that is new, or of what may be written to."""
     given = as_path(path)
     mode = _mode(given)
-    if mode is not None and not stat.S_ISDIR(mode):
+    if mode is not None and not is_allowed(mode):
         raise PathError(
-            f"{given}: expected a folder or a new name to write to, got a {_kind(mode)}; "
+            f"{given}: expected {form} or a new name to write to, got a {_kind(mode)}; "
             "choose another name"
         )
-    return _resolved(given)
+    return given
 
 
 def output_folder(path: Any) -> Path:

@@ -20,6 +20,7 @@ from ipa_core.learners.guarantee import Guarantee
 # Lengths of the first segments, in sketch widths; each further one is twice as long. Short ones
 # first: a short stream then sees several bases, and on a long one their cost is forgotten.
 _LENGTHS = (2, 8, 24, 80, 400)
+# States from before lengths doubled count each segment of the last length: some have hundreds.
 _MOST_DOUBLINGS = 12
 # Number of the length to go on with after a change of the stream.
 _LENGTH_AFTER_CHANGE = 1

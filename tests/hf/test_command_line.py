@@ -5,12 +5,13 @@ import sys
 import pytest
 import transformers
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import processors
 
 from ipa_hf import __main__
 from ipa_hf.__main__ import main
 from ipa_hf.adapter_metadata import AdapterMetadata, LayerMetadata
 from ipa_hf.calibration_data import CalibrationData
+from tests.tiny_model import letter_tokenizer
 
 from .models import make, outputs, text_batches
 
@@ -20,14 +21,8 @@ def model(tmp_path):
     """Return a folder with a tiny Llama and a word tokenizer."""
     folder = tmp_path / "model"
     make("llama").save_pretrained(folder)
-    words = {word: number for number, word in enumerate(["<pad>", "<s>", *"abcdefghijklm"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<s>",
-        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
-    ).save_pretrained(folder)
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    letter_tokenizer(chat_template=template).save_pretrained(folder)
     return folder
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import transformers
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ipa_hf import __main__, adapter_directory, calibration_data
 from ipa_hf.__main__ import main
 from ipa_torch._fit import checkpoint
+from tests.tiny_model import letter_tokenizer
 
 HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 TEXTS = "a b c d\ne f g h\ni j k l\n"
@@ -27,14 +27,8 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files") / "model"
     config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, vocab_size=16, **HEADS)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    words = {word: number for number, word in enumerate(["<pad>", "<s>", *"abcdefghijklm"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<s>",
-        chat_template="{% for m in messages %}{{ m['content'].strip() }} {% endfor %}",
-    ).save_pretrained(folder)
+    template = "{% for m in messages %}{{ m['content'].strip() }} {% endfor %}"
+    letter_tokenizer(chat_template=template).save_pretrained(folder)
     return folder
 
 
