@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 
 from ipa_core import fit_projector, save
+from tests import child_process
 from tests.tiny_model import write_model
 
 ROOT = Path(__file__).parent.parent
@@ -158,24 +158,15 @@ def environment():
 
 
 def run(command, folder, seconds=LONGEST):
-    """Return exit status and output; a command that takes too long is ended, children and all."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(
-        command, shell=True, cwd=folder, env=environment(), start_new_session=True, **pipes
-    ) as process:
-        try:
-            said, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(
-                f"{command}: not done in {seconds} s; make it an exception, with the reason"
-            )
-    return process.returncode, said
+    """Return status and output; a command that takes longer fails: make it an exception."""
+    options = {"shell": True, "cwd": folder, "env": environment(), "stderr": subprocess.STDOUT}
+    done = child_process.run(command, seconds, **options)
+    return done.returncode, done.stdout
 
 
 def test_a_command_that_takes_too_long_is_ended(tmp_path):
-    with pytest.raises(pytest.fail.Exception, match="not done in 1 s"):
-        run("sleep 60 & sleep 60", tmp_path, seconds=1)
+    with pytest.raises(AssertionError, match="expected an end within 1 s\nbegun"):
+        run("echo begun; sleep 60 & sleep 60", tmp_path, seconds=1)
 
 
 @pytest.mark.slow

@@ -2,12 +2,13 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import peft
 import pytest
+
+from tests import child_process
 
 SOURCE = os.environ.get("IPA_PEFT_SOURCE")
 
@@ -28,12 +29,11 @@ def run_peft_tests(tmp_path):
         options = ["-p", plugin, "-p", "no:cacheprovider", "--import-mode=importlib", "-q"]
         command = [sys.executable, "-m", "pytest", "-c", settings, "--rootdir", SOURCE, *options]
         paths = [str(Path(__file__).parent), *(str(path) for path in sys.path if path)]
-        done = subprocess.run(
+        done = child_process.run(
             [*map(str, command), tests],
+            seconds=1800,
             cwd=SOURCE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
         )
         assert done.returncode == 0, done.stdout[-5000:]
         return done.stdout

@@ -1,12 +1,13 @@
 """Initialization in several processes, each with a shard of the data."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests import child_process
 
 from .models import text_batches
 from .processes_run import learned
@@ -18,13 +19,10 @@ ROOT = Path(__file__).parents[2]
 def test_every_rank_has_the_result_of_all_data(tmp_path):
     paths = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    done = child_process.run(
         [sys.executable, *launcher, "-m", "tests.hf.processes_run", str(tmp_path)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     expected = learned(text_batches())

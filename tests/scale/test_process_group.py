@@ -1,6 +1,5 @@
 """Fits in a process group under torchrun and accelerate: all ranks have the same projectors."""
 
-import subprocess
 import sys
 
 import pytest
@@ -8,20 +7,15 @@ import torch
 
 from ipa_core import Projector, RandomizedSVD
 from ipa_torch import LayerProjectors, fit_projectors
+from tests import child_process
 from tests.scale import process_group_run, runs
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def launch(*command):
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        cwd=runs.ROOT,
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", *map(str, command)]
+    done = child_process.run(command, cwd=runs.ROOT, env=runs.environment())
     assert done.returncode == 0, done.stderr
 
 

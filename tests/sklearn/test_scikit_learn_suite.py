@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from ipa_core import ExactCovariance, IncrementalPCA
 from ipa_sklearn import StreamingPCA
+from tests import child_process
 
 SUITE = Path(sklearn.decomposition.__file__).parent / "tests" / "test_incremental_pca.py"
 REPLACED = {
@@ -41,14 +41,12 @@ def run_tests(folder, *arguments, **environment):
     settings = folder / "pytest.ini"
     settings.write_text("[pytest]\n", encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-c", settings, "-p", "no:cacheprovider", "-q"]
-    done = subprocess.run(
+    done = child_process.run(
         [*map(str, command), *map(str, arguments)],
         cwd=folder,
         env=os.environ
         | {"PYTHONPATH": os.pathsep.join(str(path) for path in sys.path if path)}
         | environment,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return int(re.search(r"(\d+) passed", done.stdout)[1])

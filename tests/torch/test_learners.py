@@ -234,6 +234,7 @@ for heads in (None, 2):
     print(*map(digest, learners.values()))
 nothing = fit_learners(model, [] if rank else mine, progress=False)
 assert nothing["2"].samples == 650, nothing["2"]
+distributed.destroy_process_group()  # without it gloo's threads may abort an exit
 """
 
 
