@@ -9,31 +9,41 @@ from torch import nn
 from ipa_core import IncrementalPCA, RandomizedSVD
 from ipa_core._array import transfer
 from ipa_core.errors import NonFiniteError
-from ipa_torch import LayerError, StoppingCriteria, fit_projectors
-from ipa_torch._fit import collector
+from ipa_torch import StoppingCriteria, fit_projectors
+from ipa_torch._fit.shared_inputs import MOST_PENDING
+from ipa_torch._layers import async_device
 
 from .models import Transformer, decaying
+
+RETURN = StoppingCriteria(on_error="return")
 
 
 @pytest.fixture
 def asynchronous(monkeypatch):
-    monkeypatch.setattr(collector, "is_async_device", lambda device: True)
+    monkeypatch.setattr(async_device, "is_async_device", lambda device: True)
 
 
 def fit(model, batches, **options):
     return fit_projectors(model, batches, 3, progress=False, **options)
 
 
-@pytest.mark.parametrize("learner", [IncrementalPCA, RandomizedSVD])
-def test_the_same_projectors_to_the_bit(monkeypatch, learner):
-    model = Transformer(width=48)
-    batches = [{"input_ids": torch.randint(0, 20, (16, 40))} for _ in range(6)]
-    synchronous = fit(model, batches, learner=learner)
-    monkeypatch.setattr(collector, "is_async_device", lambda device: True)
-    delayed = fit(model, batches, learner=learner)
+def assert_equal(synchronous, delayed):
+    assert synchronous.keys() == delayed.keys()
     for name, projector in synchronous.items():
         assert torch.equal(projector.components, delayed[name].components)
         assert projector.samples == delayed[name].samples
+
+
+@pytest.mark.parametrize("learner", [IncrementalPCA, RandomizedSVD])
+def test_the_same_projectors_to_the_bit(monkeypatch, learner):
+    model = Transformer(width=48)
+    mask = torch.arange(40) < torch.randint(1, 40, (16, 1))
+    ids = torch.randint(0, 20, (3, 16, 40))
+    batches = [{"input_ids": x, "attention_mask": m} for m in (None, mask) for x in ids]
+    synchronous = fit(model, batches, learner=learner)
+    monkeypatch.setattr(async_device, "is_async_device", lambda device: True)
+    delayed = fit(model, batches, learner=learner)
+    assert_equal(synchronous, delayed)
 
 
 def test_the_layer_computes_before_the_host_waits(asynchronous, monkeypatch):
@@ -72,7 +82,7 @@ def test_an_invalid_input_is_named_and_drops_only_its_layers(asynchronous):
     with pytest.raises(NonFiniteError, match="layer 'second'"):
         fit(Broken(), batches)
     with pytest.warns(UserWarning, match="got none for 2"):
-        projectors = fit(Broken(), batches, stop=StoppingCriteria(on_error="return"))
+        projectors = fit(Broken(), batches, stop=RETURN)
     assert list(projectors) == ["first"]
     assert projectors["first"].samples == 60
     assert all("finite" in projectors.missing[name] for name in ("second", "third"))
@@ -106,19 +116,83 @@ def test_a_dropped_layer_that_the_model_calls_again_stays_dropped(asynchronous):
             return self.last(x)
 
     with pytest.warns(UserWarning, match="'fragile'"):
-        projectors = fit(Stubborn(), [decaying(20, 12)], stop=StoppingCriteria(on_error="return"))
+        projectors = fit(Stubborn(), [decaying(20, 12)], stop=RETURN)
     assert list(projectors) == ["last"]
 
 
-def test_an_input_that_its_layer_changes_is_refused(asynchronous):
+def test_inputs_that_the_model_changes_later_are_learned_as_they_were(monkeypatch):
     class InPlace(nn.Linear):
         def forward(self, x):
             return super().forward(x.mul_(2))
 
-    with pytest.raises(
-        LayerError, match="layer '0': expected a layer that does not change its input"
-    ):
-        fit(nn.Sequential(InPlace(12, 4)), [decaying(20, 12)])
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([InPlace(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)])
+
+        def forward(self, x):
+            x = x.clone()
+            for layer in self.layers:
+                x += layer(x)
+                x.data.mul_(0.7)
+            return x
+
+    model, batches = Residual(), decaying(400, 12).split(50)
+    synchronous = fit(model, batches)
+    monkeypatch.setattr(async_device, "is_async_device", lambda device: True)
+    assert_equal(synchronous, fit(model, batches))
+
+
+def test_a_layer_that_is_called_twice_learns_both_inputs(monkeypatch):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.layer(torch.relu(self.other(x) + self.layer(x)))
+
+    model, batches = Twice(), decaying(400, 12).split(50)
+    synchronous = fit(model, batches)
+    monkeypatch.setattr(async_device, "is_async_device", lambda device: True)
+    delayed = fit(model, batches)
+    assert_equal(synchronous, delayed)
+    assert (delayed["layer"].samples, delayed["other"].samples) == (800, 400)
+
+
+def test_layers_with_a_common_invalid_input_are_all_dropped(asynchronous):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.last = (nn.Linear(12, 12) for _ in range(3))
+
+        def forward(self, x):
+            y = x / 0
+            return self.query(y), self.key(y), self.last(x)
+
+    with pytest.warns(UserWarning, match="got none for 2"):
+        projectors = fit(Attention(), [decaying(60, 12)] * 3, stop=RETURN)
+    assert list(projectors) == ["last"] and projectors["last"].samples == 180
+    for name in ("query", "key"):
+        assert projectors.missing[name].startswith(f"layer {name!r}: ")
+
+
+def test_an_update_waits_for_a_bounded_number_of_layers(asynchronous, monkeypatch):
+    waiting, longest = [], []
+
+    class Watched(RandomizedSVD):
+        def begin_update(self, batch, weights=None):
+            waiting.append(self)
+            longest.append(len(waiting))
+            return super().begin_update(batch, weights)
+
+        def _finish_update(self, update):
+            assert waiting.pop(0) is self
+            return super()._finish_update(update)
+
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(12)))
+    fit(model, decaying(150, 12).split(50), learner=Watched)
+    assert max(longest) == MOST_PENDING + 1 and not waiting
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from ipa_core import ExactCovariance, HebbianRule, IncrementalPCA, RandomizedSVD
 from ipa_core.errors import ArrayTypeError, NonFiniteError, SettingError
 from ipa_torch import OnlineLearning, attach, disable_adapter, fit_projectors
-from ipa_torch._adapters import online_learning as online_module
+from ipa_torch._layers import async_device
 
 from .models import Transformer, decaying, mlp
 
@@ -180,7 +180,7 @@ def test_asynchronous_devices_give_the_same_to_the_bit(monkeypatch, learner):
         return model.state_dict()
 
     synchronous = learned()
-    monkeypatch.setattr(online_module, "is_async_device", lambda device: True)
+    monkeypatch.setattr(async_device, "is_async_device", lambda device: True)
     for name, value in learned().items():
         assert torch.equal(value, synchronous[name]), name
 
@@ -197,7 +197,7 @@ def test_an_asynchronous_update_begins_before_the_layer_and_ends_after_it(monkey
             events.append("finished")
             return super()._finish_update(update)
 
-    monkeypatch.setattr(online_module, "is_async_device", lambda device: True)
+    monkeypatch.setattr(async_device, "is_async_device", lambda device: True)
     rows = decaying(50, 12)
     model = adapted(mlp(12, 4), [rows])
     model[0].base_layer.register_forward_hook(lambda *_: events.append("computed"))
@@ -207,7 +207,7 @@ def test_an_asynchronous_update_begins_before_the_layer_and_ends_after_it(monkey
 
 
 def test_an_update_of_a_forward_that_failed_is_finished_in_step(monkeypatch):
-    monkeypatch.setattr(online_module, "is_async_device", lambda device: True)
+    monkeypatch.setattr(async_device, "is_async_device", lambda device: True)
     rows = decaying(50, 12)
     model = adapted(mlp(12, 4), [rows])
     handle = model[0].base_layer.register_forward_hook(lambda *_: 1 / 0)

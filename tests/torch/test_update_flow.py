@@ -8,6 +8,7 @@ import torch
 from ipa_core import RandomizedSVD
 from ipa_torch import StoppingCriteria, fit_projectors
 from ipa_torch._fit import collector
+from ipa_torch._layers import async_device
 
 from .models import Transformer
 
@@ -47,7 +48,7 @@ def upward_calls(run):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_no_call_runs_upwards(monkeypatch, asynchronous):
-    monkeypatch.setattr(collector, "is_async_device", lambda device: asynchronous)
+    monkeypatch.setattr(async_device, "is_async_device", lambda device: asynchronous)
     model = Transformer(width=48)
     batches = [torch.randint(0, 20, (16, 40)) for _ in range(4)]
     found, reached = upward_calls(
@@ -67,7 +68,7 @@ def test_an_upward_call_is_found():
     class Learner:
         @property
         def samples(self):
-            return collector.is_async_device(torch.device("cpu"))
+            return async_device.is_async_device(torch.device("cpu"))
 
         passes = 1
 

@@ -20,7 +20,7 @@ from ipa_torch._adapters.basis_change import Writes, change_basis
 from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.activation_rows import ActivationRows
-from ipa_torch._capture.async_update import AsyncUpdate, is_async_device
+from ipa_torch._capture.async_update import AsyncUpdate
 from ipa_torch._capture.attention_mask import attention_mask
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_weights import RowWeights
@@ -252,8 +252,9 @@ class OnlineLearning:
                 return
             self._recorded.add(key)
             rows = self._reader.read(name, x, projection.view)
-            self._pending = name, AsyncUpdate.begin(self._learners[projection], rows)
-        if not is_async_device(x.device):
+            update = AsyncUpdate.begin(self._learners[projection], x, rows)
+            self._pending = name, update
+        if not update.is_async:
             self._finish_pending()
 
     def _is_first_run(self, projection: SharedProjection) -> bool:

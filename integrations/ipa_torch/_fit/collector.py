@@ -13,7 +13,6 @@ from torch import nn
 
 from ipa_core.errors import IPAError
 from ipa_torch._capture.activation_rows import ActivationRows
-from ipa_torch._capture.async_update import is_async_device
 from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_consumer import RowConsumer
@@ -75,7 +74,8 @@ class CollectorState(Generic[C]):
 class ActivationCollector(Generic[C]):
     """Hooks on layers, between ``__enter__`` and ``__exit__``, that update learners.
 
-    A layer's update begins before its forward and is finished after it, or at once on a CPU.
+    A layer's update begins before its forward. On a CPU it is finished at once, on other devices
+    while they compute later layers, at the latest when the batch ends.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ActivationCollector(Generic[C]):
                 yield
         finally:
             try:
-                self._finish_pending()
+                self._finish_updates()
             finally:
                 self._inputs.end_batch()
         self._reader.end_batch()
@@ -201,30 +201,26 @@ class ActivationCollector(Generic[C]):
                 yield Hook(name, module, partial(self._observe_output, name), after=True)
             else:
                 yield Hook(name, module, partial(self._observe_input, name))
-                yield Hook(name, module, self._after_forward, after=True)
 
     def _observe_input(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._finish_pending()
-        if name in self._failed:  # in `_finish_pending`, while the forward pass continued
-            return
-        with self._drop_failed_layer(name):
-            self._begin(name, module, input_of(module, args, kwargs))
-        # Otherwise the layer's product is queued on the device before the host waits for norms.
-        if self._inputs.pending is not None and not is_async_device(self._ran[name]):
-            self._finish_pending()
-
-    def _after_forward(self, *_: Any) -> None:
-        self._finish_pending()
+        self._learn(name, module, lambda: input_of(module, args, kwargs))
 
     def _observe_output(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        if name not in self._failed:
-            with self._drop_failed_layer(name):
-                self._begin(name, module, output_of(module, output))
-            self._finish_pending()
+        self._learn(name, module, lambda: output_of(module, output))
+
+    def _learn(self, name: str, module: nn.Module, activation: Callable[[], torch.Tensor]) -> None:
+        """Begin the update of a layer by its activation, and finish the updates that are due."""
+        while self._inputs.is_pending(name):  # the batch's second call of the layer
+            self._finish_update()
+        if name in self._failed:  # in an update that was finished while the forward continued
+            return
+        with self._drop_failed_layer(name):
+            self._begin(name, module, activation())
+        self._finish_updates(due=True)
 
     def _begin(self, name: str, module: nn.Module, activation: torch.Tensor) -> None:
         """Move a layer by an activation; begin the update if no other layer has."""
@@ -235,14 +231,18 @@ class ActivationCollector(Generic[C]):
         if self._inputs.advance(name, key):
             return
         rows, weights = self._reader.read(name, activation, view)
-        self._inputs.begin(name, key, (rows, weights))
+        self._inputs.begin(name, key, activation, (rows, weights))
         self.rows = self.rows or int(rows.shape[0])
 
-    def _finish_pending(self) -> None:
-        """Finish the update that has begun, if there is one."""
-        if (pending := self._inputs.pending) is not None:
-            with self._drop_failed_layer(pending.name):
-                self._inputs.finish()
+    def _finish_updates(self, *, due: bool = False) -> None:
+        """Finish the updates that have begun, or those that are due."""
+        while self._inputs.has_pending(due=due):
+            self._finish_update()
+
+    def _finish_update(self) -> None:
+        for name, error in self._inputs.finish().items():
+            with self._drop_failed_layer(name):
+                raise error
 
     @contextmanager
     def _drop_failed_layer(self, name: str) -> Iterator[None]:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
+
+from ipa_core.errors import IPAError
 from ipa_torch._capture.async_update import AsyncUpdate
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._fit.convergence import Convergence
 from ipa_torch._layers.row_view import WeightedRows
 
 C = TypeVar("C", bound=RowConsumer)
+
+#: Updates that may wait on an asynchronous device, each with a copy of its rows. A single one would
+#: keep the host at most one layer ahead of the device, which then stands still between layers.
+MOST_PENDING = 4
 
 
 class InputPrefix(Generic[C]):
@@ -28,9 +36,8 @@ class InputPrefix(Generic[C]):
 
 @dataclass(frozen=True)
 class PendingInput(Generic[C]):
-    """Input of a layer whose update has begun, and the nodes before and after it."""
+    """Input whose update has begun, and the nodes before and after it."""
 
-    name: str
     event: Hashable
     node: InputPrefix[C]
     child: InputPrefix[C]
@@ -45,9 +52,8 @@ class SharedInputTree(Generic[C]):
     updates it. So layers share a learner exactly as long as they have had the same inputs. They
     branch when control flow, or an expert that a batch skips, gives them different inputs.
 
-    The tree holds the update that has begun, which is finished before another layer moves. The
-    child is in the tree from then on: after an error the next layer with this input begins its own
-    update.
+    The tree holds the updates that have begun, and finishes them in this order. A learner begins no
+    update before its last one is finished.
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class SharedInputTree(Generic[C]):
             for rank in sorted(set(ranks.values()))
         }
         self.node_of = {name: roots[rank] for name, rank in ranks.items()}
-        self.pending: PendingInput[C] | None = None
+        self._pending: deque[PendingInput[C]] = deque()
         self._branched: list[InputPrefix[C]] = []
 
     def advance(self, name: str, event: Hashable) -> bool:
@@ -71,27 +77,52 @@ class SharedInputTree(Generic[C]):
             self.node_of[name] = child
         return child is not None
 
-    def begin(self, name: str, event: Hashable, rows: WeightedRows) -> None:
-        """Begin the update of a new node after an input, with its rows and weights."""
-        assert self.pending is None
+    def begin(
+        self, name: str, event: Hashable, activation: torch.Tensor, rows: WeightedRows
+    ) -> None:
+        """Begin the update of a new node after an input, with its rows and weights; move there."""
         node = self.node_of[name]
         convergence = node.convergence and node.convergence.observe(node.learner, *rows)
         child = InputPrefix(copy.copy(node.learner), convergence)
-        update = AsyncUpdate.begin(child.learner, rows)
-        self.pending = PendingInput(name, event, node, child, update)
+        update = AsyncUpdate.begin(child.learner, activation, rows)
+        self._pending.append(PendingInput(event, node, child, update))
+        if not node.next:
+            self._branched.append(node)
+        node.next[event] = self.node_of[name] = child
 
-    def finish(self) -> None:
-        """Finish the update that has begun, if there is one, and move its layer."""
-        pending, self.pending = self.pending, None
-        if pending is None:
-            return
-        pending.update.finish()
-        if not pending.node.next:
-            self._branched.append(pending.node)
-        pending.node.next[pending.event] = self.node_of[pending.name] = pending.child
+    def is_pending(self, name: str) -> bool:
+        """Return whether the last update of a layer's learner is not finished."""
+        return any(pending.child is self.node_of[name] for pending in self._pending)
+
+    def has_pending(self, *, due: bool) -> bool:
+        """Return whether an update is not finished; with ``due``, whether one should be.
+
+        An update on a CPU is due at once.
+        """
+        if not due or not self._pending:
+            return bool(self._pending)
+        return len(self._pending) > MOST_PENDING or not self._pending[0].update.is_async
+
+    def finish(self) -> dict[str, IPAError]:
+        """Finish the update that has begun first; return its layers with the error, if it failed.
+
+        These layers are then where they were before its input.
+        """
+        pending = self._pending.popleft()
+        try:
+            pending.update.finish()
+        except BaseException as error:
+            del pending.node.next[pending.event]
+            layers = [name for name, node in self.node_of.items() if node is pending.child]
+            self.node_of.update(dict.fromkeys(layers, pending.node))
+            if not isinstance(error, IPAError):
+                raise
+            return dict.fromkeys(layers, error)
+        return {}
 
     def end_batch(self) -> None:
         """Drop the children: inputs of the next batch are new."""
+        self._pending.clear()  # after an error of another one
         for node in self._branched:
             node.next.clear()
         self._branched.clear()

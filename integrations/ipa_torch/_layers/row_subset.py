@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ipa_torch._layers import async_device
 from ipa_torch._layers.gather_memory import GatherMemory
 
 
@@ -31,6 +32,6 @@ class RowSubset:
         """Return the rows (n, features) of the subset."""
         if self.positions is None:
             return rows
-        if self.memory is None or rows.device.type != "cpu":
+        if self.memory is None or async_device.is_async_device(rows.device):
             return rows.index_select(0, self.positions)
         return self.memory.gather(rows, self.positions)
