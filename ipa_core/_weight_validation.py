@@ -15,7 +15,7 @@ def host_weights(weights: Array, shape: tuple[int, ...], dtype: DType) -> HostAr
     Raises
     ------
     ArrayTypeError
-        If they are not an array.
+        If they are not an array, or a tensor without values in this process.
     ShapeError
         If they are not of ``shape``.
     WeightError
@@ -28,6 +28,7 @@ def host_weights(weights: Array, shape: tuple[int, ...], dtype: DType) -> HostAr
         raise ShapeError(
             f"expected weights of shape {shape}, one for each row, got {tuple(weights.shape)}"
         )
+    _array.check_values(weights)
     flat = _array.rounded(_array.on_host(_array.detached(weights)).reshape(-1), dtype)
     if not ((flat >= 0).all() and math.isfinite(flat.sum())):
         raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")

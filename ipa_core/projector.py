@@ -285,7 +285,7 @@ class Projector:
         xp = _array.check_home(self.components, x, cure)
         if x.ndim < 1 or x.shape[-1] != length:
             raise ShapeError(f"expected an array of shape (..., {length}), got {tuple(x.shape)}")
-        dtype = xp.result_type(x.dtype, self.components.dtype)
+        dtype = _array.wider_dtype(xp, x.dtype, self.components.dtype)
         x, components, mean = (
             _array.cast(xp, array, dtype) for array in (x, self.components, self.mean)
         )

@@ -68,7 +68,7 @@ class Whitening:
         size = matrix.shape[1]
         if x.ndim < 1 or x.shape[-1] != size:
             raise ShapeError(f"expected an array of shape (..., {size}), got {tuple(x.shape)}")
-        dtype = xp.result_type(x.dtype, matrix.dtype)
+        dtype = _array.wider_dtype(xp, x.dtype, matrix.dtype)
         x, matrix, mean = (_array.cast(xp, array, dtype) for array in (x, matrix, self.mean))
         return x, matrix, mean
 

@@ -9,6 +9,7 @@ from ipa_core._array.dtypes import (
     half_matmul,
     state_dtype,
     wide_dtype,
+    wider_dtype,
 )
 from ipa_core._array.host_numbers import (
     group_sums,
@@ -33,7 +34,7 @@ from ipa_core._array.transfer import (
     to_numpy,
 )
 from ipa_core._array.types import Array, Device, DType, HostArray, HostMask, Namespace
-from ipa_core._array.validation import check_array, check_home
+from ipa_core._array.validation import check_array, check_home, check_values
 
 __all__ = [
     "Array",
@@ -46,6 +47,7 @@ __all__ = [
     "cast",
     "check_array",
     "check_home",
+    "check_values",
     "conversion_hint",
     "convert",
     "describe",
@@ -74,6 +76,7 @@ __all__ = [
     "to_host_async",
     "to_numpy",
     "wide_dtype",
+    "wider_dtype",
     "zero_rows",
     "zero_where",
 ]

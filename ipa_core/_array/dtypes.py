@@ -48,6 +48,13 @@ def wide_dtype(xp: Namespace, on: Device) -> DType:
     return available.get("float64", xp.float32)
 
 
+def wider_dtype(xp: Namespace, first: DType, second: DType) -> DType:
+    """Return the dtype that two are promoted to; libraries promote none of 8 bits."""
+    if xp.finfo(first).bits == 8:
+        return second
+    return first if xp.finfo(second).bits == 8 else xp.result_type(first, second)
+
+
 @_cached
 def half_dtype(xp: Namespace, on: Device) -> DType | None:
     """Return bfloat16 where the device multiplies it faster than float32, else None.

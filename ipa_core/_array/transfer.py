@@ -27,7 +27,7 @@ def to_numpy(array: Array) -> Any:
     if array_api_compat.is_numpy_array(array):
         return array
     if array_api_compat.is_torch_array(array):
-        tensor = array.detach().cpu()
+        tensor = array.detach().resolve_neg().cpu()  # `imag` of a conjugate is negated lazily
         known = dtype_name(tensor.dtype) in HOST_DTYPES
         return (tensor if known else tensor.float()).numpy()
     if array_api_compat.is_cupy_array(array):

@@ -36,6 +36,27 @@ def check_array(array: Array) -> Namespace:
     return xp
 
 
+def check_values(array: Array) -> None:
+    """Check that the values of an array are in the memory of this process, as tensors of torch are.
+
+    Raises
+    ------
+    ArrayTypeError
+        If the array is a tensor of another class, such as `DTensor`, or `torch.func` transforms it.
+    """
+    if not array_api_compat.is_torch_array(array):
+        return
+    torch, kind = torch_module(), type(array)
+    if torch._C._functorch.is_functorch_wrapped_tensor(array):
+        raise ArrayTypeError("expected a tensor with values, got one within torch.func; return it")
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        whole = hasattr(array, "full_tensor")
+        raise ArrayTypeError(
+            f"expected a tensor with values, got a {kind.__name__}; "
+            f"{'pass x.full_tensor()' if whole else 'pass its values as a torch.Tensor'}"
+        )
+
+
 def _unsupported_form(array: Array) -> str | None:
     """Return what is not supported about an array, and the cure; None for a dense array."""
     if hasattr(array, "__dask_graph__"):

@@ -137,6 +137,44 @@ TENSORS = {
 }
 
 
+def test_tensors_without_values_in_the_process(learner_class):
+    """Such tensors ended in errors of torch, those of a second batch within a product."""
+    torch = pytest.importorskip("torch")
+    from torch._subclasses import FakeTensorMode
+
+    rows = torch.as_tensor(X)
+    fake = FakeTensorMode().from_tensor(rows)
+    learner = learner_class(2).update(rows)
+    for call in (
+        lambda: learner_class(2).update(fake),
+        lambda: learner.update(fake),
+        lambda: learner.begin_update(fake),
+        lambda: learner.update(rows, fake[:, 0]),
+        lambda: fit_projector([fake], 2, learner=learner_class),
+    ):
+        with pytest.raises(ArrayTypeError, match="with values, got a FakeTensor; pass its values"):
+            call()
+    with pytest.raises(ArrayTypeError, match="got one within torch.func"):
+        torch.vmap(lambda x: learner.update(x).finalize().components)(rows[None])
+    assert learner.samples == 600
+
+
+def test_lazily_negated_weights_and_rows_of_eight_bits(learner_class):
+    torch = pytest.importorskip("torch")
+    rows = torch.as_tensor(X)
+    negated = torch.complex(rows, -rows.abs()).conj().imag
+    assert negated.is_neg()
+    learned = learner_class(2).update(negated, negated[:, 0]).finalize()
+    assert learned.samples == 600 and learned.reconstruction_error(negated, negated[:, 0]) >= 0
+    short = rows.to(torch.float8_e4m3fn)
+    projector = learner_class(2).update(short).finalize()
+    expected = projector.project(short.float())
+    assert torch.equal(projector.project(short), expected)
+    assert torch.equal(
+        projector.whitening().whiten(short), projector.whitening().whiten(short.float())
+    )
+
+
 @pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
 @pytest.mark.parametrize("kind", TENSORS)
 def test_refused_tensors_say_the_cure(learner_class, kind):

@@ -17,7 +17,12 @@ from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._fit.shared_inputs import C, InputPrefix, SharedInputTree
-from ipa_torch._layers.activation_tensor import check_tensors, input_of, output_of
+from ipa_torch._layers.activation_tensor import (
+    check_tensors,
+    check_unsharded,
+    input_of,
+    output_of,
+)
 from ipa_torch._layers.execution_device import check_loaded
 from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.output_view import output_view
@@ -198,6 +203,7 @@ class ActivationCollector(Generic[C]):
     def _layer_hooks(self, source: Source) -> Iterator[Hook]:
         for name, module in self._layers.items():
             if source == "outputs":
+                yield Hook(name, module, partial(self._before_output, name))
                 yield Hook(name, module, partial(self._observe_output, name), after=True)
             else:
                 yield Hook(name, module, partial(self._observe_input, name))
@@ -206,6 +212,11 @@ class ActivationCollector(Generic[C]):
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._learn(name, module, lambda: input_of(module, args, kwargs))
+
+    def _before_output(self, name: str, module: nn.Module, *_: Any) -> None:
+        if name not in self._failed:
+            with self._drop_failed_layer(name):
+                check_unsharded(module)
 
     def _observe_output(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any

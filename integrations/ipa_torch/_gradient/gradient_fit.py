@@ -23,7 +23,8 @@ from ipa_torch._distributed.process_group import FitProcessGroup, ProcessGroupAr
 from ipa_torch._gradient.gradient_learner import GradientLearner
 from ipa_torch._gradient.gradient_sketch import GradientSketch
 from ipa_torch._layer_rank import resolve_rank
-from ipa_torch._layers.activation_tensor import input_of
+from ipa_torch._layers.activation_tensor import check_tensors, input_of, output_of
+from ipa_torch._layers.adapter_support import check_supported
 from ipa_torch._layers.execution_device import check_loaded
 from ipa_torch._layers.matmul_view import view_of
 from ipa_torch._layers.targets import ALL_LINEAR, Targets, select_layers
@@ -77,12 +78,13 @@ def fit_gradient_projectors(
     Raises
     ------
     LayerError
-        If no layer gets a gradient. Single layers without one are in `LayerProjectors.missing`.
+        If no layer gets a gradient, or a target cannot have an adapter. Single layers without a
+        gradient are in `LayerProjectors.missing`.
     EmptyStreamError
         If there is no batch.
     PeerError
         If another rank failed; the message has its error.
-    RankError, NonFiniteError
+    RankError, NonFiniteError, ArrayTypeError, ShapeError
         If a layer's rows are invalid; the message names the layer.
 
     Notes
@@ -105,6 +107,8 @@ def fit_gradient_projectors(
     layers = select_layers(model, targets)
     check_batches(batches)
     check_loaded(layers)
+    for name, layer in layers.items():
+        check_supported(name, layer)
     max_patches = resolve_max_patches(max_patches)
     if loss is not None:
         check_callable("loss", loss, cure="pass a function of model and batch, or None")
@@ -191,11 +195,14 @@ def _forward_hook(
     output: torch.Tensor,
 ) -> torch.Tensor:
     """Update the learner of a layer once the gradient of its output is there."""
+    with named_layer(name):
+        x = input_of(module, args, kwargs).detach()
+        check_tensors(module, x)
+        check_tensors(module, output_of(module, (output,)))  # no tuple: it has no gradient
     if not output.requires_grad:
         # No input of this layer requires a gradient: the graph starts here, with a copy, as a leaf
         # may not be changed in place (by a ReLU, say).
         output = output.requires_grad_(True).clone()
-    x = input_of(module, args, kwargs).detach()
 
     def update(g: torch.Tensor) -> None:
         with named_layer(name), no_grad_or_autocast(x.device):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ipa_core.errors import ShapeError
 from ipa_torch._layers.layer_properties import Convolution
 from ipa_torch._layers.row_samples import stratified_indices
 from ipa_torch._layers.row_subset import RowSubset
@@ -32,11 +33,24 @@ class ConvView:
     mode: str
 
     def row_shape(self, activation: torch.Tensor) -> tuple[int, ...]:
-        """Return the shape over which an activation has rows."""
-        batch = activation.shape[:1] if activation.ndim == len(self.kernel) + 2 else (1,)
+        """Return the shape over which an activation has rows.
+
+        Raises
+        ------
+        ShapeError
+            If it has neither channels and positions, nor a batch of them.
+        """
+        axes = len(self.kernel)
+        if activation.ndim not in (axes + 1, axes + 2):
+            raise ShapeError(
+                f"expected an input of {axes + 1} or {axes + 2} axes, got shape "
+                f"{tuple(activation.shape)}; give it (batch, channels, positions), or leave it out "
+                "of the targets"
+            )
+        batch = activation.shape[:1] if activation.ndim == axes + 2 else (1,)
         padding = self.padding_of(activation)
         paddings = zip(padding[-2::-2], padding[::-2], strict=True)
-        sizes = zip(activation.shape[-len(self.kernel) :], paddings, self._steps(), strict=True)
+        sizes = zip(activation.shape[-axes:], paddings, self._steps(), strict=True)
         return (*batch, *((n + sum(p) - extent) // step + 1 for n, p, (extent, step) in sizes))
 
     def im2row(
