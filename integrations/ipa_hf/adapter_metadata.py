@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from ipa_core.errors import FileFormatError
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.paths import as_path
-from ipa_core.settings import boolean, check_instance, integer
+from ipa_core.settings import boolean, check_instance, integer, number
 from ipa_hf.layer_names import layer_name
 from ipa_hf.lora_layers import lora_layers
 from ipa_torch.extension import Scaling, check_scaling, in_float64
@@ -38,8 +39,10 @@ class LayerMetadata:
     def __post_init__(self) -> None:
         integer("rank", self.rank, least=1)
         integer("samples", self.samples, least=0)
-        check_instance("scale", self.scale, float, "a float")
-        check_instance("captured", self.captured, float, "a float")
+        for name in ("scale", "captured"):
+            value = getattr(self, name)
+            check_instance(name, value, float, "a float")
+            number(name, value, form="finite and at least 0", valid=lambda x: 0 <= x < math.inf)
 
 
 @dataclass(frozen=True)

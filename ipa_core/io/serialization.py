@@ -16,14 +16,18 @@ from safetensors.numpy import save as to_bytes
 
 from ipa_core import _array
 from ipa_core._array import Array, Device
-from ipa_core.errors import ArrayTypeError, FileFormatError, IPAError
+from ipa_core.errors import ArrayTypeError, FileFormatError, IPAError, with_context
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.file_header import FileFormat, reading
 from ipa_core.io.paths import input_file
 from ipa_core.projector import Projector
+from ipa_core.settings import integer, number
 
 _PROJECTORS = FileFormat("ipa-projectors", 1)
 _STATE = FileFormat("ipa-learner-state", 2)
+_PARTS = ("components", "mean", "energies")
+# Share by which numbers of 8 bits, which energies may have been cast to, are rounded at most.
+_ROUNDING = 1 / 8
 
 
 def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLike[str]) -> None:
@@ -42,6 +46,9 @@ def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLik
     ------
     PathError
         If the file cannot be written.
+    FileFormatError
+        If a projector has values that `load` refuses: not finite, negative energies, or energies
+        above the total.
 
     Examples
     --------
@@ -65,8 +72,7 @@ def save(projectors: Projector | Mapping[str, Projector], path: str | os.PathLik
             entries[name] = {"same_as": owner}
             continue
         entries[name] = {"total_energy": projector.total_energy, "samples": projector.samples}
-        for part in ("components", "mean", "energies"):
-            tensors[f"{name}/{part}"] = getattr(projector, part)
+        tensors |= _arrays(name, projector)
     content = {"single": single, "projectors": entries}
     replace_file(path, _pack(_PROJECTORS, content, tensors))
 
@@ -213,14 +219,11 @@ def _projector(
     name: str, entry: Mapping[str, Any], tensors: Mapping[str, Any], path: str | os.PathLike[str]
 ) -> Projector:
     try:
-        projector = Projector(
-            tensors[f"{name}/components"],
-            tensors[f"{name}/mean"],
-            tensors[f"{name}/energies"],
-            float(entry["total_energy"]),
-            int(entry["samples"]),
-        )
-        _check_finite(projector)
+        components, mean, energies = (tensors[f"{name}/{part}"] for part in _PARTS)
+        total = number("entry 'total_energy'", entry["total_energy"], error=FileFormatError)
+        samples = integer("entry 'samples'", entry["samples"], least=0, error=FileFormatError)
+        projector = Projector(components, mean, energies, total, samples)
+        _check_values(projector)
         return projector
     except IPAError as error:
         raise FileFormatError(f"{path}: projector {name!r}: {error}") from error
@@ -230,10 +233,28 @@ def _projector(
         ) from error
 
 
-def _check_finite(projector: Projector) -> None:
-    for array in (projector.components, projector.mean, projector.energies):
-        if not np.isfinite(array).all():
-            raise FileFormatError("expected finite values, got NaN or infinity")
+def _arrays(name: str, projector: Projector) -> dict[str, Any]:
+    """Return the arrays of a projector on the host, by the names of a file."""
+    host = projector.to(np)
+    try:
+        _check_values(host)
+    except FileFormatError as error:
+        raise with_context(error, f"projector {name!r}") from error
+    return {f"{name}/{part}": getattr(host, part) for part in _PARTS}
+
+
+def _check_values(projector: Projector) -> None:
+    """Check that the arrays of a projector on the host are finite, and the energies possible."""
+    for part in _PARTS:
+        if not np.isfinite(getattr(projector, part)).all():
+            raise FileFormatError(f"expected finite {part}, got NaN or infinity")
+    if (lowest := projector.energies.min()) < 0:
+        raise FileFormatError(f"expected energies of at least 0, got {lowest}")
+    captured, total = projector.energies.sum(dtype=np.float64), projector.total_energy
+    if captured > total * (1 + _ROUNDING):
+        raise FileFormatError(
+            f"expected energies of total_energy, {total}, in sum at most, got {captured}"
+        )
 
 
 def _pack(kind: FileFormat, content: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:

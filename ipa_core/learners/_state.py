@@ -37,12 +37,11 @@ def unflatten(name: str, cls: type, state: Mapping[str, Any]) -> Any:
         raise FileFormatError(f"expected an entry {error} in the state, got none") from error
 
 
-def entries_of(name: str, cls: type) -> tuple[list[str], list[str]]:
-    """Return the entries of a dataclass in a state: those of numbers, and those of arrays."""
-    keys: tuple[list[str], list[str]] = [], []
-    for field in fields(cls):
-        keys["Array" in str(field.type)].append(f"{name}.{field.name}")
-    return keys
+def entries_of(name: str, cls: type) -> tuple[dict[str, str], list[str]]:
+    """Return the entries of a dataclass in a state: numbers with their types, and arrays."""
+    types = {f"{name}.{field.name}": str(field.type) for field in fields(cls)}
+    arrays = [key for key, kind in types.items() if "Array" in kind]
+    return {key: kind for key, kind in types.items() if key not in arrays}, arrays
 
 
 def check_state_of(kind: type, state: Any) -> None:
@@ -79,7 +78,7 @@ def check_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> Non
 def check_state(
     state: Mapping[str, Any],
     *,
-    numbers: Iterable[str],
+    numbers: Mapping[str, str],
     arrays: Iterable[str],
     values: Mapping[str, type],
 ) -> None:
@@ -89,7 +88,9 @@ def check_state(
     ----------
     state : mapping
         From `Learner.state_dict`.
-    numbers, arrays : iterable of str
+    numbers : mapping of str to str
+        Names of the entries, and their types.
+    arrays : iterable of str
         Names of the entries.
     values : mapping of str to type
         Dataclasses of which the fields are entries.
@@ -100,7 +101,6 @@ def check_state(
         If an entry is missing or of another form.
     """
     check_numbers(state, numbers)
-    integer("entry 'samples' of the state", state["samples"], least=0, error=FileFormatError)
     template = state.get("template")
     if template is None:
         if state["samples"]:
@@ -110,6 +110,8 @@ def check_state(
         raise FileFormatError("expected a template of shape (0, features) in the state")
     check_arrays(state, ["template", "pending.x", "pending.weights", *arrays])
     _check_pending(state, int(template.shape[1]))
+    if state["samples"] and not state["weight"] and "pending.x" not in state:
+        raise FileFormatError("expected an entry 'weight' of the state above 0, got 0")
     for name, cls in values.items():
         inner_numbers, inner_arrays = entries_of(name, cls)
         if any(key in state for key in (*inner_numbers, *inner_arrays)):
@@ -129,32 +131,46 @@ def _check_pending(state: Mapping[str, Any], features: int) -> None:
             f"expected pending rows of {features} features in the state, and a weight of each or "
             f"none, got shapes {shape} and {weighted}"
         )
+    if weights is not None and bool((weights < 0).any()):
+        raise FileFormatError(
+            "expected numbers of at least 0 as entry 'pending.weights' of the state, got others"
+        )
 
 
-def check_numbers(state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Check that entries of a state are numbers: counts, sums of weights and energies.
+def check_numbers(state: Mapping[str, Any], types: Mapping[str, str]) -> None:
+    """Check that entries of a state are numbers: flags, counts, sums of weights and energies.
+
+    Parameters
+    ----------
+    state : mapping
+    types : mapping of str to {"bool", "int", "float"}
+        Types of the entries.
 
     Raises
     ------
     FileFormatError
         If an entry is missing, of another type, negative or not finite.
     """
-    for name in names:
+    for name, kind in types.items():
         value = state.get(name)
-        if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
+        if kind == "int":
+            integer(f"entry {name!r} of the state", value, least=0, error=FileFormatError)
+            continue
+        form = "True or False" if kind == "bool" else "a number of at least 0"
+        valid = isinstance(value, (int, float)) and 0 <= value < math.inf
+        if not valid or isinstance(value, bool) != (kind == "bool"):
             raise FileFormatError(
-                f"expected a number of at least 0 as entry {name!r} of the state, got "
-                f"{reprlib.repr(value)}"
+                f"expected {form} as entry {name!r} of the state, got {reprlib.repr(value)}"
             )
 
 
 def check_arrays(state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Check that entries of a state are arrays like its template, where there are any.
+    """Check that entries of a state are finite arrays like its template, where there are any.
 
     Raises
     ------
     FileFormatError
-        If an entry is not a matrix or vector of the template's library and device.
+        If an entry is no finite matrix or vector of the template's library and device.
     """
     template = state.get("template")
     for name in names:
@@ -171,3 +187,6 @@ def check_arrays(state: Mapping[str, Any], names: Iterable[str]) -> None:
                 f"expected a matrix or a vector as entry {name!r} of the state, got shape "
                 f"{tuple(array.shape)}"
             )
+        xp = _array.namespace(array)
+        if not bool(xp.all(xp.isfinite(array))):
+            raise FileFormatError(f"expected finite values as entry {name!r} of the state")

@@ -259,7 +259,9 @@ class Learner(BlockLearner):
         fresh = type(self)(**settings)
         check_state(
             state,
-            numbers=[name.lstrip("_") for name in self._numbers],
+            numbers={
+                name.lstrip("_"): type(getattr(fresh, name)).__name__ for name in self._numbers
+            },
             arrays=[name.lstrip("_") for name in self._arrays],
             values={name.lstrip("_"): cls for name, cls in self._values.items()},
         )

@@ -78,10 +78,13 @@ class HebbianRule(StochasticRule):
 
         Rows below rounding become zero: their directions are noise.
         """
-        squares = xp.vecdot(self._directions, self._directions)
+        # The rows may be longer than those that the unit was chosen by: squares could overflow.
+        longest = float(xp.max(xp.abs(self._directions))) or 1.0
+        directions = self._directions / longest
+        squares = xp.vecdot(directions, directions)
         noise = xp.max(squares) * float(xp.finfo(squares.dtype).eps) ** 2
-        root = xp.sqrt(inverse_root(xp, squares, noise) * self._weight) * self._unit
-        return self._directions * root[:, None]
+        root = xp.sqrt(inverse_root(xp, squares, noise) * (self._weight * longest)) * self._unit
+        return directions * root[:, None]
 
     def _from_factor(self, xp: Namespace, factor: Array, weight: float) -> None:
         rows = factor / self._unit

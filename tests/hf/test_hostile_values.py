@@ -4,6 +4,7 @@ Errors raised within what a caller passes, such as a model that is given batches
 """
 
 import inspect
+import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralMo
 import ipa_hf
 from ipa_core import IPAError, SettingError
 from ipa_core.errors import FileFormatError, MissingFileError, PathError, ShapeError
-from ipa_hf import adapter_holder
+from ipa_hf import adapter_holder, adapter_metadata
 from ipa_torch import fit_projectors
 
 TARGETS = ["q_proj", "v_proj"]
@@ -268,6 +269,31 @@ def test_damaged_shared_adapters_leave_the_model(saved_shared, tmp_path, name, c
     folder = damaged(saved_shared, tmp_path / "damaged", name, content)
     error = (FileFormatError, MissingFileError)
     unchanged(llama(), lambda x: ipa_hf.load_shared(x, folder), error, "expected")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rank", 2.0),
+        ("rank", 0),
+        ("samples", 9.0),
+        ("samples", -1),
+        ("scale", -1.0),
+        ("scale", float("nan")),
+        ("captured", -0.5),
+        ("captured", float("inf")),
+    ],
+)
+def test_numbers_that_no_metadata_has(tmp_path, name, value):
+    layer = adapter_metadata.LayerMetadata(rank=2, scale=1.0, captured=0.5, samples=9)
+    adapter_metadata.AdapterMetadata(True, "energy", {"q": layer}).write(tmp_path)
+    path = tmp_path / "ipa_adapter.json"
+    content = json.loads(path.read_text())
+    content["layers"]["q"][name] = value
+    del content["sha256"]
+    path.write_text(json.dumps(content | {"sha256": adapter_metadata._digest(content)}))
+    with pytest.raises(FileFormatError, match=rf"ipa_adapter\.json: expected .*{name}"):
+        adapter_metadata.AdapterMetadata.read(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,11 +8,28 @@ import pytest
 import torch
 from torch import nn
 
-from ipa_core import ActivationStore, ExactCovariance, FileFormatError, IPAError, load_state
+from ipa_core import (
+    ActivationStore,
+    ExactCovariance,
+    FileFormatError,
+    IPAError,
+    load,
+    load_state,
+    save,
+)
 from ipa_core.io import store_index
 from ipa_core.io.serialization import pack_state
-from ipa_torch import attach, fit_projectors, load_adapter, store_activations
+from ipa_torch import (
+    DampedGradientSketch,
+    GradientSketch,
+    GradientWeightedInputs,
+    attach,
+    fit_projectors,
+    load_adapter,
+    store_activations,
+)
 from ipa_torch._adapters import adapter_file
+from ipa_torch._fit.convergence import Convergence
 
 BATCHES = [torch.linspace(-1, 1, 96).reshape(12, 8).sin()]
 OTHER = [None, -1, "x", [], {"a": 1}]
@@ -111,6 +128,7 @@ def test_entries_of_a_state_that_no_learner_has():
     for entries in (
         {"samples": -1},
         {"samples": 1.5},
+        {"pending.x": rows, "pending.weights": -torch.ones(len(rows))},
         {"weight": -1.0},
         {"energy": float("nan")},
         {"pending.x": None},
@@ -120,3 +138,26 @@ def test_entries_of_a_state_that_no_learner_has():
     ):
         with pytest.raises(FileFormatError, match="of the state|in the state"):
             ExactCovariance(2).load_state_dict({**state, **entries})
+
+
+def test_counts_of_a_convergence_that_no_checkpoint_has():
+    state = Convergence(0.1).state_dict()
+    assert Convergence(0.1).with_state(state)._batches == 0
+    for place in (2, 3):
+        for value in (1.5, -1.0, float("nan")):
+            numbers = state["numbers"].clone()
+            numbers[place] = value
+            with pytest.raises(FileFormatError, match="expected a count"):
+                Convergence(0.1).with_state({**state, "numbers": numbers})
+
+
+@pytest.mark.parametrize("kind", [GradientSketch, DampedGradientSketch, GradientWeightedInputs])
+@pytest.mark.parametrize("size", [1.0, 1e-9, 1e9])
+def test_projectors_of_gradients_are_written_and_read(tmp_path, kind, size):
+    """The order is that of the gradient: energies may increase."""
+    sketch, generator = kind(3), torch.Generator().manual_seed(0)
+    for groups in (1, 2):
+        x = torch.randn(200, groups, 8, generator=generator) * size
+        sketch.update(x, torch.randn(200, groups, 5, generator=generator) * x[..., :5])
+    save(sketch.finalize(), tmp_path / "p.safetensors")
+    assert load(tmp_path / "p.safetensors").rank == 3

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from ipa_core import Learner, Projector
+from ipa_core.errors import FileFormatError
+from ipa_core.settings import integer
 from ipa_torch._capture.autocast import no_grad_or_autocast
 from ipa_torch._capture.row_consumer import RowConsumer
 from ipa_torch._float64 import in_float64
@@ -78,8 +80,8 @@ class Convergence:
     def with_state(self, state: Mapping[str, torch.Tensor]) -> Convergence:
         """Return the estimate of a `state_dict`, with the same tolerance."""
         restored = Convergence(self.tolerance)
-        restored.estimate, restored._last, batches, checkpoint = state["numbers"].tolist()
-        restored._batches, restored._checkpoint = int(batches), int(checkpoint)
+        restored.estimate, restored._last, *counts = state["numbers"].tolist()
+        restored._batches, restored._checkpoint = map(_count, counts)
         restored._half, restored._now = _projector(state, "half"), _projector(state, "now")
         restored._sums = state.get("sums")
         return restored
@@ -111,7 +113,13 @@ def _projector(state: Mapping[str, torch.Tensor], key: str) -> Projector | None:
         return None
     components, mean, energies = (state[f"{key}.{p}"] for p in ("components", "mean", "energies"))
     total, samples = state[f"{key}.totals"].tolist()
-    return Projector(components, mean, energies, total, int(samples))
+    return Projector(components, mean, energies, total, _count(samples))
+
+
+def _count(value: float) -> int:
+    """Return a count that a tensor of a state holds."""
+    count = int(value) if value.is_integer() else value
+    return integer("a count of the state of a convergence", count, least=0, error=FileFormatError)
 
 
 def _residual(projector: Projector, rows: torch.Tensor) -> torch.Tensor:
