@@ -18,8 +18,9 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.evidence.cells import FOLDER, Cell, read  # noqa: E402
+from benchmarks.evidence.likelihood_curves import MAIN_RANK, MAIN_STEPS, curve_cells  # noqa: E402
 from benchmarks.evidence.likelihood_methods import LIKELIHOOD  # noqa: E402
-from benchmarks.evidence.likelihood_tables import main_cells, nats  # noqa: E402
+from benchmarks.evidence.likelihood_tables import nats, tested_cells  # noqa: E402
 from benchmarks.evidence.methods import COMPARED, Method  # noqa: E402
 from benchmarks.evidence.statistics import mean_and_deviation, of_method  # noqa: E402
 
@@ -27,10 +28,12 @@ DOCS = Path(__file__).parents[2] / "docs" / "figures"
 COLORS = {
     "LoRA": "#0072b2",
     "IPA, frozen": "#e69f00",
+    "IPA without first token, frozen": "#e69f00",
     "IPA, trainable": "#009e73",
     "random A, frozen": "#999999",
     "damped gradient, frozen": "#d55e00",
 }
+NATS = "nats per token of test texts"
 # Text stays text, and the same results give the same file.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9}
 
@@ -46,7 +49,8 @@ def main() -> int:
     swept = {cell.task for cell in cells if cell.study in ("rank", "share")}
     drawings: dict[str, tuple[Callable[[Any], Figure], Any]] = {
         "methods": (methods, [cell for cell in cells if cell.study == "main"]),
-        "likelihood": (likelihood, main_cells(cells)),
+        "likelihood": (likelihood, tested_cells(cells)),
+        "likelihood_curves": (likelihood_curves, curve_cells(cells)),
         "rank_and_share": (rank_and_share, [cell for cell in cells if cell.task in swept]),
         "likeness": (likeness, found),
         "before_and_after": (before_and_after, found),
@@ -70,7 +74,17 @@ def methods(cells: Sequence[Cell]) -> Figure:
 
 def likelihood(cells: Sequence[Cell]) -> Figure:
     """Draw the nats per token of each method on each kind of text."""
-    return _dots(cells, LIKELIHOOD, nats, "nats per token of test texts")
+    return _dots(cells, LIKELIHOOD, nats, NATS)
+
+
+def likelihood_curves(cells: Sequence[Cell]) -> Figure:
+    """Draw nats per token over training steps, and over trained parameters."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained", sharey=True)
+    longer = [cell for cell in cells if cell.rank == MAIN_RANK]
+    _curves(axes[0], longer, "steps", f"training steps, rank {MAIN_RANK}", nats, NATS)
+    wider = [cell for cell in cells if cell.steps == MAIN_STEPS]
+    _curves(axes[1], wider, "trainable", f"trained parameters, {MAIN_STEPS} steps", nats, NATS)
+    return figure
 
 
 def _dots(
@@ -163,14 +177,21 @@ def before_and_after(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def _curves(place: Axes, cells: Sequence[Cell], varied: str, title: str) -> None:
+def _curves(
+    place: Axes,
+    cells: Sequence[Cell],
+    varied: str,
+    title: str,
+    measured: Callable[[Cell], float] = lambda cell: cell.accuracy,
+    label: str = "test accuracy (%)",
+) -> None:
     for name, color in COLORS.items():
         steps = sorted({getattr(c, varied) for c in of_method(cells, name)})
         if len(steps) < 2:
             continue
         points = [
             mean_and_deviation(
-                [c.accuracy for c in of_method(cells, name) if getattr(c, varied) == step]
+                [measured(c) for c in of_method(cells, name) if getattr(c, varied) == step]
             )
             for step in steps
         ]
@@ -178,7 +199,7 @@ def _curves(place: Axes, cells: Sequence[Cell], varied: str, title: str) -> None
         place.errorbar(
             steps, means, deviations, fmt="o-", color=color, label=name, capsize=3, markersize=4
         )
-    place.set(xscale="log", xlabel=title, ylabel="test accuracy (%)")
+    place.set(xscale="log", xlabel=title, ylabel=label)
     if place.has_data():
         place.legend(frameon=False)
     _tidy(place, "y")

@@ -79,7 +79,7 @@ def tables(cells: Iterable[Cell]) -> dict[str, str]:
     """Return the tables by a name for the file: each kind of text, differences, classification."""
     cells = list(cells)
     own = [cell for cell in cells if cell.study == STUDY and _settings(cell) == MAIN]
-    tested = main_cells(own)
+    tested = tested_cells(own)
     found = {}
     tasks = list(dict.fromkeys(cell.task for cell in tested))
     for task in tasks:
@@ -97,13 +97,13 @@ def tables(cells: Iterable[Cell]) -> dict[str, str]:
     return found
 
 
-def main_cells(cells: Iterable[Cell]) -> list[Cell]:
-    """Return the tested cells of the main comparison.
+def tested_cells(cells: Iterable[Cell], settings: tuple[int, int, int] = MAIN) -> list[Cell]:
+    """Return the tested cells of some settings, by default of the main comparison.
 
     Where a kind of text was tested at the rate of headlines before rates were tried there, the
     cells at its best rate are taken.
     """
-    own = [cell for cell in cells if cell.study == STUDY and _settings(cell) == MAIN]
+    own = [cell for cell in cells if cell.study == STUDY and _settings(cell) == settings]
     tuned: dict[tuple[str, str], list[Cell]] = {}
     for cell in own:
         if cell.test is None:
@@ -127,12 +127,12 @@ def comparison(cells: Sequence[Cell]) -> str:
                 [
                     method,
                     f"{own[0].trainable:,}",
-                    _spread([nats(cell) for cell in own]),
+                    spread([nats(cell) for cell in own]),
                     str(len(own)),
                     difference(own, lora),
                     difference(own, random),
-                    _share(own, lora, random),
-                    _spread([forgotten(cell) for cell in own]),
+                    share_of_gap(own, lora, random),
+                    spread([forgotten(cell) for cell in own]),
                     f"{own[0].rate:g}",
                     f"{mean(cell.steps_of_p for cell in own):.0f}",
                 ]
@@ -152,11 +152,11 @@ def classification(cells: Sequence[Cell]) -> str:
                 [
                     task,
                     method,
-                    _spread([nats(cell) for cell in own]),
+                    spread([nats(cell) for cell in own]),
                     str(len(own)),
                     difference(own, lora),
                     difference(own, random),
-                    _share(own, lora, random),
+                    share_of_gap(own, lora, random),
                     _to_halfway(own, lora, random),
                     f"{own[0].rate:g}",
                 ]
@@ -259,7 +259,7 @@ def _shown(found: Difference) -> str:
     return f"**{shown}**" if found.clear else shown
 
 
-def _share(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell]) -> str:
+def share_of_gap(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell]) -> str:
     """Return how much of the way from random A to LoRA a method goes, over common seeds.
 
     "-" where LoRA is not shown to be better than random A: there is no way to go.
@@ -283,7 +283,8 @@ def _to_halfway(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell
     return "-" if own in (lora, random) else difference(own, halfway)
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation; a single value has the former only."""
     center, deviation = mean_and_deviation(values)
     return f"{center:.3f} ± {deviation:.3f}" if len(values) > 1 else f"{center:.3f}"
 

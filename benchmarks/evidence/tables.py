@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from benchmarks import record
-from benchmarks.evidence import claims, likelihood_tables, vision
+from benchmarks.evidence import claims, likelihood_curves, likelihood_tables, vision
 from benchmarks.evidence.cells import FOLDER, Cell, read
 from benchmarks.evidence.methods import BEYOND, COMPARED, LEARNED, METHODS
 from benchmarks.evidence.statistics import mean_and_deviation, of_method, paired
@@ -33,6 +33,7 @@ def main() -> None:
             _write(f"{path.stem}_{name}", text)
     for name, text in likelihood_tables.tables(every).items():
         _write(f"likelihood_{name}", text)
+    _write("likelihood_curves", likelihood_curves.table(every))
     every += vision.read()
     _write("claims", claims.table(claims.CLAIMS, every))
     _write("own", claims.table(claims.OWN, every))

@@ -9,7 +9,7 @@ import transformers
 from torch.nn import functional
 
 from benchmarks import likelihood, likelihood_cost
-from benchmarks.evidence import captured, figures, likelihood_tables
+from benchmarks.evidence import captured, figures, likelihood_curves, likelihood_tables
 from benchmarks.evidence.captured import capture, choose
 from benchmarks.evidence.cells import Cell, Cells, read
 from benchmarks.evidence.corpora import Corpus
@@ -320,7 +320,39 @@ def test_tables_of_likelihood(monkeypatch):
     assert found["validation"].splitlines()[-1] == "| LoRA | -94.000 at 0.1 |"
     with pytest.raises(ValueError, match="expected a tested cell, got one of tuning"):
         likelihood_tables.nats(cell("LoRA", 100, None))
-    assert figures.likelihood(likelihood_tables.main_cells(cells)).axes
+    assert figures.likelihood(likelihood_tables.tested_cells(cells)).axes
+
+
+def test_table_and_figure_of_curves():
+    """One of steps and rank is varied; LoRA and random A are those of the same settings."""
+    base = {"LoRA": 5.0, "random A, frozen": 5.1, "IPA without first token, frozen": 5.04}
+
+    def cell(method, seed, rank=8, steps=80, rate=0.1, tuned=None):
+        nats = base.get(method, 4.0) - rank / 100 - steps / 1000 + seed
+        tested = None if tuned else {"headlines": nats, "reviews": 4.5}
+        return Cell(
+            "likelihood", "headlines", method, rank, steps, 128, seed, rate,
+            {"headlines": tuned or 6.0}, tested, 4.0, 100 * rank, 1.0, 1.0, 1.0,
+        )  # fmt: skip
+
+    settings = [{}, {"rank": 2}, {"steps": 150}, {"rank": 2, "steps": 150}]
+    cells = [cell(name, seed, **some) for name in base for seed in (0, 1) for some in settings]
+    others = [cell("EVA", 0), replace(cell("LoRA", 5), task="reviews", test={"reviews": 4.0})]
+    lines = likelihood_curves.table([*cells, *others]).splitlines()[2:]
+    found = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:2] for row in found[::3]] == [["80", "2"], ["80", "8"], ["150", "8"]]
+    assert [row[2] for row in found] == [*likelihood_curves.METHODS] * 3
+    assert lines[2] == (
+        "| 80 | 2 | IPA without first token, frozen | 200 | 0.1 | 5.440 ± 0.707 | 2 "
+        "| **+0.040 ± 0.000** | **-0.060 ± 0.000** | 60 % |"
+    )
+    drawn = figures.likelihood_curves(likelihood_curves.curve_cells([*cells, *others]))
+    assert [len(place.get_legend().get_texts()) for place in drawn.axes] == [3, 3]
+    assert [line.get_xdata().tolist() for line in drawn.axes[1].lines[:1]] == [[200, 800]]
+    tuned = [cell("LoRA", 100, steps=150, rate=rate, tuned=9 + rate) for rate in (0.2, 0.3, 0.4)]
+    better = [cell("LoRA", seed, steps=150, rate=0.2) for seed in (0, 1)]
+    of_150 = likelihood_curves.table([*cells, *tuned, *better]).splitlines()[-3]
+    assert of_150.startswith("| 150 | 8 | LoRA | 800 | 0.2 |")
 
 
 def test_table_of_classification():
@@ -354,5 +386,5 @@ def test_cells_at_the_best_rate_of_their_kind():
 
     tested = [cell(rate, 5.0, {"steps": 5.0, "headlines": 5.0}) for rate in (0.1, 0.01)]
     tuned = [cell(0.1, 5.0, None), cell(0.01, 4.0, None), cell(0.001, 6.0, None)]
-    assert likelihood_tables.main_cells([*tested, *tuned]) == tested[1:]
-    assert likelihood_tables.main_cells(tested[:1]) == tested[:1]
+    assert likelihood_tables.tested_cells([*tested, *tuned]) == tested[1:]
+    assert likelihood_tables.tested_cells(tested[:1]) == tested[:1]
