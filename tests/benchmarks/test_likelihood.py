@@ -324,7 +324,7 @@ def test_tables_of_likelihood(monkeypatch):
 
 
 def test_table_and_figure_of_curves():
-    """One of steps and rank is varied; LoRA and random A are those of the same settings."""
+    """Steps or rank are varied, not both; LoRA and random A are those of the same settings."""
     base = {"LoRA": 5.0, "random A, frozen": 5.1, "IPA without first token, frozen": 5.04}
 
     def cell(method, seed, rank=8, steps=80, rate=0.1, tuned=None):
