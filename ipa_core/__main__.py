@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -36,6 +35,7 @@ from ipa_core.errors import PathError, StreamError
 from ipa_core.io._formats.named_arrays import split_key
 from ipa_core.io.activation_files import files_of
 from ipa_core.io.atomic_write import check_writable, replace_file
+from ipa_core.io.standard_output import flushed_output
 from ipa_core.io.streams import LabeledBatch, labeled_batches
 from ipa_core.text_table import align
 
@@ -195,11 +195,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
-        args.run(args)
-        print(end="", flush=True)
-    except BrokenPipeError:
-        # The reader of the output has gone, as `head` does; Python flushes again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with flushed_output():
+            args.run(args)
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
         return 1
     except (IPAError, OSError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__

@@ -17,6 +17,7 @@ from ipa_core.documentation import page_path
 from ipa_core.errors import IPAError, PathError, SettingError, first_cause
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.paths import as_path
+from ipa_core.io.standard_output import flushed_output
 from ipa_core.text_table import align
 from ipa_hf.adapter_directory import check_output, save_adapter
 from ipa_hf.adapter_metadata import AdapterMetadata, find_metadata
@@ -42,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(arguments)
         command = args.command
-        args.command(args)
+        with flushed_output():
+            args.command(args)
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        return 1
     except (IPAError, ImportError, OSError, ValueError) as error:
         broken = isinstance(error, ImportError) and not isinstance(error, IPAError)
         text = f"{error} ({first_cause(error)})" if broken else str(error)

@@ -237,30 +237,35 @@ def test_files_that_may_not_be_read(files, capsys, monkeypatch):
 # Outputs that cannot show or take what is printed. ----------------------------------------------
 
 
-def shell(command, folder, **environment):
+def shell(command, folder, unbuffered, **environment):
     return subprocess.run(
         ["bash", "-c", f"{sys.executable} -m ipa_core {command}"],
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
+DISK_FULL = "error: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     ("command", "environment", "output", "errors"),
     [
         ("show wide.safetensors", {"PYTHONIOENCODING": "ascii"}, r"\xfc", ""),
         ("show wide.safetensors >&-", {}, "", ""),
         ("show many.safetensors | head -c 9", {}, "", ""),
-        ("show wide.safetensors > /dev/full", {}, "", "error: [Errno 28] No space left on device"),
+        ("show wide.safetensors > /dev/full", {}, "", DISK_FULL),
+        ("show many.safetensors > /dev/full", {}, "", DISK_FULL),
     ],
 )
-def test_outputs(tmp_path, command, environment, output, errors):
+def test_outputs(tmp_path, command, environment, output, errors, unbuffered):
     save({"ü": PROJECTOR}, tmp_path / "wide.safetensors")
     save({f"layer {number}": PROJECTOR for number in range(9000)}, tmp_path / "many.safetensors")
-    done = shell(command, tmp_path, **environment)
+    done = shell(command, tmp_path, unbuffered, **environment)
     assert output in done.stdout and done.stderr.strip() == errors
 
 

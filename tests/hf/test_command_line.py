@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -210,6 +211,15 @@ def test_nothing_to_learn_from(model, tmp_path, capsys):
     assert fit(model, tmp_path / "nowhere.txt", tmp_path / "adapter") == 1
     assert main(["show", str(tmp_path)]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_output_on_a_full_disk(model, texts, tmp_path):
+    fit(model, texts, tmp_path / "adapter")
+    command = f"{sys.executable} -m ipa_hf show adapter > /dev/full"
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    options = {"shell": True, "cwd": tmp_path, "env": environment}
+    done = subprocess.run(command, **options, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "ipa_hf: [Errno 28] No space left on device\n")
 
 
 def test_as_a_module():
