@@ -21,7 +21,10 @@ from benchmarks.gpu_bundle import Plan, toy, write
 from benchmarks.likelihood import LikelihoodStudy
 
 PLAN = Plan(Plan().methods, steps=25, seeds=2, checkpoints=(10,))
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares on the CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compares on the CPU"),
+    pytest.mark.xdist_group(__name__),
+]
 
 
 @pytest.fixture(scope="module")
