@@ -82,6 +82,9 @@ def likelihood_curves(cells: Sequence[Cell]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained", sharey=True)
     longer = [cell for cell in cells if cell.rank == MAIN_RANK]
     _curves(axes[0], longer, "steps", f"training steps, rank {MAIN_RANK}", nats, NATS)
+    steps = sorted({cell.steps for cell in longer})
+    axes[0].set_xticks(steps, map(str, steps))
+    axes[0].minorticks_off()
     wider = [cell for cell in cells if cell.steps == MAIN_STEPS]
     _curves(axes[1], wider, "trainable", f"trained parameters, {MAIN_STEPS} steps", nats, NATS)
     return figure
