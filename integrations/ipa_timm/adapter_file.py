@@ -11,7 +11,12 @@ from ipa_core.errors import FileFormatError, ShapeError
 from ipa_timm.adapters import prepare_for_training
 from ipa_timm.classifier import classifier_parameters
 from ipa_torch import adapter_state_dict, load_adapter_state_dict
-from ipa_torch.extension import read_adapter_file, unwrap_model, write_adapter_file
+from ipa_torch.extension import (
+    atomic_change,
+    read_adapter_file,
+    unwrap_model,
+    write_adapter_file,
+)
 
 _LIBRARY, _CLASSIFIER = "ipa_timm", "classifier."
 
@@ -100,11 +105,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, dropout: flo
                 f"{path}: expected a classifier {name!r} of shape {expected}, got {got}; "
                 "create the model with the num_classes that the adapter was trained for"
             )
-    load_adapter_state_dict(model, state, dropout=dropout)
-    with torch.no_grad():
+    with atomic_change(model, structure=True, tensors=classifier.values()), torch.no_grad():
+        load_adapter_state_dict(model, state, dropout=dropout)
         for name, parameter in classifier.items():
             parameter.copy_(saved[name])
-    prepare_for_training(plain)
+        prepare_for_training(plain)
 
 
 def _read(

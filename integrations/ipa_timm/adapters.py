@@ -19,6 +19,7 @@ from ipa_torch.extension import (
     Scaling,
     Targets,
     adapter_layers,
+    atomic_change,
     check_attachable,
     unwrap_model,
 )
@@ -132,14 +133,16 @@ def attach(
     classifier_parameters(plain)  # refused before the model changes
     for name in projectors if isinstance(projectors, Mapping) else ():
         check_outside_classifier(plain, name)
-    ipa_torch.attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
-    prepare_for_training(plain)
+    with atomic_change(model, structure=True):
+        ipa_torch.attach(model, projectors, scaling=scaling, trainable=trainable, dropout=dropout)
+        prepare_for_training(plain)
 
 
 def prepare_for_training(model: nn.Module) -> None:
-    """Prepare a model with adapters: qkv bias, batch norms, trainable classifier."""
+    """Prepare a model with adapters within a change: qkv bias, batch norms, classifier."""
     names = [name for name, _ in adapter_layers(model)]
-    model.__dict__.setdefault(_SEPARATE_QKV, []).extend(use_separate_qkv_bias(model, names))
+    switched = model.__dict__.get(_SEPARATE_QKV, ())
+    model.__dict__[_SEPARATE_QKV] = (*switched, *use_separate_qkv_bias(model, names))
     batchnorm.freeze_batchnorm_stats(model)
     for parameter in classifier_parameters(model).values():
         parameter.requires_grad_(True)
@@ -174,8 +177,9 @@ def merge_and_unload(model: nn.Module) -> None:
     >>> plain.load_state_dict(model.state_dict())
     <All keys matched successfully>
     """
-    ipa_torch.merge(model)
-    detach(model)
+    with atomic_change(model, structure=True):
+        ipa_torch.merge(model)
+        detach(model)
 
 
 def detach(model: nn.Module) -> None:
@@ -199,6 +203,7 @@ def detach(model: nn.Module) -> None:
     True
     """
     model = unwrap_model(model)
-    ipa_torch.detach(model)
-    restore_fused_qkv_bias(model, model.__dict__.pop(_SEPARATE_QKV, []))
-    batchnorm.unfreeze_batchnorm_stats(model)
+    with atomic_change(model, structure=True):
+        ipa_torch.detach(model)
+        restore_fused_qkv_bias(model, model.__dict__.pop(_SEPARATE_QKV, ()))
+        batchnorm.unfreeze_batchnorm_stats(model)

@@ -18,25 +18,38 @@ _SWITCH = "qkv_bias_separate"
 @contextmanager
 def separate_qkv_bias(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Make attention call the layers of these names within the context."""
-    switched = use_separate_qkv_bias(model, names)
+    switched = _fused_parents(model, names)
     try:
+        _set_switch(model, switched, True)
         yield
     finally:
-        restore_fused_qkv_bias(model, switched)
+        try:
+            restore_fused_qkv_bias(model, switched)
+        except BaseException:  # an interruption
+            restore_fused_qkv_bias(model, switched)
+            raise
 
 
 def use_separate_qkv_bias(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Set the switch in the parents of these qkv layers; return the names of changed modules."""
-    parents = dict.fromkeys(
-        name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == "qkv"
-    )
-    switched = [p for p in parents if getattr(model.get_submodule(p), _SWITCH, None) is False]
-    for name in switched:
-        setattr(model.get_submodule(name), _SWITCH, True)
+    switched = _fused_parents(model, names)
+    _set_switch(model, switched, True)
     return switched
 
 
 def restore_fused_qkv_bias(model: nn.Module, switched: Iterable[str]) -> None:
     """Undo `use_separate_qkv_bias`."""
-    for name in switched:
-        setattr(model.get_submodule(name), _SWITCH, False)
+    _set_switch(model, switched, False)
+
+
+def _fused_parents(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the parents of these qkv layers in which the switch is not set."""
+    parents = dict.fromkeys(
+        name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == "qkv"
+    )
+    return [p for p in parents if getattr(model.get_submodule(p), _SWITCH, None) is False]
+
+
+def _set_switch(model: nn.Module, names: Iterable[str], value: bool) -> None:
+    for name in names:
+        setattr(model.get_submodule(name), _SWITCH, value)

@@ -6,6 +6,7 @@ They are no part of the interface for users, and may change in any release.
 from ipa_torch._adapters.adapter_file import read_adapter_file, write_adapter_file
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._adapters.adapter_scale import Scaling, check_scaling, energy_scale, resolve_scale
+from ipa_torch._adapters.atomic_change import atomic_change
 from ipa_torch._adapters.attach import check_attachable
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.batch_device import device_of, on_device
@@ -48,6 +49,7 @@ __all__ = [
     "Targets",
     "WeightedRows",
     "adapter_layers",
+    "atomic_change",
     "check_attachable",
     "check_choice",
     "check_dropout",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ipa_core import RandomizedSVD
+from ipa_core import RandomizedSVD, SettingError
 from ipa_torch import (
     AdapterLayer,
     CheckpointConfig,
@@ -29,12 +29,12 @@ from ipa_torch import (
 from ipa_torch._adapters import layer_replacement
 from ipa_torch._adapters.adapter_layer import adapter_layers
 from ipa_torch._capture import eval_mode
-from ipa_torch._fit import shared_inputs
+from ipa_torch._fit import folder_lock, shared_inputs
 from ipa_torch._fit.activation_writer import _Writer
 from ipa_torch._fit.collector import ActivationCollector
+from tests.interruptions import interrupted, interrupted_at_lines
 
 BATCHES = [torch.linspace(-1, 1, 96).mul(k).sin().reshape(12, 8) for k in range(1, 5)]
-ERRORS = [KeyboardInterrupt, MemoryError]
 
 
 class Net(nn.Module):
@@ -72,42 +72,6 @@ def adapted(merged=False, second=False):
     if merged:
         merge(model, "default")
     return model
-
-
-class FailingCalls:
-    """Functions of which the n-th call, of all together, raises an error."""
-
-    def __init__(self, monkeypatch, number, error, places):
-        self.number, self.error, self.calls = number, error, 0
-        for owner, name in places:
-            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
-
-    def _counted(self, function):
-        def call(*args, **kwargs):
-            self.calls += 1
-            if self.calls == self.number:
-                raise self.error("at a call")
-            return function(*args, **kwargs)
-
-        return call
-
-
-def interrupted(monkeypatch, places, make, call):
-    """Yield the result of ``make`` after ``call`` of it failed, for many calls that can fail."""
-    number = 1
-    while True:
-        error, subject = ERRORS[number % 2], make()
-        with monkeypatch.context() as patch:
-            failing = FailingCalls(patch, number, error, places)
-            try:
-                call(subject)
-            except error as raised:
-                assert "at a call" in str(raised)
-        if failing.calls < number:
-            assert number > 3, "the places are never called"
-            return
-        yield subject
-        number += 1 + number // 3
 
 
 def hooks_and_flags(model):
@@ -272,7 +236,8 @@ FIT_PLACES = [
     (ActivationCollector, "snapshot"),
     (shared_inputs.SharedInputTree, "finish"),
     (_Writer, "_flush"),
-    (torch.random, "fork_rng"),
+    (torch, "set_rng_state"),
+    (torch.backends.mha, "set_fastpath_enabled"),
     (torch.Tensor, "detach"),
 ]
 
@@ -283,7 +248,7 @@ def global_state():
         torch.backends.mha.get_fastpath_enabled(),
         torch.get_num_threads(),
         torch.get_rng_state().tolist(),
-        eval_mode._GLOBAL_STATE._holders,
+        len(eval_mode._GLOBAL_STATE._holders),
         len(eval_mode._TRAINING_FLAGS._held),
     )
 
@@ -309,3 +274,79 @@ def test_fits(monkeypatch, tmp_path, name):
                     assert torch.equal(resumed[layer].components, whole[layer].components)
             assert not [path for path in folder().glob(".*") if path.name != ".lock"]
         number += 1
+
+
+def test_each_line_of_the_evaluation_mode():
+    """An interruption left flags cleared, random states held, or a fit counted that had ended."""
+
+    def evaluated(model):
+        with eval_mode.eval_mode(model):
+            assert not model.last.training
+            torch.rand(3)
+            with eval_mode.eval_mode(model.last):
+                torch.rand(3)
+
+    flags, globals_ = hooks_and_flags(net()), global_state()
+    for model in interrupted_at_lines([eval_mode], net, evaluated):
+        assert hooks_and_flags(model) == flags
+        assert global_state() == globals_
+
+
+def test_each_line_of_the_evaluation_mode_beside_another_fit():
+    model = net()
+    flags, globals_ = hooks_and_flags(model), global_state()
+
+    def evaluated(_):
+        with eval_mode.eval_mode(model):
+            assert not model.last.training
+
+    with eval_mode.eval_mode(model):
+        within, global_within = hooks_and_flags(model), global_state()
+        for _ in interrupted_at_lines([eval_mode], lambda: None, evaluated):
+            assert hooks_and_flags(model) == within
+            assert global_state() == global_within
+    assert hooks_and_flags(model) == flags
+    assert global_state() == globals_
+
+
+@pytest.mark.parametrize("kind", ["new", "empty", "full"])
+def test_each_line_of_a_folder_lock(tmp_path, kind):
+    """An interruption left a new folder, with the file of the lock."""
+    count = 0
+
+    def folder():
+        nonlocal count
+        count += 1
+        path = tmp_path / str(count)
+        if kind != "new":
+            path.mkdir()
+        if kind == "full":
+            (path / "content").write_text("kept")
+        return path
+
+    def locked(path):
+        with folder_lock.lock_folder(path):
+            assert (path / ".lock").read_text().startswith("process")
+
+    for path in interrupted_at_lines([folder_lock], folder, locked):
+        assert path.exists() == (kind != "new")
+        assert not (path / "content").exists() or kind == "full"
+        with folder_lock.lock_folder(path):
+            pass
+
+
+def test_an_interrupted_run_beside_another_leaves_its_lock(tmp_path):
+    path = tmp_path / "folder"
+
+    def locked(path):
+        with (
+            pytest.raises(SettingError, match="another run writes to"),
+            folder_lock.lock_folder(path),
+        ):
+            pass
+
+    with folder_lock.lock_folder(path):
+        for _ in interrupted_at_lines([folder_lock], lambda: path, locked):
+            assert (path / ".lock").exists()
+            locked(path)
+    assert not path.exists()

@@ -16,30 +16,37 @@ from ipa_torch._adapters.pass_lock import changing
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._layers.unwrap import unwrap_model
 
-#: Attributes of any module that a change of adapters sets.
-_ATTRIBUTES = frozenset({"_modules", "_parameters", "training", *HOOK_ATTRIBUTES})
+#: Attributes of any module that a change of adapters sets, beside its flags.
+_ATTRIBUTES = frozenset({"_modules", "_parameters", *HOOK_ATTRIBUTES})
 #: Modules of which a change may set every attribute.
 _OF_ADAPTERS = (AdapterLayer, SharedProjection, nn.ModuleDict, nn.ParameterDict)
 
 
 @contextmanager
-def atomic_change(model: nn.Module, *, structure: bool = False) -> Iterator[None]:
+def atomic_change(
+    model: nn.Module, *, structure: bool = False, tensors: Iterable[torch.Tensor] = ()
+) -> Iterator[None]:
     """Enclose a change of adapters beside passes of other threads; an error undoes it.
 
-    Values of tensors are not restored: a change makes new tensors, or uses `write_tensors`.
+    Values of other tensors are not restored: a change makes new tensors, or uses `write_tensors`.
+    A change may contain others.
 
     Parameters
     ----------
     model : torch.nn.Module
     structure : bool, default False
         Restore layers, hooks and flags of the whole model, not of adapter layers only.
+    tensors : iterable of torch.Tensor
+        Tensors whose values are restored as well.
     """
     with changing(model):
         saved = _SavedModel(unwrap_model(model), structure)
+        values = [(tensor, tensor.detach().clone()) for tensor in tensors]
         try:
             yield
         except BaseException:
             saved.restore()
+            write_tensors(values)
             raise
 
 
@@ -111,5 +118,8 @@ def _settable(module: nn.Module) -> dict[str, Any]:
     return {
         key: value
         for key, value in vars(module).items()
-        if type(module) in _OF_ADAPTERS or key in _ATTRIBUTES or key.startswith("_ipa_")
+        if type(module) in _OF_ADAPTERS
+        or key in _ATTRIBUTES
+        or key.startswith("_ipa_")
+        or isinstance(value, bool)  # a flag, such as that of training mode
     }

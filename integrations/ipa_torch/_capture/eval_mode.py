@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,36 +21,43 @@ class _GlobalState:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holders = 0
-        self._restore = ExitStack()
+        self._lock = threading.RLock()
+        self._holders: set[object] = set()
+        #: Calls that restore what was found, each of which may be repeated.
+        self._restore: list[Callable[[], object]] = []
 
     @contextmanager
     def acquire(self) -> Iterator[None]:
-        with self._lock:
-            if not self._holders:
-                try:
-                    self._set()
-                except BaseException:
-                    self._restore.close()
-                    raise
-            self._holders += 1
+        holder = object()
         try:
+            with self._lock:
+                self._holders.add(holder)
+                if len(self._holders) == 1:
+                    self._set()
             yield
         finally:
-            with self._lock:
-                self._holders -= 1
-                if not self._holders:
-                    self._restore.close()
+            try:
+                self._release(holder)
+            except BaseException:  # an interruption
+                self._release(holder)
+                raise
+
+    def _release(self, holder: object) -> None:
+        with self._lock:
+            self._holders.discard(holder)
+            while self._restore and not self._holders:
+                self._restore[-1]()
+                self._restore.pop()
 
     def _set(self) -> None:
-        self._restore.enter_context(_random_states_kept())
+        self._restore.append(_random_states())
         # Where the compiler has not been loaded, which takes seconds, nothing is compiled.
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            self._restore.enter_context(torch.compiler.set_stance("force_eager"))
+            stance: Any = torch.compiler.set_stance
+            self._restore.append(partial(stance("force_eager").__exit__, None, None, None))
         # The fused kernel of nn.TransformerEncoderLayer reads weights past the layers.
         fast = torch.backends.mha.get_fastpath_enabled()
-        self._restore.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        self._restore.append(partial(torch.backends.mha.set_fastpath_enabled, fast))
         torch.backends.mha.set_fastpath_enabled(False)
 
 
@@ -56,39 +65,36 @@ class _TrainingFlags:
     """Training flags of modules, which the last fit of a module restores."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: dict[int, tuple[int, bool]] = {}
+        self._lock = threading.RLock()
+        #: Flag of a module by its id, and the fits that hold it.
+        self._held: dict[int, tuple[bool, set[object]]] = {}
 
     @contextmanager
     def cleared(self, modules: list[nn.Module]) -> Iterator[None]:
-        cleared: list[nn.Module] = []
+        holder = object()
         try:
             with self._lock:
                 for module in modules:
-                    key = id(module)
-                    holders, training = self._held.get(key, (0, module.training))
-                    cleared.append(module)
-                    self._held[key] = holders + 1, training
+                    _, holders = self._held.setdefault(id(module), (module.training, set()))
+                    holders.add(holder)
                     module.training = False
             yield
         finally:
             try:
-                self._restore(cleared)
+                self._release(modules, holder)
             except BaseException:  # an interruption
-                self._restore(cleared)
+                self._release(modules, holder)
                 raise
 
-    def _restore(self, cleared: list[nn.Module]) -> None:
-        """Take modules from a list, and restore the flags of those that no other fit holds."""
+    def _release(self, modules: list[nn.Module], holder: object) -> None:
+        """Restore the flags of those modules that no other fit holds."""
         with self._lock:
-            while cleared:
-                key = id(cleared[-1])
-                module, (holders, training) = cleared.pop(), self._held[key]
-                if holders > 1:
-                    self._held[key] = holders - 1, training
-                else:
-                    del self._held[key]
+            for module in modules:
+                training, holders = self._held.get(id(module), (False, {holder}))
+                holders.discard(holder)
+                if not holders and id(module) in self._held:
                     module.training = training
+                    del self._held[id(module)]
 
 
 _GLOBAL_STATE, _TRAINING_FLAGS = _GlobalState(), _TrainingFlags()
@@ -108,11 +114,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _random_states_kept() -> AbstractContextManager[None]:
-    """Return a context that restores the random states of host and accelerator, if it is in use."""
+def _random_states() -> Callable[[], None]:
+    """Return a call that restores the random states of host and accelerator, if it is in use."""
     has_any = hasattr(torch, "accelerator")  # since torch 2.6
     accelerator = torch.accelerator.current_accelerator() if has_any else torch.device("cuda")
-    kind = "cuda" if accelerator is None else accelerator.type
-    module = getattr(torch, kind)
+    module = getattr(torch, "cuda" if accelerator is None else accelerator.type)
     in_use = hasattr(module, "is_initialized") and module.is_initialized()  # not MPS
-    return torch.random.fork_rng(range(module.device_count()) if in_use else (), device_type=kind)
+    states = [module.get_rng_state(n) for n in range(module.device_count())] if in_use else []
+    host = torch.get_rng_state()
+
+    def restore() -> None:
+        torch.set_rng_state(host)
+        for number, state in enumerate(states):
+            module.set_rng_state(state, number)
+
+    return restore

@@ -44,56 +44,78 @@ def lock_folder(folder: Path) -> Iterator[None]:
     ...     print((Path(folder) / ".lock").read_text().split()[0])
     process
     """
-    is_new = not os.path.exists(folder)
-    output_folder(folder)
-    file = _locked_file(folder)
-    if file is None:
-        yield
-        return
-    with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
-            if is_new:
-                _remove_empty(folder)
-            _unlock(file)
-
-
-def _remove_empty(folder: Path) -> None:
-    """Remove a folder without other files than the lock."""
-    with suppress(OSError):  # an open file cannot be removed on Windows
-        if [path.name for path in folder.iterdir()] == [LOCK]:
-            (folder / LOCK).unlink()
-            folder.rmdir()
-
-
-def _locked_file(folder: Path) -> IO[str] | None:
-    """Return the locked file of a folder, None where nothing can be locked."""
-    file = None
+    lock = _FolderLock(folder)
     try:
-        file = open(folder / LOCK, "a+", encoding="utf-8")
-        _lock(file)
-    except BlockingIOError as error:
-        assert file is not None
-        with file:
-            file.seek(0)
-            holder = file.read() or "a run that has just begun"
-        raise SettingError(
-            f"expected {folder} to be free, got one that another run writes to ({holder}); wait, "
-            "or use another folder"
-        ) from error
-    except OSError as error:
-        if file is not None:
-            file.close()
-        warnings.warn(
-            f"{folder} cannot be locked ({error}): start no other run with it", stacklevel=4
-        )
-        return None
-    return file
+        lock.acquire()
+        yield
+    finally:
+        try:
+            lock.release()
+        except BaseException:  # an interruption
+            lock.release()
+            raise
+
+
+class _FolderLock:
+    """Lock of a folder, and of what is to be removed after it, from the first moment on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._is_new = not os.path.exists(folder)
+        self._file: IO[str] | None = None
+        self._locked = False
+
+    def acquire(self) -> None:
+        """Make the folder, and lock it where the file system can."""
+        output_folder(self._folder)
+        try:
+            self._file = open(self._folder / LOCK, "a+", encoding="utf-8")
+            _lock(self._file)
+            self._locked = True
+        except BlockingIOError as error:
+            assert self._file is not None
+            self._file.seek(0)
+            holder = self._file.read() or "a run that has just begun"
+            raise SettingError(
+                f"expected {self._folder} to be free, got one that another run writes to "
+                f"({holder}); wait, or use another folder"
+            ) from error
+        except OSError as error:
+            warnings.warn(
+                f"{self._folder} cannot be locked ({error}): start no other run with it",
+                stacklevel=4,
+            )
+            return
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Unlock the folder, and remove it if it was made here and is empty. May be repeated."""
+        if self._file is not None and not self._file.closed:
+            if self._holds(self._file):
+                self._file.truncate(0)
+                if self._is_new:
+                    self._remove_file()
+                _unlock(self._file)
+            self._file.close()
+        if self._is_new:
+            with suppress(OSError):  # it is not empty
+                self._folder.rmdir()
+
+    def _holds(self, file: IO[str]) -> bool:
+        """Return whether the lock was taken, also if an interruption came after it."""
+        if not self._locked:
+            with suppress(OSError):
+                _lock(file)
+                self._locked = True
+        return self._locked
+
+    def _remove_file(self) -> None:
+        """Remove the file of the lock from a folder without other files."""
+        with suppress(OSError):  # an open file cannot be removed on Windows
+            if [path.name for path in self._folder.iterdir()] == [LOCK]:
+                (self._folder / LOCK).unlink()
 
 
 if sys.platform == "win32":
