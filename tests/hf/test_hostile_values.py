@@ -20,6 +20,7 @@ from ipa_core import IPAError, SettingError
 from ipa_core.errors import FileFormatError, MissingFileError, PathError, ShapeError
 from ipa_hf import adapter_holder, adapter_metadata
 from ipa_torch import fit_projectors
+from tests.hostile_values import Opaque
 
 TARGETS = ["q_proj", "v_proj"]
 BATCHES = [{"input_ids": torch.arange(16).reshape(2, 8)}]
@@ -42,10 +43,6 @@ def config(**fields):
 
 
 PROJECTORS = fit_projectors(llama(), BATCHES, 2, targets=TARGETS, progress=False)
-
-
-class Opaque:
-    """An object without any protocol."""
 
 
 VALUES = [

@@ -3,8 +3,6 @@
 Errors raised within what a caller passes, such as a model, a callback or an iterator, pass through.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,10 +14,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 import ipa_timm
 import ipa_torch
-from ipa_core import IncrementalPCA, IPAError
+from ipa_core import IncrementalPCA
 from ipa_core.errors import ArrayTypeError, FileFormatError, SettingError, ShapeError
 from ipa_torch import LayerError
 from ipa_torch.extension import adapter_layers
+from tests import hostile_values
+from tests.hostile_values import Opaque, assert_only_our_errors
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32).sin()
 LOADER = [(IMAGES, torch.tensor([0, 1]))]
@@ -41,36 +41,12 @@ def adapted():
     return model
 
 
-class Opaque:
-    """An object without any protocol."""
-
-
 VALUES = [
-    True,
-    0,
-    -1,
-    1.5,
-    float("nan"),
-    float("-inf"),
-    1j,
-    np.float32(0.5),
-    np.array(2),
+    *hostile_values.VALUES,
     np.ones((2, 3, 32, 32), "float32"),
-    np.array(["a", "b"]),
-    "",
-    "a.b",
-    "a\0b",
-    "[",
     "head",
-    b"bytes",
-    [],
-    (),
-    {},
-    [None],
     ["head"],
     ["norm"],
-    {"a": 1},
-    {1: 2},
     {QKV: PROJECTORS[FC2]},
     {QKV: -1},
     {"head": PROJECTORS[QKV]},
@@ -78,20 +54,13 @@ VALUES = [
     {"patches": None},
     {"patches": torch.ones(2, 4, 768), "patch_valid": "all"},
     [*PROJECTORS.values()],
-    iter(()),
-    range(2),
-    ...,
-    Opaque(),
     IncrementalPCA(2),
-    torch.tensor(2.0),
     IMAGES[0],
     IMAGES.long(),
     IMAGES.to(torch.complex64),
     IMAGES.to("meta"),
     torch.zeros(2, 5, 40, 40, dtype=torch.uint8),
     torch.zeros(2, 3, 0, 40, dtype=torch.uint8),
-    torch.float16,
-    Path("/absent/folder/file"),
 ]
 CLASSES = [int, Opaque, nn.Linear]
 
@@ -141,14 +110,6 @@ SETTINGS = {
     "load dropout": lambda x, path: round_trip(path, dropout=x),
     "preprocess images": lambda x, _: ipa_timm.preprocess(small(), x),
 }
-
-
-def assert_only_our_errors(call, values, path):
-    for value in values:
-        try:
-            call(value, path)
-        except IPAError as error:
-            assert str(error)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,6 @@ Errors raised within what a caller passes, such as a model, a callback or an ite
 import copy
 import inspect
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +32,8 @@ from ipa_torch import (
     fit_projectors,
     list_adapters,
 )
+from tests import hostile_values
+from tests.hostile_values import Opaque, assert_only_our_errors
 
 BATCHES = [torch.linspace(-1, 1, 96).reshape(12, 8).sin()]
 ROWS, GRADIENTS = torch.ones(4, 1, 8), torch.ones(4, 1, 3)
@@ -52,56 +53,24 @@ def adapted():
     return model
 
 
-class Opaque:
-    """An object without any protocol."""
-
-
-#: None of them is valid for any parameter of the table, or it is valid and does no harm.
 VALUES = [
-    True,
-    0,
-    -1,
-    1.5,
-    float("nan"),
-    float("-inf"),
-    1j,
-    np.float32(0.5),
+    *hostile_values.VALUES,
     np.bool_(True),
-    np.array(2),
     np.ones((4, 5), "float32"),
-    np.array(["a", "b"]),
     np.array([None], dtype=object),
-    "",
-    "a.b",
-    "a\0b",
-    "[",
     "\udcff",
-    b"bytes",
-    [],
-    (),
-    {},
-    [None],
     [1],
-    {"a": 1},
-    {1: 2},
     {None: None},
     {"0": PROJECTORS["2"]},
     {0: PROJECTORS["0"]},
     [*PROJECTORS.values()],
     PROJECTORS["0"],
-    iter(()),
-    range(2),
     slice(3),
-    ...,
-    Opaque(),
     RandomizedSVD(2),
-    torch.tensor(2.0),
     torch.ones(3, 5, dtype=torch.int64),
     torch.ones(3, 8, dtype=torch.complex64),
     torch.ones(3, 8, device="meta"),
     torch.eye(8).to_sparse(),
-    torch.float16,
-    Path("/absent/folder/file"),
 ]
 KINDS = [int, Opaque, nn.Linear, nn.Sequential(nn.Linear(8, 6, device="meta"))]
 
@@ -239,15 +208,6 @@ SETTINGS = {
     "attention_mask": lambda x, _: ipa_torch.attention_mask(x),
 }
 SKETCHES = (GradientSketch, DampedGradientSketch, GradientWeightedInputs)
-
-
-def assert_only_our_errors(call, values, path):
-    for value in values:
-        path.mkdir(exist_ok=True)
-        try:
-            call(value, path)
-        except IPAError as error:
-            assert str(error)
 
 
 @pytest.mark.filterwarnings("ignore")
