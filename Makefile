@@ -16,7 +16,7 @@ EXTRAS := sklearn:ipa_sklearn arrow:pyarrow hdf5:h5py dask:ipa_core.dask_backend
 VISION := PYTHONPATH=.venv/vision
 # A test that hangs prints where, and fails: its worker ends, and another one goes on.
 HANGING := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
-PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadgroup $(HANGING)
+PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 $(HANGING)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench evidence-quick docs test-search test-jax test-quantized test-timm \

@@ -1,4 +1,6 @@
-"""Profiles of Hypothesis, the same examples everywhere by default; torch's device."""
+"""Profiles of Hypothesis, the same examples everywhere by default; torch's device and seed."""
+
+import sys
 
 from hypothesis import HealthCheck, settings
 
@@ -20,6 +22,12 @@ settings.load_profile("default")
 
 def pytest_addoption(parser):
     parser.addoption("--torch-device", help="device of the tensors that torch makes")
+
+
+def pytest_runtest_setup():
+    """Start each test at the same state of torch's random numbers, whatever ran before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_configure(config):

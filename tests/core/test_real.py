@@ -14,7 +14,7 @@ from ipa_core import (
     fit_projector,
 )
 
-pytestmark = [pytest.mark.assets, pytest.mark.xdist_group(__name__)]
+pytestmark = pytest.mark.assets
 
 RANK = 16
 BOUNDS = {

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import demo, demo_task
 
-pytestmark = [pytest.mark.assets, pytest.mark.slow, pytest.mark.xdist_group(__name__)]
+pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
 STOCK = """
 import sys, warnings

@@ -40,8 +40,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 import transformers
 
-pytestmark = pytest.mark.xdist_group(__name__)
-
 def base(folder):
     kind = AutoConfig.from_pretrained(folder).architectures[0]
     options = {"add_pooling_layer": False} if kind == "BertModel" else {}

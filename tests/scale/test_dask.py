@@ -27,7 +27,6 @@ distributed = pytest.importorskip("distributed")
 dask_backend = pytest.importorskip("ipa_core.dask_backend")
 
 
-pytestmark = pytest.mark.xdist_group(__name__)
 SPECTRUM = np.arange(1, 33, dtype="float32")[::-1] ** 0.5
 
 

@@ -10,7 +10,6 @@ from ipa_torch import LayerProjectors, fit_projectors
 from tests import child_process
 from tests.scale import process_group_run, runs
 
-pytestmark = pytest.mark.xdist_group(__name__)
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 

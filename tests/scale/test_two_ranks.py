@@ -6,8 +6,6 @@ import torch
 from tests.scale import two_ranks_run
 from tests.scale.test_process_group import TORCHRUN, launch
 
-pytestmark = pytest.mark.xdist_group(__name__)
-
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):

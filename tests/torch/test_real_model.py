@@ -11,7 +11,7 @@ from ipa_torch import fit_learners, fit_projectors
 
 from .models import angle
 
-pytestmark = [pytest.mark.assets, pytest.mark.xdist_group(__name__)]
+pytestmark = pytest.mark.assets
 
 
 def encoder_linear(name, module):
