@@ -28,7 +28,7 @@ def host_weights(weights: Array, shape: tuple[int, ...], dtype: DType) -> HostAr
         raise ShapeError(
             f"expected weights of shape {shape}, one for each row, got {tuple(weights.shape)}"
         )
-    _array.check_values(weights)
+    _array.check_materialized(weights)
     flat = _array.rounded(_array.on_host(_array.detached(weights)).reshape(-1), dtype)
     if not ((flat >= 0).all() and math.isfinite(flat.sum())):
         raise WeightError("expected finite weights of at least 0, got negative or non-finite ones")

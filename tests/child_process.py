@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from contextlib import suppress
 
 
 def run(command, seconds=300, **options):
@@ -16,10 +17,11 @@ def run(command, seconds=300, **options):
         try:
             output, errors = process.communicate(timeout=seconds)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            output, errors = process.communicate()
+            output, errors = process.communicate(timeout=60)
             raise AssertionError(
                 f"{command}: expected an end within {seconds} s\n{output}\n{errors}"
             ) from None

@@ -39,10 +39,11 @@ class LayerMetadata:
     def __post_init__(self) -> None:
         integer("rank", self.rank, least=1)
         integer("samples", self.samples, least=0)
-        for name in ("scale", "captured"):
-            value = getattr(self, name)
-            check_instance(name, value, float, "a float")
-            number(name, value, form="finite and at least 0", valid=lambda x: 0 <= x < math.inf)
+        check_instance("scale", self.scale, float, "a float")
+        number("scale", self.scale, form="finite", valid=math.isfinite)  # as alpha, below 0 or not
+        check_instance("captured", self.captured, float, "a float")
+        form = "finite and at least 0"
+        number("captured", self.captured, form=form, valid=lambda x: 0 <= x < math.inf)
 
 
 @dataclass(frozen=True)

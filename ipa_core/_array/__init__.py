@@ -34,7 +34,7 @@ from ipa_core._array.transfer import (
     to_numpy,
 )
 from ipa_core._array.types import Array, Device, DType, HostArray, HostMask, Namespace
-from ipa_core._array.validation import check_array, check_home, check_values
+from ipa_core._array.validation import check_array, check_home, check_materialized
 
 __all__ = [
     "Array",
@@ -47,7 +47,7 @@ __all__ = [
     "cast",
     "check_array",
     "check_home",
-    "check_values",
+    "check_materialized",
     "conversion_hint",
     "convert",
     "describe",

@@ -51,7 +51,7 @@ def wide_dtype(xp: Namespace, on: Device) -> DType:
 def wider_dtype(xp: Namespace, first: DType, second: DType) -> DType:
     """Return the dtype that two are promoted to; libraries promote none of 8 bits."""
     if xp.finfo(first).bits == 8:
-        return second
+        return xp.float32 if xp.finfo(second).bits == 8 else second
     return first if xp.finfo(second).bits == 8 else xp.result_type(first, second)
 
 

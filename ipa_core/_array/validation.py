@@ -36,7 +36,7 @@ def check_array(array: Array) -> Namespace:
     return xp
 
 
-def check_values(array: Array) -> None:
+def check_materialized(array: Array) -> None:
     """Check that the values of an array are in the memory of this process, as tensors of torch are.
 
     Raises

@@ -253,7 +253,8 @@ def _check_values(projector: Projector) -> None:
     captured, total = projector.energies.sum(dtype=np.float64), projector.total_energy
     if captured > total * (1 + _ROUNDING):
         raise FileFormatError(
-            f"expected energies of total_energy, {total}, in sum at most, got {captured}"
+            f"expected energies that sum to total_energy, {total}, at most, got {captured}; pass "
+            "the summed squared lengths of the centered rows as total_energy"
         )
 
 

@@ -101,7 +101,7 @@ class PendingBatch:
 def _form_of(batch: Array) -> tuple[Namespace, int]:
     """Return library and number of features of a batch, if its form is valid."""
     xp = _array.check_array(_sparse_rows.stored(batch))
-    _array.check_values(batch)
+    _array.check_materialized(batch)
     if batch.ndim < 1 or batch.shape[-1] < 1:
         raise ShapeError(f"expected a batch of shape (..., features), got {tuple(batch.shape)}")
     return xp, int(batch.shape[-1])

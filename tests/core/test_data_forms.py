@@ -170,6 +170,9 @@ def test_lazily_negated_weights_and_rows_of_eight_bits(learner_class):
     projector = learner_class(2).update(short).finalize()
     expected = projector.project(short.float())
     assert torch.equal(projector.project(short), expected)
+    both = projector.to(torch, dtype=short.dtype).project(short)
+    assert both.dtype == torch.float32
+    torch.testing.assert_close(both, expected, atol=0.2, rtol=0.2)
     assert torch.equal(
         projector.whitening().whiten(short), projector.whitening().whiten(short.float())
     )

@@ -275,7 +275,6 @@ def test_damaged_shared_adapters_leave_the_model(saved_shared, tmp_path, name, c
         ("rank", 0),
         ("samples", 9.0),
         ("samples", -1),
-        ("scale", -1.0),
         ("scale", float("nan")),
         ("captured", -0.5),
         ("captured", float("inf")),

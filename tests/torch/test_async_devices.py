@@ -10,6 +10,7 @@ from ipa_core import IncrementalPCA, RandomizedSVD
 from ipa_core._array import transfer
 from ipa_core.errors import NonFiniteError
 from ipa_torch import StoppingCriteria, fit_projectors
+from ipa_torch._capture import async_update
 from ipa_torch._fit.shared_inputs import MOST_PENDING
 from ipa_torch._layers import async_device
 
@@ -21,6 +22,17 @@ RETURN = StoppingCriteria(on_error="return")
 @pytest.fixture
 def asynchronous(monkeypatch):
     monkeypatch.setattr(async_device, "is_async_device", lambda device: True)
+
+
+class Lambda(nn.Module):
+    """A function of a tensor as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def fit(model, batches, **options):
@@ -175,6 +187,43 @@ def test_layers_with_a_common_invalid_input_are_all_dropped(asynchronous):
     assert list(projectors) == ["last"] and projectors["last"].samples == 180
     for name in ("query", "key"):
         assert projectors.missing[name].startswith(f"layer {name!r}: ")
+
+
+def test_the_first_error_is_the_one_that_is_raised(asynchronous):
+    layers = [nn.Linear(12, 12) for _ in range(3 * MOST_PENDING)]
+    layers.insert(3, Lambda(lambda x: x / 0))
+    with pytest.raises(NonFiniteError, match="layer '4': "):
+        fit(nn.Sequential(*layers), [decaying(60, 12)])
+
+
+def test_ctrl_c_stays_ctrl_c_while_updates_wait(asynchronous):
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    model = nn.Sequential(Lambda(lambda x: x / 0), nn.Linear(12, 12), Lambda(interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [decaying(60, 12)])
+
+
+def test_an_update_on_a_cpu_is_finished_at_once_after_one_that_waits(monkeypatch):
+    class TwoDevices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 12), nn.Linear(12, 12)
+
+        def forward(self, x):
+            h = self.first(x)
+            y = self.second(h)
+            h.data.mul_(0)
+            return y
+
+    model, batches = TwoDevices(), decaying(400, 16).split(50)
+    synchronous = fit(model, batches)
+    # The tensors of the second layer are on the CPU, those of the first on another device.
+    monkeypatch.setattr(
+        async_update.AsyncUpdate, "is_async", property(lambda self: self.rows.shape[1] == 16)
+    )
+    assert_equal(synchronous, fit(model, batches))
 
 
 def test_an_update_waits_for_a_bounded_number_of_layers(asynchronous, monkeypatch):

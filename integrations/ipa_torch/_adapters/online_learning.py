@@ -252,7 +252,7 @@ class OnlineLearning:
                 return
             self._recorded.add(key)
             rows = self._reader.read(name, x, projection.view)
-            update = AsyncUpdate.begin(self._learners[projection], x, rows)
+            update = AsyncUpdate.begin(self._learners[projection], rows)
             self._pending = name, update
         if not update.is_async:
             self._finish_pending()

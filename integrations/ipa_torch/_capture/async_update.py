@@ -11,6 +11,7 @@ from ipa_torch._capture.row_consumer import PendingRows, RowConsumer
 from ipa_torch._capture.tensor_ids import storage_key
 from ipa_torch._layers import async_device
 from ipa_torch._layers.row_view import WeightedRows
+from ipa_torch.errors import LayerError
 
 
 @dataclass(frozen=True)
@@ -19,30 +20,58 @@ class AsyncUpdate:
 
     Parameters
     ----------
-    is_async : bool
-        True if the device of the rows computes asynchronously to the host.
+    rows : torch.Tensor
+        Rows of the input (n, features), often a view of it.
+    version : int
+        Version of the rows when the update began.
     pending : PendingRows
         Second half of the consumer's update.
     """
 
-    is_async: bool
+    rows: torch.Tensor
+    version: int
     pending: PendingRows
 
     @classmethod
-    def begin(cls, consumer: RowConsumer, activation: torch.Tensor, rows: WeightedRows) -> Self:
-        """Begin the update of a consumer by rows, which may view an activation, and weights.
-
-        On an asynchronous device rows that view the activation are copied: the model may change it
-        before the update is finished.
-        """
-        x, weights = rows
-        is_async = async_device.is_async_device(x.device)
+    def begin(cls, consumer: RowConsumer, rows: WeightedRows) -> Self:
+        """Begin the update of a consumer by rows and weights."""
         with torch._C.DisableTorchFunction():  # modes of the model's code, or of its trace
-            if is_async and storage_key(x) == storage_key(activation):
-                x = x.clone()
-            return cls(is_async, consumer.begin_update(x, weights))
+            return cls(rows[0], _version(rows[0]), consumer.begin_update(*rows))
+
+    @property
+    def is_async(self) -> bool:
+        """True if the device of the rows computes asynchronously to the host."""
+        return async_device.is_async_device(self.rows.device)
 
     def finish(self) -> None:
-        """Complete the update."""
+        """Complete the update.
+
+        Raises
+        ------
+        LayerError
+            If the rows have changed since it began.
+        """
+        if _version(self.rows) != self.version:
+            raise LayerError(
+                "expected a layer that does not change its input, got a change in place; "
+                "leave it out of the targets"
+            )
         with torch._C.DisableTorchFunction():
             self.pending.finish()
+
+
+def lasting_rows(activation: torch.Tensor, rows: WeightedRows) -> WeightedRows:
+    """Return rows that the model cannot change before an update on their device is finished.
+
+    Those of an asynchronous device that view the activation are copied.
+    """
+    x, weights = rows
+    if async_device.is_async_device(x.device) and storage_key(x) == storage_key(activation):
+        with torch._C.DisableTorchFunction():
+            x = x.clone()
+    return x, weights
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return torch's count of the changes in place of a tensor; 0 in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -13,6 +13,7 @@ from torch import nn
 
 from ipa_core.errors import IPAError
 from ipa_torch._capture.activation_rows import ActivationRows
+from ipa_torch._capture.async_update import lasting_rows
 from ipa_torch._capture.bypass_detection import WeightUseTracer
 from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_consumer import RowConsumer
@@ -139,11 +140,13 @@ class ActivationCollector(Generic[C]):
         try:
             with watch:
                 yield
-        finally:
-            try:
+            self._finish_updates()
+        except BaseException:
+            if self._drop_failed:  # otherwise an error of a later layer would take its place
                 self._finish_updates()
-            finally:
-                self._inputs.end_batch()
+            raise
+        finally:
+            self._inputs.end_batch()
         self._reader.end_batch()
         if weighted is not None:
             self.rows = weighted
@@ -241,9 +244,9 @@ class ActivationCollector(Generic[C]):
         key = self._reader.key_of(activation, view)
         if self._inputs.advance(name, key):
             return
-        rows, weights = self._reader.read(name, activation, view)
-        self._inputs.begin(name, key, activation, (rows, weights))
-        self.rows = self.rows or int(rows.shape[0])
+        rows = lasting_rows(activation, self._reader.read(name, activation, view))
+        self._inputs.begin(name, key, rows)
+        self.rows = self.rows or int(rows[0].shape[0])
 
     def _finish_updates(self, *, due: bool = False) -> None:
         """Finish the updates that have begun, or those that are due."""

@@ -106,8 +106,7 @@ def fit_projectors(
     ------
     LayerError
         If ``targets`` match nothing, a mapping of ranks leaves out a layer, or layers never ran
-        (``on_missing="raise"``, or when none ran); or if, on a GPU, a layer changes its input in
-        place.
+        (``on_missing="raise"``, or when none ran).
     EmptyStreamError
         If there is no batch.
     StreamError

@@ -8,8 +8,6 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
-
 from ipa_core.errors import IPAError
 from ipa_torch._capture.async_update import AsyncUpdate
 from ipa_torch._capture.row_consumer import RowConsumer
@@ -77,14 +75,15 @@ class SharedInputTree(Generic[C]):
             self.node_of[name] = child
         return child is not None
 
-    def begin(
-        self, name: str, event: Hashable, activation: torch.Tensor, rows: WeightedRows
-    ) -> None:
-        """Begin the update of a new node after an input, with its rows and weights; move there."""
+    def begin(self, name: str, event: Hashable, rows: WeightedRows) -> None:
+        """Begin the update of a new node after an input, with its rows and weights; move there.
+
+        The rows must stay as they are until the update is finished.
+        """
         node = self.node_of[name]
         convergence = node.convergence and node.convergence.observe(node.learner, *rows)
         child = InputPrefix(copy.copy(node.learner), convergence)
-        update = AsyncUpdate.begin(child.learner, activation, rows)
+        update = AsyncUpdate.begin(child.learner, rows)
         self._pending.append(PendingInput(event, node, child, update))
         if not node.next:
             self._branched.append(node)
@@ -97,11 +96,11 @@ class SharedInputTree(Generic[C]):
     def has_pending(self, *, due: bool) -> bool:
         """Return whether an update is not finished; with ``due``, whether one should be.
 
-        An update on a CPU is due at once.
+        An update on a CPU is due at once, and those before it.
         """
         if not due or not self._pending:
             return bool(self._pending)
-        return len(self._pending) > MOST_PENDING or not self._pending[0].update.is_async
+        return len(self._pending) > MOST_PENDING or not self._pending[-1].update.is_async
 
     def finish(self) -> dict[str, IPAError]:
         """Finish the update that has begun first; return its layers with the error, if it failed.
@@ -112,9 +111,7 @@ class SharedInputTree(Generic[C]):
         try:
             pending.update.finish()
         except BaseException as error:
-            del pending.node.next[pending.event]
-            layers = [name for name, node in self.node_of.items() if node is pending.child]
-            self.node_of.update(dict.fromkeys(layers, pending.node))
+            layers = self._move_back(pending)
             if not isinstance(error, IPAError):
                 raise
             return dict.fromkeys(layers, error)
@@ -122,7 +119,16 @@ class SharedInputTree(Generic[C]):
 
     def end_batch(self) -> None:
         """Drop the children: inputs of the next batch are new."""
-        self._pending.clear()  # after an error of another one
+        for pending in self._pending:  # after an error of another one
+            self._move_back(pending)
+        self._pending.clear()
         for node in self._branched:
             node.next.clear()
         self._branched.clear()
+
+    def _move_back(self, pending: PendingInput[C]) -> list[str]:
+        """Take an input's node out of the tree; return the layers there, which move back."""
+        pending.node.next.pop(pending.event, None)
+        layers = [name for name, node in self.node_of.items() if node is pending.child]
+        self.node_of.update(dict.fromkeys(layers, pending.node))
+        return layers
