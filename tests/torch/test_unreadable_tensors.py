@@ -133,6 +133,13 @@ def test_models_in_tensor_parallelism(mesh, tmp_path, door):
             DOORS[door](model, batch, tmp_path)
 
 
+def test_online_learning_in_tensor_parallelism(mesh):
+    model = small()
+    attach(model, fit_projectors(model, [X], 1, progress=False))
+    with pytest.raises(ArrayTypeError, match="layer '0': .*DTensor"), OnlineLearning(model):
+        model(distribute_tensor(X, mesh, [Replicate()]))
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_models_that_fsdp_shards(mesh, tmp_path, door):
     """The weights are DTensors between the passes only."""

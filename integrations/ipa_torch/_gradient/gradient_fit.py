@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ipa_core import Learner
-from ipa_core.errors import EmptyStreamError, SettingError, ShapeError
+from ipa_core.errors import ArrayTypeError, EmptyStreamError, SettingError, ShapeError
 from ipa_core.learners.factory import make_learner_of
 from ipa_core.settings import check_callable, check_instance
 from ipa_torch._capture.autocast import no_grad_or_autocast
@@ -198,7 +198,12 @@ def _forward_hook(
     with named_layer(name):
         x = input_of(module, args, kwargs).detach()
         check_tensors(module, x)
-        check_tensors(module, output_of(module, (output,)))  # no tuple: it has no gradient
+        if not isinstance(output, torch.Tensor):
+            raise ArrayTypeError(
+                f"expected a tensor as the output of {type(module).__name__}, got a "
+                f"{type(output).__name__}; leave the layer out of the targets"
+            )
+        check_tensors(module, output_of(module, output))
     if not output.requires_grad:
         # No input of this layer requires a gradient: the graph starts here, with a copy, as a leaf
         # may not be changed in place (by a ReLU, say).
