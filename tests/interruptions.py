@@ -46,7 +46,9 @@ def interrupted(monkeypatch, places, make, call):
 class InterruptedLine:
     """Trace function that raises a KeyboardInterrupt at the n-th line of some modules.
 
-    Lines ``try:`` are left out: Python handles no signal there.
+    Lines ``try:`` are left out, as Python handles no signal there, and lines ``with``, which are
+    traced once more before the context ends, where Python handles none until it has ended: locks
+    would never be released.
     """
 
     def __init__(self, number, modules):
@@ -56,7 +58,7 @@ class InterruptedLine:
         if frame.f_code.co_filename not in self.files:
             return None
         source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and source.strip() != "try:":
+        if event == "line" and not source.strip().startswith(("try:", "with ")):
             self.lines += 1
             if self.lines == self.number:
                 raise KeyboardInterrupt("at a line")

@@ -290,6 +290,10 @@ def test_each_line_of_the_evaluation_mode():
     for model in interrupted_at_lines([eval_mode], net, evaluated):
         assert hooks_and_flags(model) == flags
         assert global_state() == globals_
+    other = threading.Thread(target=evaluated, args=[net()], daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive(), "a lock was left"
 
 
 def test_each_line_of_the_evaluation_mode_beside_another_fit():

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipa_torch._layers.random_state_lock import RANDOM_STATE_LOCK
+
 
 class _GlobalState:
     """Random states and switches of torch, held while any fit of any thread runs.
@@ -121,10 +123,12 @@ def _random_states() -> Callable[[], None]:
     module = getattr(torch, "cuda" if accelerator is None else accelerator.type)
     in_use = hasattr(module, "is_initialized") and module.is_initialized()  # not MPS
     states = [module.get_rng_state(n) for n in range(module.device_count())] if in_use else []
-    host = torch.get_rng_state()
+    with RANDOM_STATE_LOCK:
+        host = torch.get_rng_state()
 
     def restore() -> None:
-        torch.set_rng_state(host)
+        with RANDOM_STATE_LOCK:
+            torch.set_rng_state(host)
         for number, state in enumerate(states):
             module.set_rng_state(state, number)
 
