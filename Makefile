@@ -15,7 +15,7 @@ EXTRAS := sklearn:ipa_sklearn arrow:pyarrow hdf5:h5py dask:ipa_core.dask_backend
 # timm and torchvision stay out of the environment: transformers would import torchvision, too.
 VISION := PYTHONPATH=.venv/vision
 # A test that hangs prints where, and fails: its worker ends, and another one goes on.
-HANGING := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+HANGING := -o faulthandler_timeout=480 -o faulthandler_exit_on_timeout=true
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 $(HANGING)
 
 .DEFAULT_GOAL := help

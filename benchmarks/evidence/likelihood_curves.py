@@ -8,10 +8,7 @@ from benchmarks.evidence.likelihood_tables import (
     LORA,
     MAIN,
     RANDOM,
-    difference,
-    nats,
-    share_of_gap,
-    spread,
+    compared,
     tested_cells,
 )
 from benchmarks.evidence.statistics import of_method
@@ -70,11 +67,7 @@ def _rows(cells: Sequence[Cell]) -> list[list[str]]:
                     method,
                     f"{own[0].trainable:,}",
                     f"{own[0].rate:g}",
-                    spread([nats(cell) for cell in own]),
-                    str(len(own)),
-                    difference(own, lora),
-                    difference(own, random),
-                    share_of_gap(own, lora, random),
+                    *compared(own, lora, random),
                 ]
             )
     return rows

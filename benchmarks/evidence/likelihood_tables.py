@@ -116,6 +116,17 @@ def tested_cells(cells: Iterable[Cell], settings: tuple[int, int, int] = MAIN) -
     ]
 
 
+def compared(own: Sequence[Cell], lora: Sequence[Cell], random: Sequence[Cell]) -> list[str]:
+    """Return a method's nats, seeds, differences to LoRA and random A, and share of the gap."""
+    return [
+        spread([nats(cell) for cell in own]),
+        str(len(own)),
+        difference(own, lora),
+        difference(own, random),
+        share_of_gap(own, lora, random),
+    ]
+
+
 def comparison(cells: Sequence[Cell]) -> str:
     """Return nats, differences and costs of the methods that have been tested on one kind."""
     lora, random = of_method(cells, LORA), of_method(cells, RANDOM)
@@ -127,11 +138,7 @@ def comparison(cells: Sequence[Cell]) -> str:
                 [
                     method,
                     f"{own[0].trainable:,}",
-                    spread([nats(cell) for cell in own]),
-                    str(len(own)),
-                    difference(own, lora),
-                    difference(own, random),
-                    share_of_gap(own, lora, random),
+                    *compared(own, lora, random),
                     spread([forgotten(cell) for cell in own]),
                     f"{own[0].rate:g}",
                     f"{mean(cell.steps_of_p for cell in own):.0f}",
@@ -152,11 +159,7 @@ def classification(cells: Sequence[Cell]) -> str:
                 [
                     task,
                     method,
-                    spread([nats(cell) for cell in own]),
-                    str(len(own)),
-                    difference(own, lora),
-                    difference(own, random),
-                    share_of_gap(own, lora, random),
+                    *compared(own, lora, random),
                     _to_halfway(own, lora, random),
                     f"{own[0].rate:g}",
                 ]

@@ -373,7 +373,7 @@ class RandomizedSVD(Learner):
         return [*range(size, chunks.count - size + 1, size), chunks.count]
 
     def _segment_limit(self) -> int:
-        number, last = int(self._length), len(_LENGTHS) - 1
+        number, last = self._length, len(_LENGTHS) - 1
         doublings = min(max(0, number - last), _MOST_DOUBLINGS)
         return self._width * _LENGTHS[min(number, last)] << doublings
 

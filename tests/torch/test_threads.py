@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,3 +278,11 @@ def test_parts_with_locks_of_their_own_change_together():
 def test_eight_threads(kind):
     """`python -m tests.torch.thread_stress` makes 10,000 calls of each kind."""
     assert kind(80) == (80, 0)
+
+
+def test_the_random_state_is_read_and_set_in_one_file():
+    """Two threads that read it at once waited for each other, in one of 15 runs of the above."""
+    calls = re.compile(r"torch\.(get|set)_rng_state\(|fork_rng\(")
+    files = (Path(__file__).parents[2] / "integrations").rglob("*.py")
+    found = {path.name for path in files if calls.search(path.read_text("utf-8"))}
+    assert found == {"random_state.py"}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipa_torch._layers.random_state_lock import RANDOM_STATE_LOCK
+from ipa_torch._layers.random_state import get_random_state, set_random_state
 
 
 class _GlobalState:
@@ -123,12 +123,10 @@ def _random_states() -> Callable[[], None]:
     module = getattr(torch, "cuda" if accelerator is None else accelerator.type)
     in_use = hasattr(module, "is_initialized") and module.is_initialized()  # not MPS
     states = [module.get_rng_state(n) for n in range(module.device_count())] if in_use else []
-    with RANDOM_STATE_LOCK:
-        host = torch.get_rng_state()
+    host = get_random_state()
 
     def restore() -> None:
-        with RANDOM_STATE_LOCK:
-            torch.set_rng_state(host)
+        set_random_state(host)
         for number, state in enumerate(states):
             module.set_rng_state(state, number)
 

@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -36,6 +35,7 @@ from ipa_torch._fit.shared_inputs import SharedInputTree
 from ipa_torch._fit.weight_digests import WeightDigests
 from ipa_torch._layer_rank import resolve_rank
 from ipa_torch._layers.adapter_support import check_supported
+from ipa_torch._layers.random_state import kept_random_state
 from ipa_torch._layers.targets import Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch._settings import resolve_max_patches
@@ -204,7 +204,7 @@ def _first(batches: Iterable[Any]) -> Any:
             "expected batches that can be read several times, as a memory budget may need, got "
             f"a one-shot {type(batches).__name__}; pass a list or a DataLoader"
         )
-    with torch.random.fork_rng([]):  # keeps the shuffling of the passes
+    with kept_random_state():  # keeps the shuffling of the passes
         for batch in batches:
             return batch
     raise EmptyStreamError(NO_BATCH)

@@ -76,6 +76,7 @@ class _FolderLock:
             assert self._file is not None
             self._file.seek(0)
             holder = self._file.read() or "a run that has just begun"
+            self._file.close()
             raise SettingError(
                 f"expected {self._folder} to be free, got one that another run writes to "
                 f"({holder}); wait, or use another folder"

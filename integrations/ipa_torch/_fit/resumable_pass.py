@@ -15,6 +15,7 @@ from ipa_core.io.file_header import reading
 from ipa_core.settings import integer
 from ipa_torch._fit.batch_digest import chained
 from ipa_torch._fit.weight_digests import WeightDigests
+from ipa_torch._layers.random_state import get_random_state, set_random_state
 
 
 @dataclass
@@ -55,7 +56,7 @@ class ResumablePass:
             "weights": {} if self.weights is None else self.weights.digests,
             "seen": self.seen,
             "digest": self.digest,
-            "random": torch.get_rng_state().numpy().tobytes().hex(),
+            "random": get_random_state().numpy().tobytes().hex(),
         }
 
     def check(self, state: Mapping[str, Any], folder: Path) -> None:
@@ -101,7 +102,7 @@ class ResumablePass:
                 f"expected the first {count} batches to be those of {folder}, got others; "
                 "read them in the same order (seed the loader), or delete the folder to start over"
             )
-        torch.set_rng_state(_random_state(state))
+        set_random_state(_random_state(state))
 
 
 def _random_state(state: Mapping[str, Any]) -> torch.Tensor:

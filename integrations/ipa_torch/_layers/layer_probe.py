@@ -14,7 +14,7 @@ from torch import nn
 from ipa_torch._layers.conv_view import ConvView
 from ipa_torch._layers.layer_properties import features_of
 from ipa_torch._layers.matmul_view import MatmulView
-from ipa_torch._layers.random_state_lock import RANDOM_STATE_LOCK
+from ipa_torch._layers.random_state import kept_random_state
 
 
 def probe_inputs(
@@ -47,7 +47,7 @@ def output_of_copy(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor | Non
             **twin._parameters,
             "weight": nn.Parameter(weight, requires_grad=False),
         }
-    with RANDOM_STATE_LOCK, torch.random.fork_rng([]):
+    with kept_random_state():
         return twin(x)
 
 
