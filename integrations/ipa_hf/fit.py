@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from ipa_hf.adapter_holder import base_model
-from ipa_hf.forward_contexts import base_model_only, without_cache, without_repacking
+from ipa_hf.forward_contexts import (
+    base_model_only,
+    last_logits_only,
+    without_cache,
+    without_repacking,
+)
 from ipa_hf.fused_parameters import ExpertSharing
 from ipa_hf.layer_names import layer_name
 from ipa_hf.temporary_expert_layers import expert_layers
@@ -41,11 +46,14 @@ def fit_lora_projectors(
         experts as matrices,
     ):
         names = {*ranks} - {*fused} | {*matrices}
-        return fit_projectors(
-            base,
-            batches,
-            {name: ranks[layer_name(name)] for name in names},
-            targets=lambda name, module: name in names,
-            on_missing="ignore",
-            **options,
-        )
+        # A forward pass of the caller's may need all logits.
+        logits = nullcontext() if options.get("forward") else last_logits_only(base, names)
+        with logits:
+            return fit_projectors(
+                base,
+                batches,
+                {name: ranks[layer_name(name)] for name in names},
+                targets=lambda name, module: name in names,
+                on_missing="ignore",
+                **options,
+            )
