@@ -27,7 +27,7 @@ def host_ones(count: int) -> HostArray:
 
 
 def host_concat(parts: Sequence[HostArray]) -> HostArray:
-    return np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def group_sums(values: HostArray | HostMask, ends: list[int]) -> list[float]:

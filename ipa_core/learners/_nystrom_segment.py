@@ -48,9 +48,9 @@ class Segment:
     is_half: bool = False
 
     @classmethod
-    def begin(cls, xp: Namespace, columns: Array, unit: float, is_half: bool) -> Segment:
-        """Begin a segment with the span of the columns (d, k) as its basis."""
-        basis = reorthonormalize(xp, columns) / unit
+    def begin(cls, xp: Namespace, rows: Array, unit: float, is_half: bool) -> Segment:
+        """Begin a segment with the span of the rows (k, d) as its basis."""
+        basis = reorthonormalize(xp, rows.T) / unit
         if is_half:
             half = _array.half_dtype(xp, _array.device(basis))
             basis = _array.cast(xp, _array.cast(xp, basis, half), basis.dtype)
@@ -95,20 +95,23 @@ class Segment:
 def with_probes(
     xp: Namespace, known: Array, block: Rows, width: int, seed: tuple[int, int]
 ) -> Array:
-    """Return known directions (d, m) and ``width`` - m probes of the rows to come, as columns.
+    """Return known directions (m, d) and ``width`` - m probes of the rows to come, as rows.
 
     The known directions are orthonormal within rounding, or zero. The probes are randomly signed
     sums of what the rows of the block have outside of them, power-iterated once on it. The block
-    may be sparse.
+    may be sparse. Probes are rows: products with a few columns take up to five times as long.
     """
 
-    def outside(columns: Array) -> Array:
-        return columns - known @ (known.T @ columns)
+    def outside(rows: Array) -> Array:
+        return rows - (rows @ known.T) @ known
 
-    x, unit = block.x, block.unit()
-    drawn = _array.random_signs((width - known.shape[1], block.count), *seed)
-    signs = _array.from_numpy(xp, drawn.T, _array.device(known), known.dtype)
-    tests = orthonormal_columns(xp, outside(x.T @ block.apply_weights(signs / unit)))
-    seen = x @ outside(tests) / unit
-    response = outside(x.T @ block.apply_weights(seen / unit))
-    return xp.concat([known, orthonormal_columns(xp, response)], axis=1)
+    def sums(coefficients: Array) -> Array:
+        weighted = coefficients if block.weights is None else coefficients * block.weights
+        return outside(weighted / unit @ block.x)
+
+    unit = block.unit()
+    drawn = _array.random_signs((width - known.shape[0], block.count), *seed)
+    signs = _array.from_numpy(xp, drawn, _array.device(known), known.dtype)
+    tests = orthonormal_columns(xp, sums(signs).T).T
+    response = sums(outside(tests) @ block.x.T / unit)
+    return xp.concat([known, orthonormal_columns(xp, response.T).T])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ipa_core import _sparse_rows
 from ipa_core._array import (
@@ -143,17 +144,22 @@ class RowChunks:
     parts: tuple[Rows, ...]
     sketch: Sketch | None = None
 
-    @property
+    @cached_property
     def count(self) -> int:
         return sum(part.count for part in self.parts)
 
-    @property
+    @cached_property
     def host_weights(self) -> HostArray:
         return host_concat([part.host_weights for part in self.parts])
 
-    @property
+    @cached_property
     def squares(self) -> HostArray:
         return host_concat([part.squares for part in self.parts])
+
+    @cached_property
+    def energies(self) -> HostArray:
+        """Weighted squared lengths."""
+        return self.squares * self.host_weights
 
     def without_sketch(self) -> RowChunks:
         """Return the rows alone."""
@@ -168,10 +174,6 @@ class RowChunks:
                 parts.append(part.cut(max(start, begin) - begin, min(stop, end) - begin))
             begin = end
         return RowChunks(tuple(parts), None if start else self.sketch)
-
-    def energies(self) -> HostArray:
-        """Return the weighted squared lengths."""
-        return host_concat([part.energies() for part in self.parts])
 
     def joined(self, xp: Namespace) -> Rows:
         """Return the rows in one dense piece."""

@@ -164,7 +164,7 @@ class RandomizedSVD(Learner):
             return super()._absorb_chunks(xp, chunks)
         for piece in self._absorb(xp, chunks):
             self._weight += float(piece.host_weights.sum())
-            self._energy += float(piece.energies().sum())
+            self._energy += float(piece.energies.sum())
 
     def _absorb(self, xp: Namespace, chunks: RowChunks) -> Iterator[RowChunks]:
         """Absorb rows piece by piece; yield each piece when it is absorbed."""
@@ -216,7 +216,7 @@ class RandomizedSVD(Learner):
     ) -> None:
         """Add rows to the segment, heavy ones apart; end it when it is due."""
         assert self._segment is not None and self._novelty is not None
-        heavy = self._novelty.heavy(missed, chunks.energies())
+        heavy = self._novelty.heavy(missed, chunks.energies)
         begin, light = 0, []
         for part, product in zip(chunks.parts, products, strict=False):
             mask = heavy[begin : begin + part.count]
@@ -278,7 +278,7 @@ class RandomizedSVD(Learner):
     ) -> int:
         """Return how many rows the leading blocks have before a change of the stream."""
         assert self._segment is not None and self._novelty is not None
-        weights, row_energies = chunks.host_weights, chunks.energies()
+        weights, row_energies = chunks.host_weights, chunks.energies
         heavy = self._novelty.heavy(missed, row_energies)
         energies, heavy_rows = (_array.group_sums(v, ends) for v in (row_energies, heavy))
         blocks = self._fitting_blocks(xp, energies, heavy_rows)
@@ -307,14 +307,9 @@ class RandomizedSVD(Learner):
         self._novelty = NoveltyTest.begin(residual, self._rows_absorbed, self._expected, is_half)
         seed = self.seed, self._segments_begun
         count = min(self._factor.shape[0], self._width - probes)
-        columns = with_probes(
-            xp,
-            unit_rows(xp, self._factor[:count, :], energies[:count]).T,
-            block,
-            self._width,
-            seed,
-        )
-        self._segment = Segment.begin(xp, columns, block.unit(), is_half)
+        known = unit_rows(xp, self._factor[:count, :], energies[:count])
+        rows = with_probes(xp, known, block, self._width, seed)
+        self._segment = Segment.begin(xp, rows, block.unit(), is_half)
         self._segments_begun += 1
 
     def _allows_half(self, xp: Namespace) -> bool:
