@@ -9,13 +9,9 @@ from typing import Any
 import torch
 
 from ipa_hf.adapter_holder import base_model
-from ipa_hf.forward_contexts import (
-    base_model_only,
-    last_logits_only,
-    without_cache,
-    without_repacking,
-)
+from ipa_hf.forward_contexts import base_model_only, without_cache, without_repacking
 from ipa_hf.fused_parameters import ExpertSharing
+from ipa_hf.last_logits import last_logits_only
 from ipa_hf.layer_names import layer_name
 from ipa_hf.temporary_expert_layers import expert_layers
 from ipa_torch import FitOptions, LayerProjectors, fit_projectors
@@ -46,8 +42,8 @@ def fit_lora_projectors(
         experts as matrices,
     ):
         names = {*ranks} - {*fused} | {*matrices}
-        # A forward pass of the caller's may need all logits.
-        logits = nullcontext() if options.get("forward") else last_logits_only(base, names)
+        # The caller's forward pass may need all logits.
+        logits = nullcontext() if options.get("forward") else last_logits_only(base)
         with logits:
             return fit_projectors(
                 base,

@@ -1,11 +1,9 @@
-"""Contexts in which the base model runs: without adapters, cache, logits and repacking."""
+"""Contexts in which the base model runs: without adapters, cache and repacking."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -50,32 +48,6 @@ def without_cache(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
-
-
-@contextmanager
-def last_logits_only(model: torch.nn.Module, layers: Collection[str]) -> Iterator[None]:
-    """Compute the logits of the last token only, and no loss, if ``layers`` are in the decoder.
-
-    The logits of all tokens are the largest tensor of a language model, and the head is up to a
-    fifth of the operations of a small one. Models whose ``forward`` has no ``logits_to_keep``
-    compute all of them.
-    """
-    decoder = f"{getattr(model, 'base_model_prefix', '')}."
-    parameters = inspect.signature(model.forward).parameters
-    if "logits_to_keep" not in parameters or not all(name.startswith(decoder) for name in layers):
-        yield
-        return
-
-    def reduce(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if args or "logits_to_keep" in kwargs:
-            return None
-        return args, {k: v for k, v in kwargs.items() if k != "labels"} | {"logits_to_keep": 1}
-
-    handle = model.register_forward_pre_hook(reduce, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -1,73 +1,136 @@
+import copy
+
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 
 import ipa_hf
 from ipa_core import ExactCovariance
 
+from .families import CAUSAL, FAMILIES
 from .models import config, make, text_batches
+
+pytestmark = [
+    # PEFT sets fan_in_fan_out for GPT-2, whose weights are transposed.
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    # Mixtral's experts are fused: see test_default_targets.py.
+    pytest.mark.filterwarnings("ignore:the default targets cover:UserWarning"),
+]
 
 
 def fitted(model, batches, lora=None, **options):
-    """Return A by layer, and the shapes of the inputs of the head during the fit."""
-    shapes = []
+    """Return A by layer, and the numbers of tokens that the head has multiplied."""
+    counts = []
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    # It runs before the hook of the fit that repeats the logits.
+    head.register_forward_hook(lambda _, __, logits: counts.append(logits.shape[-2]))
     peft_model = ipa_hf.get_ipa_model(
         model, lora or config(), batches, learner=ExactCovariance, progress=False, **options
     )
-    handle.remove()
     assert not model._forward_pre_hooks
+    assert not head._forward_pre_hooks and len(head._forward_hooks) == 1
     found = {name: p for name, p in peft_model.named_parameters() if "lora_A" in name}
-    return found, shapes
+    return found, set(counts)
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(a, expected[name]) for name, a in found.items()
+    )
 
 
 def all_logits(model, batch):
     return model(**batch)
 
 
-def test_the_head_sees_one_token_and_A_is_the_same():
-    expected, seen = fitted(make("llama"), text_batches(), forward=all_logits)
-    assert {shape[1] for shape in seen} == {10}
-    found, seen = fitted(make("llama"), text_batches())
-    assert {shape[1] for shape in seen} == {1}
-    assert found.keys() == expected.keys()
-    for name, a in expected.items():
-        assert torch.equal(found[name], a)
+def test_one_token_of_each_sequence_is_multiplied_by_the_head():
+    expected, counts = fitted(make("llama"), text_batches(), forward=all_logits)
+    assert counts == {10}
+    model, shapes = make("llama"), set()
+    model.register_forward_hook(lambda _, __, output: shapes.add(tuple(output.logits.shape[:2])))
+    found, counts = fitted(model, text_batches())
+    assert counts == {1}
+    assert shapes == {(6, 10)}
+    assert same(found, expected)
 
 
-def test_labels_are_for_row_weights_only():
+def default_A(model, batches, **options):
+    torch.manual_seed(0)
+    model = ipa_hf.get_ipa_model(model, LoraConfig(r=4), batches, progress=False, **options)
+    return {name: p for name, p in model.named_parameters() if "lora_A" in name}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_families_have_the_same_A(name):
+    family = FAMILIES[name]
+    expected = default_A(family.make(), family.batches(), forward=all_logits)
+    assert same(default_A(family.make(), family.batches()), expected)
+
+
+def gemma4():
+    """Return a model whose last layers take keys and values of earlier ones."""
+    settings = CAUSAL | {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 8,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 64,
+    }
+    return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**settings)).eval()
+
+
+def t5gemma():
+    """Return a model that makes its decoder's inputs of the labels."""
+    module = transformers.T5GemmaModuleConfig(**CAUSAL | {"head_dim": 8})
+    settings = {"encoder": module, "decoder": module, "vocab_size": 64, "pad_token_id": 0}
+    return transformers.T5GemmaForConditionalGeneration(
+        transformers.T5GemmaConfig(**settings)
+    ).eval()
+
+
+@pytest.mark.parametrize("make_model", [gemma4, t5gemma])
+@pytest.mark.parametrize("labeled", [False, True])
+def test_decoders_are_as_they_were(make_model, labeled):
+    batches = text_batches()
+    if labeled or make_model is t5gemma:
+        batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
+    model = make_model()
+    expected = default_A(copy.deepcopy(model), batches, forward=all_logits)
+    assert same(default_A(model, batches), expected)
+
+
+def test_batches_with_labels_have_all_logits():
     batches = [batch | {"labels": batch["input_ids"]} for batch in text_batches()]
     weights = {"row_weights": ipa_hf.causal_label_mask}
     expected, _ = fitted(make("llama"), batches, forward=all_logits, **weights)
-    found, seen = fitted(make("llama"), batches, **weights)
-    assert {shape[1] for shape in seen} == {1}
-    for name, a in expected.items():
-        assert torch.equal(found[name], a)
-    assert all("labels" in batch for batch in batches)
+    found, counts = fitted(make("llama"), batches, **weights)
+    assert counts == {10}
+    assert same(found, expected)
 
 
-def test_a_head_that_is_learned_sees_all_tokens():
-    lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
-    found, seen = fitted(make("llama"), text_batches(), lora)
-    assert 10 in {shape[1] for shape in seen} and 1 not in {shape[1] for shape in seen}
-    assert any("lm_head" in name for name in found)
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}],
+)
+def test_a_head_with_an_adapter_multiplies_all_tokens(settings):
+    _, counts = fitted(make("llama"), text_batches(), LoraConfig(r=2, **settings))
+    assert 10 in counts and 1 not in counts
 
 
-def test_logits_to_keep_of_the_batch_is_obeyed():
-    batches = [batch | {"logits_to_keep": 3} for batch in text_batches()]
-    _, seen = fitted(make("llama"), batches)
-    assert {shape[1] for shape in seen} == {3}
+def test_models_of_others_multiply_all_tokens():
+    class Own(transformers.LlamaForCausalLM):
+        pass
 
-
-def test_positional_batches_are_as_they_were():
-    batches = [(batch["input_ids"],) for batch in text_batches(padding=0)]
-    _, seen = fitted(make("llama"), batches, row_weights=None)
-    assert {shape[1] for shape in seen} == {10}
+    _, counts = fitted(Own(make("llama").config), text_batches())
+    assert counts == {10}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_the_hook_is_removed_after_an_error(error):
+def test_the_hooks_are_removed_after_an_error(error):
     model = make("llama")
 
     def failing():
@@ -76,4 +139,5 @@ def test_the_hook_is_removed_after_an_error(error):
 
     with pytest.raises(error):
         fitted(model, failing())
-    assert not model._forward_pre_hooks
+    head = model.get_output_embeddings()
+    assert not head._forward_pre_hooks and len(head._forward_hooks) == 1
