@@ -35,21 +35,21 @@ def fit_lora_projectors(
     experts: AbstractContextManager[list[str]] = nullcontext([])
     if fused:
         experts = expert_layers(base, fused, sharing=sharing, routing_weights=routing_weights)
+    # The caller's forward pass may need all logits.
+    logits = nullcontext() if options.get("forward") else last_logits_only(base)
     with (
         base_model_only(peft_model),
         without_cache(peft_model),
         without_repacking(peft_model),
+        logits,
         experts as matrices,
     ):
         names = {*ranks} - {*fused} | {*matrices}
-        # The caller's forward pass may need all logits.
-        logits = nullcontext() if options.get("forward") else last_logits_only(base)
-        with logits:
-            return fit_projectors(
-                base,
-                batches,
-                {name: ranks[layer_name(name)] for name in names},
-                targets=lambda name, module: name in names,
-                on_missing="ignore",
-                **options,
-            )
+        return fit_projectors(
+            base,
+            batches,
+            {name: ranks[layer_name(name)] for name in names},
+            targets=lambda name, module: name in names,
+            on_missing="ignore",
+            **options,
+        )

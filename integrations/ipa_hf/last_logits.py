@@ -2,65 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ipa_torch.extension import Hook, HookSet
+
 # Keywords of a batch of text without labels.
 _TEXT = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "use_cache"}
 
 
-@contextmanager
-def last_logits_only(model: torch.nn.Module) -> Iterator[None]:
+def last_logits_only(model: torch.nn.Module) -> AbstractContextManager[object]:
     """Multiply only the last token of each sequence by the head of a language model.
 
     The logits of all tokens are the largest tensor of a language model, and its head is up to a
     fifth of the operations of a small one. All tokens get the logits of the last one, as a view.
     Only models of transformers, none of which computes other layers from logits, heads without an
-    adapter, and batches of nothing but text, for which no loss is computed.
+    adapter, and batches of nothing but text, for which no loss is computed. Passes of other threads
+    have all logits.
     """
     head = _head(model)
     if head is None:
-        yield
-        return
-    hooks = _HeadHooks()
-    handles = [
-        model.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
-        head.register_forward_pre_hook(hooks.before_head),
-        head.register_forward_hook(hooks.after_head),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        return nullcontext()
+    calls = _HeadCalls()
+    return HookSet(
+        [
+            Hook(None, model, calls.before_model),
+            Hook(None, head, calls.before_head),
+            Hook(None, head, calls.after_head, after=True),
+        ]
+    )
 
 
-class _HeadHooks:
-    """Hooks that cut the input of the head to the last token, and repeat its logits."""
+class _HeadCalls:
+    """Calls of hooks that cut the head's input to the last token, and repeat its logits."""
 
     def __init__(self) -> None:
         self._is_text = False
         self._shapes: list[torch.Size | None] = []
 
-    def before_model(
-        self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def before_model(self, _: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._is_text = not args and kwargs.keys() <= _TEXT
 
-    def before_head(self, _: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+    def before_head(self, _: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         tokens = args[0] if args and self._is_text else None
         # Another class of tensors, such as a DTensor, may hold a part of the tokens.
         if type(tokens) is not torch.Tensor or tokens.ndim < 2:
             self._shapes.append(None)
             return None
         self._shapes.append(tokens.shape[:-1])
-        return (tokens[..., -1:, :],)
+        return (tokens[..., -1:, :],), kwargs
 
-    def after_head(self, _: torch.nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> Any:
+    def after_head(
+        self, _: torch.nn.Module, args: Any, kwargs: dict[str, Any], logits: torch.Tensor
+    ) -> Any:
         shape = self._shapes.pop()
         return None if shape is None else logits.expand(*shape, logits.shape[-1])
 

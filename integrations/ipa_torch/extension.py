@@ -10,6 +10,7 @@ from ipa_torch._adapters.atomic_change import atomic_change
 from ipa_torch._adapters.attach import check_attachable
 from ipa_torch._adapters.shared_projection import SharedProjection
 from ipa_torch._capture.batch_device import device_of, on_device
+from ipa_torch._capture.hooks import Hook, HookSet
 from ipa_torch._capture.row_selection import RowSelection
 from ipa_torch._fit.checkpoint import remove_checkpoints
 from ipa_torch._fit.collector import NEVER_RAN
@@ -40,6 +41,8 @@ __all__ = [
     "NEVER_RAN",
     "ConvView",
     "Convolution",
+    "Hook",
+    "HookSet",
     "LinearView",
     "OnMissing",
     "RowSelection",

@@ -1,4 +1,5 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from peft import LoraConfig
 
 import ipa_hf
 from ipa_core import ExactCovariance
+from ipa_hf.last_logits import last_logits_only
 
 from .families import CAUSAL, FAMILIES
 from .models import config, make, text_batches
@@ -93,14 +95,23 @@ def t5gemma():
 
 
 @pytest.mark.parametrize("make_model", [gemma4, t5gemma])
-@pytest.mark.parametrize("labeled", [False, True])
-def test_decoders_are_as_they_were(make_model, labeled):
+def test_decoders_are_as_they_were(make_model):
     batches = text_batches()
-    if labeled or make_model is t5gemma:
+    if make_model is t5gemma:
         batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
     model = make_model()
     expected = default_A(copy.deepcopy(model), batches, forward=all_logits)
     assert same(default_A(model, batches), expected)
+
+
+def test_passes_of_other_threads_have_all_logits():
+    model, (batch, *_) = make("llama"), text_batches()
+    with ThreadPoolExecutor(1) as other, torch.no_grad():
+        expected = model(**batch).logits
+        with last_logits_only(model):
+            logits = model(**batch).logits
+            assert torch.equal(logits[:, 0], logits[:, -1])
+            assert torch.equal(other.submit(model, **batch).result().logits, expected)
 
 
 def test_batches_with_labels_have_all_logits():
