@@ -42,7 +42,7 @@ NAMES = {
     "_Steps": "_Lockstep",
     "_WELL": "_OK",
     "_answers_late": "is_async_device",
-    "_ends": "_block_ends",
+    "_ends": "block_ends",
     "_familiar": "_count_explained_rows",
     "_forgiving": "_drop_failed_layer",
     "_glance": "_begin_sketch",

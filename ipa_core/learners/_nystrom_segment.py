@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from ipa_core import _array
-from ipa_core._array import Array, Namespace
+from ipa_core._array import Array, HostArray, HostMask, Namespace
 from ipa_core._linalg import nystrom_rows, orthonormal_columns, reorthonormalize
-from ipa_core.learners._row_blocks import Product, Rows
+from ipa_core.learners._row_blocks import Product, RowChunks, Rows, Sketch
 
 # Rows that are decomposed, that a basis is chosen on, or that are tested for novelty, at a time.
 BLOCK = 128
 # Blocks of the energy of the largest block that an image has room for.
 _ROOM = 2.0**12
+# Rounding error of the energy of a row's product in half precision, as a share of the row's energy.
+_HALF_ROUNDING = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class Segment:
         image = xp.zeros((width, features), dtype=basis.dtype, device=_array.device(basis))
         return cls(basis, image, unit, is_half=is_half)
 
-    def multiply(self, xp: Namespace, x: Array) -> Product:
-        """Return X O / unit.
+    def multiply(self, xp: Namespace, parts: tuple[Array, ...]) -> tuple[Product, ...]:
+        """Return X O / unit for pieces of rows X."""
+        with _array.ignore_overflow():  # rows too large for this segment: see fitting_blocks
+            return tuple(self._multiply_part(xp, part) for part in parts)
+
+    def _multiply_part(self, xp: Namespace, x: Array) -> Product:
+        """Multiply a piece of rows.
 
         In half precision whole blocks only: libraries prepare a product of every new number of
         rows for longer than it takes.
@@ -72,20 +79,45 @@ class Segment:
         half = _array.cast(xp, x, dtype)
         return Product(half, _array.half_matmul(half, _array.cast(xp, self.basis, dtype)))
 
-    def largest_energy(self, xp: Namespace) -> float:
-        """Return the energy of the largest block that the image has room for."""
-        return float(xp.finfo(self.basis.dtype).max) / _ROOM * self.unit
+    def sketch(self, xp: Namespace, chunks: RowChunks) -> Sketch:
+        """Return the products X O / unit of rows X, and the squared lengths of their rows."""
+        products = self.multiply(xp, tuple(part.x for part in chunks.parts))
+        with _array.ignore_overflow():
+            squares = _array.squared_norms_async(xp, [product.seen for product in products])()
+        return Sketch(products, _array.host_concat(squares))
 
-    def add(self, xp: Namespace, parts: list[tuple[Rows, Product]]) -> Self:
-        """Add rows X, each part with its X O."""
-        image, count, energy = self.image, self.rows, self.energy
-        for rows, product in parts:
-            weighted = _array.cast(xp, rows.apply_weights(product.seen), product.x.dtype)
-            is_half = product.x.dtype != image.dtype
-            matmul = _array.half_matmul if is_half else operator.matmul
-            image = image + matmul(weighted.T, product.x)
-            count, energy = count + rows.count, energy + rows.energy()
-        return replace(self, image=image, rows=count, energy=energy)
+    def missed_energies(self, xp: Namespace, chunks: RowChunks, sketch: Sketch) -> HostArray:
+        """Return the weighted energy that the basis misses in each row, 0 within rounding."""
+        with _array.ignore_overflow():
+            missed = chunks.squares - sketch.squares[: chunks.count] * self.unit**2
+        eps = 100 * float(xp.finfo(self.basis.dtype).eps)
+        rounding = _HALF_ROUNDING if self.is_half else eps
+        missed = _array.zero_where(missed, missed <= rounding * chunks.squares)
+        return missed * chunks.host_weights
+
+    def fitting_blocks(
+        self, xp: Namespace, energies: list[float], heavy_rows: list[float], room: int
+    ) -> int:
+        """Return how many blocks fit the range of the image and the room for heavy rows."""
+        largest = float(xp.finfo(self.basis.dtype).max) / _ROOM * self.unit
+        for count, (energy, heavy) in enumerate(zip(energies, heavy_rows, strict=True)):
+            if energy > largest or room <= 0:
+                return count
+            room -= int(heavy)
+        return len(energies)
+
+    def add(self, xp: Namespace, chunks: RowChunks, sketch: Sketch, heavy: HostMask) -> Self:
+        """Add rows X with their X O to the image, without heavy ones, which are kept elsewhere."""
+        image, masks = self.image, chunks.split(heavy)
+        for rows, product, mask in zip(chunks.parts, sketch.products, masks, strict=False):
+            x, seen = product.x[: rows.count, :], product.seen[: rows.count, :]
+            if mask.any():
+                seen = _array.zero_rows(xp, seen, mask)
+            weighted = _array.cast(xp, rows.apply_weights(seen), x.dtype)
+            matmul = operator.matmul if x.dtype == image.dtype else _array.half_matmul
+            image = image + matmul(weighted.T, x)
+        energy = sum((rows.energy() for rows in chunks.parts), self.energy)
+        return replace(self, image=image, rows=self.rows + chunks.count, energy=energy)
 
     def to_factor(self, xp: Namespace) -> Array:
         """Return F (k, features) with F^T F the second moment of the rows, by Nystrom."""

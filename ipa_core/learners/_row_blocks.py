@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from ipa_core import _sparse_rows
 from ipa_core._array import (
@@ -174,6 +175,20 @@ class RowChunks:
                 parts.append(part.cut(max(start, begin) - begin, min(stop, end) - begin))
             begin = end
         return RowChunks(tuple(parts), None if start else self.sketch)
+
+    def split(self, values: HostMask) -> list[HostMask]:
+        """Return values of the rows in the pieces of the rows."""
+        ends = list(accumulate(part.count for part in self.parts))
+        return [values[end - part.count : end] for part, end in zip(self.parts, ends, strict=True)]
+
+    def block_ends(self, size: int) -> list[int]:
+        """Return where blocks of ``size`` rows end; the last takes what exceeds whole blocks."""
+        return [*range(size, self.count - size + 1, size), self.count]
+
+    def first_block(self, xp: Namespace, size: int) -> Rows:
+        """Return the first block, sparse if it lies in one piece of sparse rows."""
+        block = self.cut(0, self.block_ends(size)[0])
+        return block.parts[0] if len(block.parts) == 1 else block.joined(xp)
 
     def joined(self, xp: Namespace) -> Rows:
         """Return the rows in one dense piece."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import ClassVar, Self
 
 from ipa_core import _array, settings
-from ipa_core._array import Array, DType, HostArray, Namespace
+from ipa_core._array import Array, DType, HostArray, HostMask, Namespace
 from ipa_core._linalg import principal_rows, truncate_rows, unit_rows
 from ipa_core.learners._novelty_detection import NoveltyTest
 from ipa_core.learners._nystrom_segment import BLOCK, Segment, with_probes
@@ -24,8 +24,6 @@ _LENGTHS = (2, 8, 24, 80, 400)
 _MOST_DOUBLINGS = 12
 # Number of the length to go on with after a change of the stream.
 _LENGTH_AFTER_CHANGE = 1
-# Rounding error of the energy of a row's product in half precision, as a share of the row's energy.
-_HALF_ROUNDING = 2.0**-8
 # Share of the energy that a basis must miss for its products to be taken in half precision.
 _LEAST_MISSED = 2.0**-5
 # Widths of the sketch are multiples of this: products with 72 columns take as long as with 80.
@@ -192,51 +190,74 @@ class RandomizedSVD(Learner):
         self._fold(xp, [block.copy(xp).sqrt_weighted(xp)])
         return block.count
 
+    def _first_block(self, xp: Namespace, chunks: RowChunks) -> Rows:
+        return chunks.first_block(xp, self._block_rows).cast(xp, self._template.dtype)
+
     def _add_to_segment(self, xp: Namespace, chunks: RowChunks) -> int:
         """Add the leading blocks that the segment explains; return how many rows these have."""
         if self._segment is None:
             self._begin_segment(xp, self._first_block(xp, chunks), max(1, self._width // 8))
-        assert self._segment is not None
-        ends = self._block_ends(chunks)[: self._rows_left() // self._block_rows]
+        assert self._segment is not None and self._novelty is not None
+        ends = chunks.block_ends(self._block_rows)[: self._rows_left() // self._block_rows]
         chunks = chunks.cut(0, ends[-1])
-        sketch = chunks.sketch or self._sketch(xp, chunks)
-        missed = self._missed_energies(xp, chunks, sketch.squares)
-        count = self._count_explained_rows(xp, chunks, missed, ends)
+        sketch = chunks.sketch or self._segment.sketch(xp, chunks)
+        missed = self._segment.missed_energies(xp, chunks, sketch)
+        heavy = self._novelty.heavy(missed, chunks.energies)
+        count = self._count_explained_rows(xp, chunks, missed, heavy)
         if count:
-            self._add_explained(xp, chunks.cut(0, count), sketch.products, missed[:count])
+            self._add_explained(xp, chunks.cut(0, count), sketch, heavy[:count])
         else:
-            self._fold_segment(xp)
-            self._length = min(self._length, _LENGTH_AFTER_CHANGE)
-            self._expected = 0.0
-            self._begin_segment(xp, self._first_block(xp, chunks), max(1, self._width // 2))
+            self._restart(xp, chunks)
         return count
 
+    def _count_explained_rows(
+        self, xp: Namespace, chunks: RowChunks, missed: HostArray, heavy: HostMask
+    ) -> int:
+        """Return how many rows the leading blocks have before a change of the stream."""
+        assert self._segment is not None and self._novelty is not None
+        ends = chunks.block_ends(self._block_rows)
+        energies, heavy_rows = (_array.group_sums(v, ends) for v in (chunks.energies, heavy))
+        room = self._block_rows - self._heavy_count()
+        blocks = self._segment.fitting_blocks(xp, energies, heavy_rows, room)
+        light = _array.group_sums(_array.zero_where(missed, heavy), ends)[:blocks]
+        sums = _array.group_sums(chunks.host_weights, ends)[:blocks]
+        explained, self._novelty = self._novelty.after(light, sums, not self._segment.rows)
+        return ends[explained - 1] if explained else 0
+
     def _add_explained(
-        self, xp: Namespace, chunks: RowChunks, products: tuple[Product, ...], missed: HostArray
+        self, xp: Namespace, chunks: RowChunks, sketch: Sketch, heavy: HostMask
     ) -> None:
         """Add rows to the segment, heavy ones apart; end it when it is due."""
-        assert self._segment is not None and self._novelty is not None
-        heavy = self._novelty.heavy(missed, chunks.energies)
-        begin, light = 0, []
-        for part, product in zip(chunks.parts, products, strict=False):
-            mask = heavy[begin : begin + part.count]
-            begin += part.count
-            x, seen = product.x[: part.count, :], product.seen[: part.count, :]
+        assert self._segment is not None
+        self._segment = self._segment.add(xp, chunks, sketch, heavy)
+        for part, mask in zip(chunks.parts, chunks.split(heavy), strict=True):
             if mask.any():
                 self._set_aside(xp, part.select(xp, mask))
-                seen = _array.zero_rows(xp, seen, mask)
-            light.append((part, Product(x, seen)))
-        self._segment = self._segment.add(xp, light)
-        if self._segment.rows >= self._segment_limit():
-            self._length += 1
-            self._fold_segment(xp)
-        elif self._heavy_count() >= self._block_rows:
+        is_long = self._segment.rows >= _segment_rows(self._width, self._length)
+        self._length += is_long
+        if is_long or self._heavy_count() >= self._block_rows:
             self._fold_segment(xp)
 
     def _set_aside(self, xp: Namespace, heavy: Rows) -> None:
         """Keep heavy rows whole until the segment ends."""
         rows = heavy.cast(xp, self._template.dtype).sqrt_weighted(xp)
         self._heavy = rows if self._heavy is None else xp.concat([self._heavy, rows])
+
+    def _heavy_count(self) -> int:
+        return 0 if self._heavy is None else int(self._heavy.shape[0])
+
+    def _rows_left(self) -> int:
+        """Return how many rows the open segment takes until it ends, in whole blocks."""
+        assert self._segment is not None
+        rows = _segment_rows(self._width, self._length) - self._segment.rows
+        return math.ceil(rows / self._block_rows) * self._block_rows
+
+    def _restart(self, xp: Namespace, chunks: RowChunks) -> None:
+        """End the segment at a change of the stream, and begin one that looks for what is new."""
+        self._fold_segment(xp)
+        self._length = min(self._length, _LENGTH_AFTER_CHANGE)
+        self._expected = 0.0
+        self._begin_segment(xp, self._first_block(xp, chunks), max(1, self._width // 2))
 
     @property
     def _uncast_dtype(self) -> DType | None:
@@ -249,54 +270,7 @@ class RandomizedSVD(Learner):
         if self._segment is None or self.center:
             return ()
         count = self._whole_rows(sum(part.shape[0] for part in parts))
-        return self._multiply(xp, take_first(parts, min(count, self._rows_left())))
-
-    def _sketch(self, xp: Namespace, chunks: RowChunks) -> Sketch:
-        products = self._multiply(xp, tuple(part.x for part in chunks.parts))
-        with _array.ignore_overflow():
-            squares = _array.squared_norms_async(xp, [product.seen for product in products])()
-        return Sketch(products, _array.host_concat(squares))
-
-    def _multiply(self, xp: Namespace, parts: tuple[Array, ...]) -> tuple[Product, ...]:
-        """Return X O / unit for pieces of rows X."""
-        assert self._segment is not None
-        with _array.ignore_overflow():  # rows too large for this segment: see _fitting_blocks
-            return tuple(self._segment.multiply(xp, part) for part in parts)
-
-    def _missed_energies(self, xp: Namespace, chunks: RowChunks, captured: HostArray) -> HostArray:
-        """Return the weighted energy that the basis misses in each row, 0 within rounding."""
-        assert self._segment is not None
-        with _array.ignore_overflow():
-            missed = chunks.squares - captured[: chunks.count] * self._segment.unit**2
-        eps = 100 * float(xp.finfo(self._segment.basis.dtype).eps)
-        rounding = _HALF_ROUNDING if self._segment.is_half else eps
-        missed = _array.zero_where(missed, missed <= rounding * chunks.squares)
-        return missed * chunks.host_weights
-
-    def _count_explained_rows(
-        self, xp: Namespace, chunks: RowChunks, missed: HostArray, ends: list[int]
-    ) -> int:
-        """Return how many rows the leading blocks have before a change of the stream."""
-        assert self._segment is not None and self._novelty is not None
-        weights, row_energies = chunks.host_weights, chunks.energies
-        heavy = self._novelty.heavy(missed, row_energies)
-        energies, heavy_rows = (_array.group_sums(v, ends) for v in (row_energies, heavy))
-        blocks = self._fitting_blocks(xp, energies, heavy_rows)
-        light = _array.group_sums(_array.zero_where(missed, heavy), ends)[:blocks]
-        is_first = not self._segment.rows
-        sums = _array.group_sums(weights, ends)[:blocks]
-        explained, self._novelty = self._novelty.after(light, sums, is_first)
-        return ends[explained - 1] if explained else 0
-
-    def _fitting_blocks(self, xp: Namespace, energies: list[float], heavy_rows: list[float]) -> int:
-        """Return how many blocks fit the range of the image and the room for heavy rows."""
-        assert self._segment is not None
-        limit, waiting = self._segment.largest_energy(xp), self._heavy_count()
-        for count, (energy, heavy) in enumerate(zip(energies, heavy_rows, strict=True)):
-            if energy > limit or waiting >= self._block_rows:
-                return count
-            waiting += int(heavy)
-        return len(energies)
+        return self._segment.multiply(xp, take_first(parts, min(count, self._rows_left())))
 
     def _begin_segment(self, xp: Namespace, block: Rows, probes: int) -> None:
         """Choose a basis for the block and what follows it."""
@@ -356,27 +330,9 @@ class RandomizedSVD(Learner):
             return self._moment.principal(xp, self.rank)
         return principal_rows(xp, [self._factor, *self._open_rows(xp)], self.rank)
 
-    def _first_block(self, xp: Namespace, chunks: RowChunks) -> Rows:
-        """Return the first block, sparse if it lies in one piece of sparse rows."""
-        block = chunks.cut(0, self._block_ends(chunks)[0])
-        rows = block.parts[0] if len(block.parts) == 1 else block.joined(xp)
-        return rows.cast(xp, self._template.dtype)
 
-    def _block_ends(self, chunks: RowChunks) -> list[int]:
-        """Return where the blocks of rows end; the last one takes what exceeds whole blocks."""
-        size = self._block_rows
-        return [*range(size, chunks.count - size + 1, size), chunks.count]
-
-    def _segment_limit(self) -> int:
-        number, last = self._length, len(_LENGTHS) - 1
-        doublings = min(max(0, number - last), _MOST_DOUBLINGS)
-        return self._width * _LENGTHS[min(number, last)] << doublings
-
-    def _rows_left(self) -> int:
-        """Return how many rows the open segment takes until it ends, in whole blocks."""
-        assert self._segment is not None
-        rows = self._segment_limit() - self._segment.rows
-        return math.ceil(rows / self._block_rows) * self._block_rows
-
-    def _heavy_count(self) -> int:
-        return 0 if self._heavy is None else int(self._heavy.shape[0])
+def _segment_rows(width: int, number: int) -> int:
+    """Return how many rows a segment has, by the number of its length."""
+    last = len(_LENGTHS) - 1
+    doublings = min(max(0, number - last), _MOST_DOUBLINGS)
+    return width * _LENGTHS[min(number, last)] << doublings
