@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from tqdm.auto import tqdm
 from ipa_core.errors import EmptyStreamError, StreamError
 from ipa_core.io.streams import is_one_shot
 from ipa_core.settings import boolean
-from ipa_torch._capture.activation_rows import ActivationRows
 from ipa_torch._capture.eval_mode import eval_mode
 from ipa_torch._capture.forward import Forward, check_batches, resolve_forward
 from ipa_torch._capture.row_weights import RowWeights
@@ -25,17 +25,13 @@ from ipa_torch._fit.attention_head_learners import LayerLearner
 from ipa_torch._fit.checkpoint import CheckpointConfig, CheckpointLike, CheckpointWriter
 from ipa_torch._fit.code_digest import code_digest
 from ipa_torch._fit.collector import ActivationCollector, Source
-from ipa_torch._fit.convergence import Convergence
 from ipa_torch._fit.early_stopping import DATA_EXHAUSTED, NO_BATCH, StoppingCriteria
+from ipa_torch._fit.fit_plan import FitPlan
 from ipa_torch._fit.folder_lock import lock_folder
-from ipa_torch._fit.memory_passes import MemoryPass, join_passes, split_by_memory
+from ipa_torch._fit.memory_passes import MemoryPass, join_passes
 from ipa_torch._fit.merge_results import PROJECTORS, ResultKind, merge_results
-from ipa_torch._fit.resumable_pass import ResumablePass
-from ipa_torch._fit.shared_inputs import SharedInputTree
-from ipa_torch._fit.weight_digests import WeightDigests
 from ipa_torch._layer_rank import resolve_rank
 from ipa_torch._layers.adapter_support import check_supported
-from ipa_torch._layers.random_state import kept_random_state
 from ipa_torch._layers.targets import Targets, select_layers
 from ipa_torch._layers.unwrap import unwrap_model
 from ipa_torch._settings import resolve_max_patches
@@ -71,105 +67,105 @@ def run_fit(
     if result is PROJECTORS:  # asked before hours of learning
         for name, layer in layers.items():
             check_supported(name, layer)
-    ranks = {name: resolve_rank(name, rank) for name in layers}
-    run = resolve_forward(forward)
     check_batches(batches)
-    max_patches = resolve_max_patches(max_patches)
-    stop = StoppingCriteria.of(stop)
-    convergence = None if stop.tolerance is None else Convergence(stop.tolerance)
+    max_patches, stop = resolve_max_patches(max_patches), StoppingCriteria.of(stop)
+    plan = FitPlan(
+        model,
+        layers,
+        {name: resolve_rank(name, rank) for name in layers},
+        batches,
+        learner,
+        resolve_forward(forward),
+        row_weights,
+        max_patches,
+        stop,
+        source,
+        {
+            "tolerance": stop.tolerance,
+            "max_patches": max_patches,
+            "row_weights": code_digest(row_weights),
+            "forward": code_digest(forward),
+            **(settings or {}),
+        },
+    )
+    return _learn(plan, result, max_bytes, process_group, checkpoint, progress)
+
+
+def _learn(
+    plan: FitPlan,
+    result: ResultKind[M],
+    max_bytes: int | None,
+    process_group: ProcessGroupArg,
+    checkpoint: CheckpointLike | None,
+    progress: bool,
+) -> M:
+    """Learn in as many passes as the memory needs."""
+    learned: list[M] = []
     with FitProcessGroup(process_group) as fit_group:
-        memory_passes = [MemoryPass(layers, 0)]
-        if max_bytes is not None:
-            batch = _first(batches)
-            memory_passes = split_by_memory(
-                max_bytes,
-                model,
-                layers,
-                ranks,
-                learner,
-                batch,
-                run,
-                converging=convergence is not None,
-                source=source,
-            )
-        learned: list[M] = []
+        memory_passes = plan.memory_passes(max_bytes)
         for number, memory_pass in enumerate(memory_passes):
-            pass_ranks = {name: ranks[name] for name in memory_pass.layers}
-            checked = {
-                "ranks": pass_ranks,
-                "tolerance": stop.tolerance,
-                "max_patches": max_patches,
-                "row_weights": code_digest(row_weights),
-                "forward": code_digest(forward),
-                **(settings or {}),
-            }
-            collector = ActivationCollector(
-                memory_pass.layers,
-                SharedInputTree(pass_ranks, learner, convergence),
-                ActivationRows(model, row_weights, max_patches),
-                max_rows=stop.max_rows,
-                drop_failed=stop.on_error == "return",
-                source=source,
-            )
-            fit_group.begin(model)
+            fit_group.begin(plan.model)
             config = None
             if checkpoint is not None:
                 config = CheckpointConfig.of(checkpoint).of_process(fit_group.folder)
                 config = config.of_memory_pass(number, len(memory_passes))
-            weights = None if config is None else WeightDigests(model, layers.values())
-            lock = nullcontext() if config is None else lock_folder(Path(config.folder))
-            position = ResumablePass(checked, weights)
-            checkpoints = CheckpointWriter(config, collector, position, fit_group.all_reduce_min)
-            interrupted = False
-            with lock, eval_mode(model), collector, _bar(progress, memory_passes, number) as bar:
-                try:
-                    reason = _run_pass(
-                        model, batches, run, collector, stop, bar, checkpoints, fit_group
-                    )
-                except (Exception, KeyboardInterrupt) as error:
-                    peers = fit_group.group is not None and isinstance(error, Exception)
-                    if stop.on_error == "raise" or not (learned or collector.has_samples or peers):
-                        raise
-                    interrupted = True
-                    reason = f"interrupted by {type(error).__name__}: {error}"
-                    warnings.warn(f"learning ended early, {reason}", stacklevel=3)
+            bar = partial(_bar, progress, memory_passes, number)
             learned.append(
-                merge_results(
-                    fit_group,
-                    collector,
-                    memory_pass.layers,
-                    reason,
-                    position.seen,
-                    interrupted,
-                    stop.on_error == "return",
-                    result,
-                )
+                _learn_pass(plan, memory_pass, result, fit_group, config, bar, bool(learned))
             )
             if fit_group.interrupted:
                 break
-    return join_passes(learned, layers, result.kind)
+    return join_passes(learned, plan.layers, result.kind)
+
+
+def _learn_pass(
+    plan: FitPlan,
+    memory_pass: MemoryPass,
+    result: ResultKind[M],
+    fit_group: FitProcessGroup,
+    config: CheckpointConfig | None,
+    bar: Callable[[], tqdm[Any]],
+    others_learned: bool,
+) -> M:
+    """Return the results of a memory pass, from the rows of all ranks."""
+    collector = plan.collector(memory_pass)
+    position = plan.position(memory_pass, resumable=config is not None)
+    checkpoints = CheckpointWriter(config, collector, position, fit_group.all_reduce_min)
+    lock = nullcontext() if config is None else lock_folder(Path(config.folder))
+    interrupted = False
+    with lock, eval_mode(plan.model), collector, bar() as shown:
+        try:
+            reason = _run_pass(plan, collector, shown, checkpoints, fit_group)
+        except (Exception, KeyboardInterrupt) as error:
+            peers = fit_group.group is not None and isinstance(error, Exception)
+            has_results = others_learned or collector.has_samples or peers
+            if plan.stop.on_error == "raise" or not has_results:
+                raise
+            interrupted = True
+            reason = f"interrupted by {type(error).__name__}: {error}"
+            warnings.warn(f"learning ended early, {reason}", stacklevel=5)
+    returning = plan.stop.on_error == "return"
+    layers, seen = memory_pass.layers, position.seen
+    return merge_results(fit_group, collector, layers, reason, seen, interrupted, returning, result)
 
 
 def _run_pass(
-    model: nn.Module,
-    batches: Iterable[Any],
-    run: Forward,
+    plan: FitPlan,
     collector: ActivationCollector[LayerLearner],
-    stop: StoppingCriteria,
     bar: tqdm[Any],
     checkpoints: CheckpointWriter,
     fit_group: FitProcessGroup,
 ) -> str:
     """Run until a stopping criterion holds; return which."""
     start, position = time.monotonic(), checkpoints.position
-    remaining = fit_group.lockstep(checkpoints.skip_seen(_repeated(batches, collector.passes)))
-    while (reason := _stop_reason(collector, stop, position.seen, start)) is None:
+    remaining = fit_group.lockstep(checkpoints.skip_seen(_repeated(plan.batches, collector.passes)))
+    while (reason := _stop_reason(collector, plan.stop, position.seen, start)) is None:
         try:
             batch = next(remaining)
         except StopIteration:
             break
         with position.first_batch(), collector.batch(batch):
-            run(model, batch)
+            plan.run(plan.model, batch)
         bar.update(collector.rows)
         checkpoints.record_batch(batch)
     checkpoints.write_last()
@@ -196,18 +192,6 @@ def _repeated(batches: Iterable[Any], passes: int) -> Iterable[Any]:
         )
     # Not a generator function: ending early, it would close the caller's generator.
     return chain.from_iterable(batches for _ in range(passes))
-
-
-def _first(batches: Iterable[Any]) -> Any:
-    if is_one_shot(batches):
-        raise StreamError(
-            "expected batches that can be read several times, as a memory budget may need, got "
-            f"a one-shot {type(batches).__name__}; pass a list or a DataLoader"
-        )
-    with kept_random_state():  # keeps the shuffling of the passes
-        for batch in batches:
-            return batch
-    raise EmptyStreamError(NO_BATCH)
 
 
 def _bar(progress: bool, memory_passes: Sequence[MemoryPass], number: int) -> tqdm[Any]:

@@ -145,7 +145,7 @@ def _warn_of_excluded_rows(reports: list[dict[str, Any]], learned: Mapping[str, 
                 warnings.warn(
                     f"{name!r} and perhaps other layers are learned without the rows of process "
                     f"{rank}, where they failed: {why}",
-                    stacklevel=4,
+                    stacklevel=7,  # the caller of the public function
                 )
                 return
 
