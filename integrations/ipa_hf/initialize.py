@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from ipa_core import Projector
 from ipa_core.errors import SettingError
@@ -25,7 +25,7 @@ from ipa_hf.init_checks import check_fresh, check_initializable
 from ipa_hf.layer_names import compact_names, layer_name
 from ipa_hf.lora_config import copy_lora_config, lora_config
 from ipa_hf.lora_layers import layer_kind, lora_layers, takes_projection
-from ipa_hf.lora_slots import find_projectors, lora_slots, truncate_to_slot, write_lora_A
+from ipa_hf.lora_slots import LoraSlot, find_projectors, lora_slots, truncate_to_slot, write_lora_A
 from ipa_hf.offloaded_lora import materialize
 from ipa_hf.renamed_keys import lost_on_loading
 from ipa_hf.save_pretrained import keep_metadata
@@ -213,37 +213,15 @@ def initialize_lora_ipa_weights(
     check_choice("expert_sharing", expert_sharing, ExpertSharing)
     if isinstance(data, Mapping):
         check_projectors(data, cure="pass batches in a list")
+        _check_no_options(options, expert_sharing, routing_weights)
     for name, layer in layers.items():
         materialize(name, layer, adapter_name)
     check_fresh(config, layers, adapter_name)
-    unsupported = {
-        name: f"{layer_kind(x)} are not supported"
-        for name, x in layers.items()
-        if not takes_projection(x, adapter_name)
-    }
-    lost = lost_on_loading(peft_model, adapter_name)
-    unsupported |= {
-        name: "PEFT renames its saved LoRA on loading and loses it"
-        for name, layer in layers.items()
-        if (name.rpartition(".")[0] if isinstance(layer, ParamWrapper) else name) in lost
-    }
-    supported = {name: x for name, x in layers.items() if name not in unsupported}
-    _report(unsupported, on_missing)  # before the fit, which takes long
-    if not layers:
-        raise LayerError(
-            f"expected an adapter {adapter_name!r} with a linear layer or fused experts, got none; "
-            "name some in target_modules or target_parameters"
-        )
+    supported = _supported_layers(peft_model, layers, adapter_name, on_missing)
     if not supported:  # embeddings alone, for example: the adapter stays LoRA's, as was said
         return peft_model
     slots = lora_slots(supported, adapter_name)
     if isinstance(data, Mapping):
-        if options or expert_sharing != "never" or routing_weights:
-            raise SettingError(
-                "expected no options of a fit with fitted projectors, got "
-                f"{sorted(options)}, expert_sharing={expert_sharing!r} and "
-                f"routing_weights={routing_weights!r}; remove them, or pass batches"
-            )
         projectors: Mapping[str, Projector] = data
         row_weights = None
     else:
@@ -257,17 +235,7 @@ def initialize_lora_ipa_weights(
             routing_weights=routing_weights,
         )
         row_weights = row_weights_name(options.get("row_weights", attention_mask))
-    matched, unreached = find_projectors(slots, projectors)
-    reasons = getattr(projectors, "missing", {})
-    missing = {name: _reason(name, reasons) for name in slots if name not in matched}
-    # Without any projector the adapter would be plain LoRA: an error under every setting.
-    _report(missing, on_missing if matched else "raise")
-    if unreached:
-        warnings.warn(
-            f"{len(unreached)} experts use the projector shared by their layer, as no token was "
-            f"routed to them ({', '.join(compact_names(unreached))})",
-            stacklevel=2,
-        )
+    matched = _match_projectors(slots, projectors, on_missing)
     truncated = {name: truncate_to_slot(name, slots[name], matched[name]) for name in matched}
     initialized = {
         name: write_lora_A(slots[name], projector, scaling, adapter_name)
@@ -278,6 +246,63 @@ def initialize_lora_ipa_weights(
     for name in {layer_name(name) for name in initialized}:
         set_lora_A_frozen(supported[name], adapter_name, not trainable)
     return peft_model
+
+
+def _check_no_options(
+    options: FitOptions, expert_sharing: ExpertSharing, routing_weights: bool
+) -> None:
+    """Check that no option of a fit is passed with fitted projectors."""
+    if options or expert_sharing != "never" or routing_weights:
+        raise SettingError(
+            "expected no options of a fit with fitted projectors, got "
+            f"{sorted(options)}, expert_sharing={expert_sharing!r} and "
+            f"routing_weights={routing_weights!r}; remove them, or pass batches"
+        )
+
+
+def _supported_layers(
+    peft_model: torch.nn.Module,
+    layers: Mapping[str, LoraLayer],
+    adapter_name: str,
+    on_missing: OnMissing,
+) -> dict[str, LoraLayer]:
+    """Return the layers that take a projection; report others before the fit, which takes long."""
+    if not layers:
+        raise LayerError(
+            f"expected an adapter {adapter_name!r} with a linear layer or fused experts, got none; "
+            "name some in target_modules or target_parameters"
+        )
+    unsupported = {
+        name: f"{layer_kind(x)} are not supported"
+        for name, x in layers.items()
+        if not takes_projection(x, adapter_name)
+    }
+    lost = lost_on_loading(peft_model, adapter_name)
+    unsupported |= {
+        name: "PEFT renames its saved LoRA on loading and loses it"
+        for name, layer in layers.items()
+        if (name.rpartition(".")[0] if isinstance(layer, ParamWrapper) else name) in lost
+    }
+    _report(unsupported, on_missing)
+    return {name: layer for name, layer in layers.items() if name not in unsupported}
+
+
+def _match_projectors(
+    slots: Mapping[str, LoraSlot], projectors: Mapping[str, Projector], on_missing: OnMissing
+) -> dict[str, Projector]:
+    """Return the projector of each slot that has one; report the others."""
+    matched, unreached = find_projectors(slots, projectors)
+    reasons = getattr(projectors, "missing", {})
+    missing = {name: _reason(name, reasons) for name in slots if name not in matched}
+    # Without any projector the adapter would be plain LoRA: an error under every setting.
+    _report(missing, on_missing if matched else "raise")
+    if unreached:
+        warnings.warn(
+            f"{len(unreached)} experts use the projector shared by their layer, as no token was "
+            f"routed to them ({', '.join(compact_names(unreached))})",
+            stacklevel=3,
+        )
+    return matched
 
 
 def _reason(name: str, reasons: Mapping[str, str]) -> str:
@@ -308,5 +333,5 @@ def _report(missing: Mapping[str, str], on_missing: OnMissing) -> None:
         )
     warnings.warn(
         f"{len(missing)} layers keep LoRA's random A, as they have no projector ({listed})",
-        stacklevel=3,
+        stacklevel=4,
     )
