@@ -55,7 +55,6 @@ def wider_dtype(xp: Namespace, first: DType, second: DType) -> DType:
     return first if xp.finfo(second).bits == 8 else xp.result_type(first, second)
 
 
-@_cached
 def half_dtype(xp: Namespace, on: Device) -> DType | None:
     """Return bfloat16 where the device multiplies it faster than float32, else None.
 
@@ -69,6 +68,7 @@ def half_dtype(xp: Namespace, on: Device) -> DType | None:
     return torch.bfloat16 if _is_fast_in_half(torch, on) else None
 
 
+@_cached
 def _is_fast_in_half(torch: Any, on: Any) -> bool:
     if on.type == "cuda":  # ROCm's devices, too
         return torch.version.hip is None and torch.cuda.get_device_capability(on) >= (8, 0)
