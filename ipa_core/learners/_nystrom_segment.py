@@ -108,7 +108,7 @@ class Segment:
 
     def add(self, xp: Namespace, chunks: RowChunks, sketch: Sketch, heavy: HostMask) -> Self:
         """Add rows X with their X O to the image, without heavy ones, which are kept elsewhere."""
-        image, masks = self.image, chunks.split(heavy)
+        image, energy, masks = self.image, self.energy, chunks.split(heavy)
         for rows, product, mask in zip(chunks.parts, sketch.products, masks, strict=False):
             x, seen = product.x[: rows.count, :], product.seen[: rows.count, :]
             if mask.any():
@@ -116,7 +116,7 @@ class Segment:
             weighted = _array.cast(xp, rows.apply_weights(seen), x.dtype)
             matmul = operator.matmul if x.dtype == image.dtype else _array.half_matmul
             image = image + matmul(weighted.T, x)
-        energy = sum((rows.energy() for rows in chunks.parts), self.energy)
+            energy = energy + rows.energy()
         return replace(self, image=image, rows=self.rows + chunks.count, energy=energy)
 
     def to_factor(self, xp: Namespace) -> Array:

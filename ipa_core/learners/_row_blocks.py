@@ -176,10 +176,10 @@ class RowChunks:
             begin = end
         return RowChunks(tuple(parts), None if start else self.sketch)
 
-    def split(self, values: HostMask) -> list[HostMask]:
-        """Return values of the rows in the pieces of the rows."""
+    def split(self, mask: HostMask) -> list[HostMask]:
+        """Cut a mask of the rows where their pieces end."""
         ends = list(accumulate(part.count for part in self.parts))
-        return [values[end - part.count : end] for part, end in zip(self.parts, ends, strict=True)]
+        return [mask[end - part.count : end] for part, end in zip(self.parts, ends, strict=True)]
 
     def block_ends(self, size: int) -> list[int]:
         """Return where blocks of ``size`` rows end; the last takes what exceeds whole blocks."""

@@ -234,7 +234,8 @@ class RandomizedSVD(Learner):
             if mask.any():
                 self._set_aside(xp, part.select(xp, mask))
         is_long = self._segment.rows >= _segment_rows(self._width, self._length)
-        self._length += is_long
+        if is_long:
+            self._length += 1
         if is_long or self._heavy_count() >= self._block_rows:
             self._fold_segment(xp)
 
@@ -331,8 +332,8 @@ class RandomizedSVD(Learner):
         return principal_rows(xp, [self._factor, *self._open_rows(xp)], self.rank)
 
 
-def _segment_rows(width: int, number: int) -> int:
-    """Return how many rows a segment has, by the number of its length."""
+def _segment_rows(width: int, length: int) -> int:
+    """Return the rows at which a segment ends; ``length`` counts `_LENGTHS`, and doublings then."""
     last = len(_LENGTHS) - 1
-    doublings = min(max(0, number - last), _MOST_DOUBLINGS)
-    return width * _LENGTHS[min(number, last)] << doublings
+    doublings = min(max(0, length - last), _MOST_DOUBLINGS)
+    return width * _LENGTHS[min(length, last)] << doublings

@@ -28,7 +28,7 @@ from ipa_torch._layers.random_state import kept_random_state
 class FitPlan:
     """Model, layers, batches and resolved settings of a fit.
 
-    ``settings`` are those that a checkpoint must have been written with.
+    ``settings`` are those that a checkpoint must have been written with, beside the ranks.
     """
 
     model: nn.Module
