@@ -117,17 +117,10 @@ def fit_gradient_projectors(
         Hook(name, module, partial(_forward_hook, name, learners[name], max_patches), after=True)
         for name, module in layers.items()
     )
-    seen = 0
     with FitProcessGroup(process_group) as fit_group:
         fit_group.begin(model)
-        with eval_mode(model), _no_parameter_gradients(model), torch.enable_grad():
-            with hooks:
-                for batch in fit_group.lockstep(iter(batches)):
-                    batch = on_device(batch, device_of(model))
-                    value = _checked((_model_loss if loss is None else loss)(model, batch))
-                    if value.requires_grad:
-                        value.backward()
-                    seen += 1
+        with eval_mode(model), _no_parameter_gradients(model), torch.enable_grad(), hooks:
+            seen = _run_backward(model, fit_group.lockstep(iter(batches)), loss)
         if not seen and fit_group.group is None:
             raise EmptyStreamError("expected at least one batch, got none")
         projectors = fit_group.merge(learners, seen)
@@ -142,6 +135,18 @@ def fit_gradient_projectors(
         )
     missing = {name: "no gradient reached its output" for name in layers if name not in learned}
     return LayerProjectors(learned, missing=missing)
+
+
+def _run_backward(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> int:
+    """Run a forward and a backward pass for each batch; return how many there were."""
+    seen = 0
+    for batch in batches:
+        batch = on_device(batch, device_of(model))
+        value = _checked((_model_loss if loss is None else loss)(model, batch))
+        if value.requires_grad:
+            value.backward()
+        seen += 1
+    return seen
 
 
 def _make_learner(factory: Callable[[int], GradientLearner], rank: int) -> GradientLearner:
