@@ -222,6 +222,15 @@ class TestMissing:
         with pytest.raises(SettingError, match="on_missing"):
             ipa_hf.get_ipa_model(llama, config(), {}, on_missing="error")
 
+    @pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens"]])
+    @pytest.mark.parametrize(
+        "options", [{"progress": False}, {"expert_sharing": "always"}, {"routing_weights": True}]
+    )
+    def test_options_beside_fitted_projectors_are_refused(self, llama, targets, options):
+        with pytest.raises(SettingError, match="no options of a fit with fitted projectors"):
+            ipa_hf.get_ipa_model(llama, config(target_modules=targets), {}, **options)
+        assert not layers_of(get_peft_model(llama, config()), "other")
+
     def test_embeddings_are_no_linear_layers(self, batches):
         lora = config(target_modules=["q_proj", "embed_tokens"])
         with pytest.raises(LayerError, match=r"'model.embed_tokens': Embedding layers are"):
