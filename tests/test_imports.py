@@ -20,6 +20,7 @@ PACKAGES = ("ipa_core", "ipa_torch", "ipa_timm", "ipa_hf", "ipa_sklearn")
 
 CORE = {
     "ipa_core",
+    "ipa_core.caller_warnings",
     "ipa_core.documentation",
     "ipa_core.optional_dependencies",
     "ipa_core.errors",
@@ -45,6 +46,7 @@ _BRIDGE = CORE | {"ipa_torch", "ipa_torch.extension"}
 
 #: Room: rooms that it may import. A room may import itself.
 ROOMS = {
+    "ipa_core.caller_warnings": set(),
     "ipa_core.documentation": set(),
     "ipa_core.errors": {"ipa_core.documentation"},
     "ipa_core.text_table": set(),
@@ -68,6 +70,7 @@ ROOMS = {
         "ipa_core.whitening_transform",
     },
     "ipa_core.io": {
+        "ipa_core.caller_warnings",
         "ipa_core.optional_dependencies",
         "ipa_core.errors",
         "ipa_core._sparse_rows",

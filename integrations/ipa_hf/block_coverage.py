@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_hf.fused_parameters import refusal
 from ipa_hf.repeated_blocks import block_modules
 from ipa_torch.extension import (
@@ -86,10 +86,9 @@ def warn_of_small_coverage(model: torch.nn.Module, targets: str) -> None:
         else "name further layers in target_modules"
     )
     largest = ", ".join(name for name, _ in left_out.most_common(3))
-    warnings.warn(
+    warn_caller(
         f"the default targets cover {share:.0%} of the weights of the model's blocks; the largest "
         f"left out are {largest}; {cure}",
-        stacklevel=3,
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from typing import TypeAlias
-from warnings import warn
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import SettingError
 from ipa_core.settings import check_instance
 from ipa_torch.extension import unwrap_model
@@ -61,7 +61,7 @@ def check_layer_names(names: Collection[str], served: ServedModel, base: nn.Modu
     )
     if count == 0:
         raise SettingError(message)
-    warn(f"{message}; not found: {', '.join(missing)}", UserWarning, stacklevel=3)
+    warn_caller(f"{message}; not found: {', '.join(missing)}")
 
 
 def _build(served: type[PreTrainedModel], base: nn.Module) -> nn.Module:

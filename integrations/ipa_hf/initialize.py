@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
@@ -11,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from ipa_core import Projector
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import SettingError
 from ipa_core.settings import boolean
 from ipa_hf.adapter_holder import check_without_adapters
@@ -297,10 +297,9 @@ def _match_projectors(
     # Without any projector the adapter would be plain LoRA: an error under every setting.
     _report(missing, on_missing if matched else "raise")
     if unreached:
-        warnings.warn(
+        warn_caller(
             f"{len(unreached)} experts use the projector shared by their layer, as no token was "
             f"routed to them ({', '.join(compact_names(unreached))})",
-            stacklevel=3,
         )
     return matched
 
@@ -331,7 +330,6 @@ def _report(missing: Mapping[str, str], on_missing: OnMissing) -> None:
             f"({listed}); remove them from target_modules, or pass on_missing='warn' to keep "
             "LoRA's random A there"
         )
-    warnings.warn(
+    warn_caller(
         f"{len(missing)} layers keep LoRA's random A, as they have no projector ({listed})",
-        stacklevel=4,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import FileFormatError, IPAError, PathError, StreamError
 from ipa_core.io._formats.array_blocks import LabeledRows
 from ipa_core.io._formats.arrow import read_arrow
@@ -76,7 +76,7 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
         raise StreamError(f"expected {_LISTED} files in the folder {source}, got none")
     if skipped := [entry.name for entry in entries if entry.suffix not in _SUFFIXES]:
         names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        warnings.warn(f"{source}: skipped {names}, which hold no activations", stacklevel=2)
+        warn_caller(f"{source}: skipped {names}, which hold no activations")
     return files
 
 

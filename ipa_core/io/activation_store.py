@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.numpy import load as load_numpy
 
 from ipa_core import settings
 from ipa_core._array import Array
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import FileFormatError
 from ipa_core.io.paths import as_path
 from ipa_core.io.store_index import Index, Shard
@@ -151,9 +151,7 @@ class StoredLayer:
             except FileFormatError as error:
                 if self.store.on_damaged == "raise":
                     raise
-                warnings.warn(
-                    f"skipped {shard.rows:,} rows of {self.name!r}: {error}", stacklevel=2
-                )
+                warn_caller(f"skipped {shard.rows:,} rows of {self.name!r}: {error}")
                 continue
             yield str(self.store.folder / shard.file), rows, weights
 

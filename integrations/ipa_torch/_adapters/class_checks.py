@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 
 from torch import nn
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_torch._adapters.adapter_layer import AdapterLayer
 
 _QUESTIONS = {"isinstance", "type", "__class__"}
@@ -16,11 +16,10 @@ _QUESTIONS = {"isinstance", "type", "__class__"}
 def warn_of_class_checks(model: nn.Module, names: Iterable[str]) -> None:
     """Warn if the forward of a part of the model asks for the class of one of the named layers."""
     if owners := find_class_checks(model, map(model.get_submodule, names)):
-        warnings.warn(
+        warn_caller(
             f"the forward of {', '.join(owners)} asks for the class of its layers: with adapters "
             "`isinstance` finds that of the layer, but not where it is compiled, and `type` finds "
             "AdapterLayer; compare the outputs with those before `attach`",
-            stacklevel=4,
         )
 
 

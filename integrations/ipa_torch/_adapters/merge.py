@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 from torch import nn
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import SettingError
 from ipa_torch._adapters.active_adapter import existing_adapter, list_adapters
 from ipa_torch._adapters.adapter_layer import AdapterLayer, adapter_layers
@@ -90,7 +90,6 @@ def warn_of_merged_weights(model: nn.Module, layers: Mapping[str, AdapterLayer])
                "it changes with `detach`; compare outputs, or do not detach"),
     ):  # fmt: skip
         if names:
-            warnings.warn(
+            warn_caller(
                 f"the weight of layer {names[0]!r} and {len(names) - 1} more {consequence}",
-                stacklevel=3,
             )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
+
+from ipa_core.caller_warnings import warn_caller
 
 Shape = tuple[int, ...]
 
@@ -69,22 +70,20 @@ class RowWeightWarnings:
             else "let row_weights return a list of weights, with weights of this shape as well (of "
             "ones, if there is no padding)"
         )
-        warnings.warn(
+        warn_caller(
             f"expected layer inputs with rows of shape {_or(shapes)}, as the row weights have, got "
             f"{_or(dict.fromkeys(self._unmatched.values()))} in {_names(self._unmatched)}: all of "
             f"these rows count, also padding; {cure}",
-            stacklevel=2,
         )
 
     def close(self) -> None:
         """Warn about layers for which no batch told batch and positions apart."""
         if self._square:
-            warnings.warn(
+            warn_caller(
                 "expected row weights whose shape tells batch and positions apart in one batch at "
                 f"least, got only {_or(dict.fromkeys(self._square.values()))} for "
                 f"{_names(self._square)}: taken as (batch, positions); add a batch of another "
                 "size, or transpose the weights if these layers see positions first",
-                stacklevel=2,
             )
             self._square.clear()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ipa_core import ActivationStore
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import EmptyStreamError, SettingError
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.paths import as_path
@@ -256,8 +256,7 @@ def _report_missing(layers: Mapping[str, nn.Module], index: Index) -> None:
     if len(missing) == len(layers):
         raise LayerError("expected rows of at least one layer, got none; no target layer ran")
     if missing:
-        warnings.warn(
+        warn_caller(
             f"expected rows of every layer, got none of {', '.join(map(repr, missing))}; "
             "leave them out of the targets, or feed batches that reach them",
-            stacklevel=3,
         )

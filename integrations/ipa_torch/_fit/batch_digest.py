@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_torch._fit.tensor_digest import tensor_parts
 
 _PLAIN = (str, bytes, bytearray, int, float, complex, bool, type(None), type(...))
@@ -75,10 +75,9 @@ def _object_parts(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
     try:
         state = value.__reduce_ex__(4)
     except Exception:  # of the object's class
-        warnings.warn(
+        warn_caller(
             f"expected batches that can be digested, got a {type(value).__name__} that cannot be "
             "pickled: other batches in its place are not detected when a run resumes",
-            stacklevel=2,
         )
         return
     if isinstance(state, str):

@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import Any, Self, TypeAlias
 import torch
 
 from ipa_core import load_state
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import FileFormatError, SettingError, with_context
 from ipa_core.io.atomic_write import replace_file
 from ipa_core.io.file_header import reading
@@ -187,10 +187,9 @@ class CheckpointWriter:
         try:
             self.write()
         except OSError as error:
-            warnings.warn(
+            warn_caller(
                 f"the last checkpoint cannot be written ({error}); save the result: the same call "
                 f"would learn again from batch {self._written}",
-                stacklevel=4,
             )
 
 
@@ -232,10 +231,9 @@ def _up_to(seen: int, steps: list[Path]) -> list[Path]:
             f"{[_seen([step]) for step in steps]}; delete all checkpoints to start over"
         )
     if kept != steps:
-        warnings.warn(
+        warn_caller(
             f"learning resumes from batch {seen}, not {_seen(steps)}: another process ended "
             "before it wrote that checkpoint",
-            stacklevel=2,
         )
         for step in steps[len(kept) :]:
             _remove(step)

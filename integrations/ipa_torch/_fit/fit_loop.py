@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import EmptyStreamError, StreamError
 from ipa_core.io.streams import is_one_shot
 from ipa_core.settings import boolean
@@ -70,17 +70,17 @@ def run_fit(
     check_batches(batches)
     max_patches, stop = resolve_max_patches(max_patches), StoppingCriteria.of(stop)
     plan = FitPlan(
-        model,
-        layers,
-        {name: resolve_rank(name, rank) for name in layers},
-        batches,
-        learner,
-        resolve_forward(forward),
-        row_weights,
-        max_patches,
-        stop,
-        source,
-        {
+        model=model,
+        layers=layers,
+        ranks={name: resolve_rank(name, rank) for name in layers},
+        batches=batches,
+        learner=learner,
+        run=resolve_forward(forward),
+        row_weights=row_weights,
+        max_patches=max_patches,
+        stop=stop,
+        source=source,
+        settings={
             "tolerance": stop.tolerance,
             "max_patches": max_patches,
             "row_weights": code_digest(row_weights),
@@ -99,7 +99,7 @@ def _learn(
     checkpoint: CheckpointLike | None,
     progress: bool,
 ) -> M:
-    """Learn in as many passes as the memory needs."""
+    """Return the results of as many passes as the memory needs."""
     learned: list[M] = []
     with FitProcessGroup(process_group) as fit_group:
         memory_passes = plan.memory_passes(max_bytes)
@@ -109,9 +109,9 @@ def _learn(
             if checkpoint is not None:
                 config = CheckpointConfig.of(checkpoint).of_process(fit_group.folder)
                 config = config.of_memory_pass(number, len(memory_passes))
-            bar = partial(_bar, progress, memory_passes, number)
+            make_bar = partial(_bar, progress, memory_passes, number)
             learned.append(
-                _learn_pass(plan, memory_pass, result, fit_group, config, bar, bool(learned))
+                _learn_pass(plan, memory_pass, result, fit_group, config, make_bar, bool(learned))
             )
             if fit_group.interrupted:
                 break
@@ -124,7 +124,7 @@ def _learn_pass(
     result: ResultKind[M],
     fit_group: FitProcessGroup,
     config: CheckpointConfig | None,
-    bar: Callable[[], tqdm[Any]],
+    make_bar: Callable[[], tqdm[Any]],
     others_learned: bool,
 ) -> M:
     """Return the results of a memory pass, from the rows of all ranks."""
@@ -133,17 +133,18 @@ def _learn_pass(
     checkpoints = CheckpointWriter(config, collector, position, fit_group.all_reduce_min)
     lock = nullcontext() if config is None else lock_folder(Path(config.folder))
     interrupted = False
-    with lock, eval_mode(plan.model), collector, bar() as shown:
+    with lock, eval_mode(plan.model), collector, make_bar() as bar:
         try:
-            reason = _run_pass(plan, collector, shown, checkpoints, fit_group)
+            reason = _run_pass(plan, collector, bar, checkpoints, fit_group)
         except (Exception, KeyboardInterrupt) as error:
             peers = fit_group.group is not None and isinstance(error, Exception)
-            has_results = others_learned or collector.has_samples or peers
-            if plan.stop.on_error == "raise" or not has_results:
+            if plan.stop.on_error == "raise" or not (
+                others_learned or collector.has_samples or peers
+            ):
                 raise
             interrupted = True
             reason = f"interrupted by {type(error).__name__}: {error}"
-            warnings.warn(f"learning ended early, {reason}", stacklevel=5)
+            warn_caller(f"learning ended early, {reason}")
     returning = plan.stop.on_error == "return"
     layers, seen = memory_pass.layers, position.seen
     return merge_results(fit_group, collector, layers, reason, seen, interrupted, returning, result)

@@ -6,12 +6,12 @@ import os
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_core.errors import SettingError
 from ipa_core.io.paths import output_folder
 
@@ -82,9 +82,8 @@ class _FolderLock:
                 f"({holder}); wait, or use another folder"
             ) from error
         except OSError as error:
-            warnings.warn(
+            warn_caller(
                 f"{self._folder} cannot be locked ({error}): start no other run with it",
-                stacklevel=4,
             )
             return
         self._file.truncate(0)

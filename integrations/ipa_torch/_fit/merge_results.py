@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ipa_core import Learner, Projector
+from ipa_core.caller_warnings import warn_caller
 from ipa_torch._capture.batch_device import device_of
 from ipa_torch._distributed.process_group import FitProcessGroup
 from ipa_torch._fit.attention_head_learners import LayerLearner
@@ -142,10 +142,9 @@ def _warn_of_excluded_rows(reports: list[dict[str, Any]], learned: Mapping[str, 
     for rank, report in enumerate(reports):
         for name, why in report["failed_layers"].items():
             if name in learned:
-                warnings.warn(
+                warn_caller(
                     f"{name!r} and perhaps other layers are learned without the rows of process "
                     f"{rank}, where they failed: {why}",
-                    stacklevel=7,  # the caller of the public function
                 )
                 return
 

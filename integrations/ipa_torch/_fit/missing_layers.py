@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+from ipa_core.caller_warnings import warn_caller
 from ipa_torch.errors import LayerError
 from ipa_torch.layer_projectors import LayerMapping
 
@@ -31,7 +31,7 @@ def report_missing(
     )
     if on_missing == "raise" or not len(learned):
         raise LayerError(message)
-    warnings.warn(message, stacklevel=3)
+    warn_caller(message)
 
 
 def _by_reason(missing: Mapping[str, str]) -> str:
