@@ -35,7 +35,7 @@ def test_law(xp, factory, law, stream, dtype):
 
 
 # Few cases by default, as on the host; all of them in a search.
-searching = settings.default.max_examples > 50
+searching = settings.default.max_examples > 30
 
 
 def cases(count):
