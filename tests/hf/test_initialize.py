@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig
+from peft.tuners.lora.layer import LoraLayer
 
 import ipa_hf
 from ipa_core import ExactCovariance, RankError, SettingError, ShapeError
@@ -229,7 +230,7 @@ class TestMissing:
     def test_options_beside_fitted_projectors_are_refused(self, llama, targets, options):
         with pytest.raises(SettingError, match="no options of a fit with fitted projectors"):
             ipa_hf.get_ipa_model(llama, config(target_modules=targets), {}, **options)
-        assert not layers_of(get_peft_model(llama, config()), "other")
+        assert not any(isinstance(module, LoraLayer) for module in llama.modules())
 
     def test_embeddings_are_no_linear_layers(self, batches):
         lora = config(target_modules=["q_proj", "embed_tokens"])
@@ -266,7 +267,7 @@ class TestMissing:
         with pytest.raises(LayerError):
             ipa_hf.get_ipa_model(llama, config(), {}, on_missing="raise")
         assert {name: p.requires_grad for name, p in llama.named_parameters()} == flags
-        assert not layers_of(get_peft_model(llama, config()), "other")
+        assert not any(isinstance(module, LoraLayer) for module in llama.modules())
 
 
 class TestFreshAdaptersOnly:

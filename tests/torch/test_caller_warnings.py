@@ -4,19 +4,11 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 from ipa_core.caller_warnings import warn_caller
 from ipa_torch import StoppingCriteria, fit_learners, fit_projectors
 
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
-
-    def forward(self, x):
-        return self.used(x)
+from .models import WithIdleLayer
 
 
 def batches(*, fail=False):
@@ -27,7 +19,7 @@ def batches(*, fail=False):
 
 def fit_with_error():
     fit_projectors(
-        Branches(),
+        WithIdleLayer(),
         batches(fail=True),
         2,
         targets="used",
@@ -37,7 +29,7 @@ def fit_with_error():
 
 
 def fit_that_warns_within_the_model():
-    model = Branches()
+    model = WithIdleLayer()
     model.used.register_forward_hook(lambda *_: warn_caller("within two calls of torch"))
     fit_projectors(model, batches(), 2, targets="used", progress=False)
 
@@ -52,8 +44,8 @@ def warns(action):
 @pytest.mark.parametrize(
     "action",
     [
-        lambda: fit_projectors(Branches(), batches(), 2, progress=False),
-        lambda: fit_learners(Branches(), batches(), progress=False),
+        lambda: fit_projectors(WithIdleLayer(), batches(), 2, progress=False),
+        lambda: fit_learners(WithIdleLayer(), batches(), progress=False),
         fit_with_error,
         fit_that_warns_within_the_model,
     ],
@@ -65,6 +57,6 @@ def test_the_line_of_the_call_is_named(action):
 
 def test_without_a_caller_in_a_file():
     """Code of ``python -c``, or of a notebook, has no file."""
-    code = "fit_learners(Branches(), batches(), progress=False)"
+    code = "fit_learners(WithIdleLayer(), batches(), progress=False)"
     caught = warns(lambda: exec(compile(code, "<cell>", "exec"), globals()))
     assert {warning.filename for warning in caught} == {"<cell>"}

@@ -22,7 +22,7 @@ from ipa_core.errors import (
 )
 from ipa_torch import LayerError, LayerProjectors, StoppingCriteria, fit_projectors
 
-from .models import Transformer, angle, decaying, excess, mlp
+from .models import Transformer, WithIdleLayer, angle, decaying, excess, mlp
 
 
 def quiet_fit(model, batches, rank, **options):
@@ -294,15 +294,6 @@ class TestPadding:
         assert projectors["decoder.block.0.layer.0.SelfAttention.q"].samples == 3
         assert projectors["decoder.block.0.layer.1.EncDecAttention.q"].samples == 3
         assert projectors["decoder.block.0.layer.1.EncDecAttention.k"].samples == 7
-
-
-class WithIdleLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.used, self.idle = nn.Linear(6, 2), nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.used(x)
 
 
 class TestFailures:
